@@ -1,0 +1,1 @@
+"""How agent frameworks name their agents to the daemon. Importable without MLX."""

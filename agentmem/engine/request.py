@@ -1,0 +1,158 @@
+"""What enters the engine and what comes out of it. No MLX in here: these objects cross threads."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+from agentmem.errors import AgentMemError, BadRequest
+
+AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+
+State = Literal["hot", "warm", "cold"]
+
+
+def check_name(name: str, what: str = "agent") -> str:
+    """Return `name` when it is a legal agent or session name; raises BadRequest otherwise."""
+    if not AGENT_NAME.fullmatch(name) or ".." in name:
+        raise BadRequest(
+            f"{what} names are 1-128 characters of A-Z a-z 0-9 . _ : / @ - that start with a letter or digit "
+            f"and hold no '..'; got {name[:40]!r}",
+            param=what,
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy. `seed` makes a sampled reply repeatable."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ChatRequest:
+    """One turn of one agent's session.
+
+    `messages` are normalised: `{"role": system|user|assistant|tool, "content": str}`. With `history="client"` they are
+    the whole conversation, with `"server"` they follow the session's stored conversation.
+    """
+
+    agent: str
+    messages: list[dict[str, Any]]
+    session: str = "default"
+    namespace: str = "default"
+    history: Literal["client", "server"] = "client"
+    max_tokens: int | None = None
+    stop: list[str] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    identity_source: str = "agentmem"
+    tools: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.agent)
+        check_name(self.session, "session")
+        check_name(self.namespace, "namespace")
+        if not self.messages:
+            raise BadRequest("messages is empty; send at least one message", param="messages")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise BadRequest("max_tokens must be at least 1", param="max_tokens")
+
+
+class MemoryUsage(TypedDict):
+    """The `usage.agentmem` object. Times in milliseconds, everything else in tokens."""
+
+    agent: str
+    session: str
+    state_before: State
+    exact_tokens: int
+    composed_tokens: int
+    evicted_tokens: int
+    prefilled_tokens: int
+    restored_tokens: int
+    restore_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    bytes_written: int
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request was planned: how much of the prompt is already remembered."""
+
+    agent: str
+    session: str
+    prompt_tokens: int
+    cached_tokens: int
+    state_before: State
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New reply text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The turn is over; with commit policy `full` it is on disk. `usage` has OpenAI's shape plus `agentmem`."""
+
+    finish_reason: Literal["stop", "length", "cancelled"]
+    text: str
+    usage: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request failed alone; nothing of it was kept that was not kept before."""
+
+    error: AgentMemError
+
+
+Event = Started | Delta | Finished | Failed
+
+
+class Ticket:
+    """The caller's hold on a submitted request. `cancel` is safe from any thread, any number of times."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Stop decoding soon; what was prefilled stays remembered."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+
+class AgentInfo(TypedDict):
+    """One agent as `agents` and `show` report it. Bytes on disk count everything; times are epoch seconds."""
+
+    agent: str
+    namespace: str
+    model: str
+    state: State
+    sessions: list[str]
+    tokens: int
+    turns: int
+    ram_bytes: int
+    disk_bytes: int
+    fp16_bytes: int
+    prompt_tokens: int
+    cached_tokens: int
+    saved_ms: float | None
+    created: float
+    last_used: float

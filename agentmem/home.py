@@ -1,0 +1,60 @@
+"""The home folder: where everything that must survive lives. Folders 0700, files 0600."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+
+def default_home() -> Path:
+    """`AGENTMEM_HOME`, else the platform's data folder (never a cache folder that the system may purge)."""
+    named = os.environ.get("AGENTMEM_HOME")
+    return Path(named).expanduser() if named else Path(platformdirs.user_data_dir("agentmem", appauthor=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Paths inside one home folder. `root` is created on `prepare`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def token(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "daemon.lock"
+
+    @property
+    def daemon(self) -> Path:
+        """JSON of the running daemon: pid, url, port, model, version, home, started."""
+        return self.root / "daemon.json"
+
+    @property
+    def models(self) -> Path:
+        """Converted models; `AGENTMEM_MODELS` shares one folder between several homes."""
+        named = os.environ.get("AGENTMEM_MODELS")
+        return Path(named).expanduser() if named else self.root / "models"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "logs" / "daemon.log"
+
+    def prepare(self) -> Home:
+        """Create the folders (0700) and narrow the process's umask to 077."""
+        os.umask(0o077)
+        for folder in (self.root, self.models, self.store, self.log.parent):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self

@@ -1,0 +1,1 @@
+"""Where the state with a given identity is, and whether it is safe: pages in RAM, extents on disk, the index."""
