@@ -9,16 +9,16 @@ from typing import Any, Literal, TypedDict
 
 from agentmem.errors import AgentMemError, BadRequest
 
-AGENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 
 State = Literal["hot", "warm", "cold"]
 
 
 def check_name(name: str, what: str = "agent") -> str:
     """Return `name` when it is a legal agent or session name; raises BadRequest otherwise."""
-    if not AGENT_NAME.fullmatch(name) or ".." in name:
+    if not NAME.fullmatch(name) or ".." in name:
         raise BadRequest(
-            f"{what} names are 1-128 characters of A-Z a-z 0-9 . _ : / @ - that start with a letter or digit "
+            f"{what} names are 1-128 characters of A-Z a-z 0-9 . _ : @ - that start with a letter or digit "
             f"and hold no '..'; got {name[:40]!r}",
             param=what,
         )
