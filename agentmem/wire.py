@@ -1,0 +1,213 @@
+"""The API's requests and answers as plain data: shared by the clients, sends nothing itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
+
+import httpx
+
+from agentmem.daemon import DaemonNotRunning, Endpoint
+from agentmem.errors import (
+    AgentMemError,
+    AlreadyRunning,
+    BadRequest,
+    ContextOverflow,
+    Forbidden,
+    ModelUnavailable,
+    NotFound,
+    Overloaded,
+    StoreError,
+    Unauthorized,
+)
+
+Message = dict[str, Any]
+History = Literal["client", "server"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatResult:
+    """A whole reply. `usage` has OpenAI's shape plus the `agentmem` object (tokens, and milliseconds)."""
+
+    text: str
+    finish_reason: str | None
+    usage: dict[str, Any]
+    id: str
+    model: str
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The `usage.agentmem` object."""
+        return self.usage.get("agentmem", {})
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose state was reused exactly."""
+        return (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+
+
+class Call(NamedTuple):
+    """One request of the API, before anything is sent."""
+
+    method: str
+    path: str
+    body: dict[str, Any] | None = None
+    query: dict[str, str] | None = None
+
+
+def chat_call(
+    agent: str,
+    messages: str | list[Message],
+    namespace: str,
+    session: str | None,
+    history: History | None,
+    stream: bool,
+    options: dict[str, Any],
+) -> Call:
+    text_only = isinstance(messages, str)
+    who = {
+        "agent": agent,
+        "namespace": namespace,
+        "history": history or ("server" if text_only else "client"),
+    }
+    if session is not None:
+        who["session"] = session
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": messages}] if text_only else messages,
+        "agentmem": who,
+        **options,
+        "stream": stream,
+    }
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    return Call("POST", "/v1/chat/completions", body)
+
+
+def agent_call(method: str, agent: str, namespace: str, verb: str = "", **query: str) -> Call:
+    path = f"/v1/agents/{quote(agent, safe='')}" + (f"/{verb}" if verb else "")
+    return Call(method, path, {} if method == "POST" else None, {"namespace": namespace, **query})
+
+
+def append_call(
+    agent: str, messages: str | list[Message], namespace: str, session: str | None, role: str
+) -> Call:
+    body: dict[str, Any] = (
+        {"text": messages, "role": role} if isinstance(messages, str) else {"messages": messages}
+    )
+    if session is not None:
+        body["session"] = session
+    return agent_call("POST", agent, namespace, "append")._replace(body=body)
+
+
+def explain_call(agent: str, namespace: str, session: str | None) -> Call:
+    return agent_call(
+        "GET", agent, namespace, "explain", **({"session": session} if session is not None else {})
+    )
+
+
+_BY_CODE: dict[str, type[AgentMemError]] = {
+    "context_length_exceeded": ContextOverflow,
+    "model_unavailable": ModelUnavailable,
+    "store_unavailable": StoreError,
+    "already_running": AlreadyRunning,
+}
+_BY_STATUS: dict[int, type[AgentMemError]] = {
+    400: BadRequest,
+    401: Unauthorized,
+    403: Forbidden,
+    404: NotFound,
+    409: AlreadyRunning,
+    429: Overloaded,
+}
+
+
+def error_from(status: int, body: Any, retry_after_ms: str | None = None) -> AgentMemError:
+    """The error that an answer of the daemon stands for; `body` is its decoded JSON, whatever that is."""
+    envelope = body.get("error") if isinstance(body, dict) else None
+    envelope = envelope if isinstance(envelope, dict) else {}
+    message = str(envelope.get("message") or f"the daemon answered with status {status}")
+    code = envelope.get("code")
+    kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(status, AgentMemError)
+    error: AgentMemError
+    if kind is Overloaded:
+        wait = int(retry_after_ms) if retry_after_ms and retry_after_ms.isdigit() else 1000
+        error = Overloaded(message, retry_after_ms=wait)
+    else:
+        error = kind(message)
+    error.status = status
+    error.type = str(envelope.get("type") or error.type)
+    error.code = code if code is not None else error.code
+    error.param = envelope.get("param")
+    return error
+
+
+def transport_error(endpoint: Endpoint, cause: httpx.TransportError) -> AgentMemError:
+    if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout):
+        return DaemonNotRunning(f"nobody answers at {endpoint.url}; start the daemon with: agentmem up")
+    if isinstance(cause, httpx.TimeoutException):
+        return AgentMemError(f"the daemon at {endpoint.url} did not answer in time", code="timeout")
+    return AgentMemError(
+        f"the daemon at {endpoint.url} broke off the connection ({cause})", code="connection_lost"
+    )
+
+
+def decode(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a finished answer; raises what an error answer stands for."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if response.is_success and isinstance(body, dict):
+        return body
+    raise error_from(response.status_code, body, response.headers.get("retry-after-ms"))
+
+
+def result_of(body: dict[str, Any]) -> ChatResult:
+    choice = body["choices"][0]
+    return ChatResult(
+        text=choice["message"].get("content") or "",
+        finish_reason=choice.get("finish_reason"),
+        usage=body.get("usage") or {},
+        id=body.get("id", ""),
+        model=body.get("model", ""),
+    )
+
+
+@dataclass(slots=True)
+class Assembly:
+    """A reply as its stream events arrive."""
+
+    texts: list[str] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+    model: str = ""
+    done: bool = False
+
+    def feed(self, line: str) -> str:
+        """Take one line of the event stream; returns the new text, often empty."""
+        if not line.startswith("data:"):
+            return ""
+        data = line[5:].strip()
+        if data == "[DONE]":
+            self.done = True
+            return ""
+        event = json.loads(data)
+        if "error" in event:
+            raise error_from(int(event["error"].get("status") or 500), event)
+        self.id, self.model = event.get("id", self.id), event.get("model", self.model)
+        self.usage = event.get("usage") or self.usage
+        text = ""
+        for choice in event.get("choices", []):
+            text += (choice.get("delta") or {}).get("content") or ""
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        self.texts.append(text)
+        return text
+
+    def result(self) -> ChatResult:
+        if not self.done:
+            raise AgentMemError("the reply broke off before its end", code="connection_lost")
+        return ChatResult("".join(self.texts), self.finish_reason, self.usage, self.id, self.model)
