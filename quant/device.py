@@ -1,0 +1,21 @@
+"""Which backend MLX runs on, and what follows for memory and arithmetic."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import mlx.core as mx
+
+Backend = Literal["cpu", "metal", "cuda"]
+
+
+def backend() -> Backend:
+    """The backend of MLX's default device."""
+    if mx.default_device().type == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def unified_memory() -> bool:
+    """True where a host thread may write into an MLX array's memory (CPU and Apple Silicon)."""
+    return backend() != "cuda"

@@ -1,0 +1,108 @@
+"""KV formats: how many bits a key and a value get, and which rows keep full precision.
+
+A *row* is one token's keys and values of one layer, all heads, as uint32 words. Formats are row-wise: every row can be
+packed, moved and attended to without its neighbours. A *packed* row is `[key codes | key scale,bias pairs | value codes |
+value scale,bias pairs]`; a *raw* row is `[keys | values]` in 16 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+
+WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """KV geometry of one attention layer: `heads` KV heads, `key_dim` and `value_dim` elements each."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Group-wise affine code: `bits` per element, one 16-bit scale and one 16-bit bias per `group` elements."""
+
+    bits: int
+    group: int
+
+    def fits(self, dim: int) -> bool:
+        return dim % self.group == 0 and dim * self.bits % WORD_BITS == 0
+
+    def code_words(self, shape_heads: int, dim: int) -> int:
+        return shape_heads * dim * self.bits // WORD_BITS
+
+    def scale_words(self, shape_heads: int, dim: int) -> int:
+        return shape_heads * dim // self.group
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """A named way to hold keys and values.
+
+    `keys`/`values` of None keep 16 bits. `rotation` is an orthogonal map along head_dim that is applied to keys as they
+    enter the cache and to queries at attention, so that scores do not change. `raw_first_page` keeps the first page, which
+    holds the attention sink, in 16 bits.
+    """
+
+    name: str
+    keys: Code | None
+    values: Code | None
+    rotation: str = "none"
+    raw_first_page: bool = True
+
+    @property
+    def packs(self) -> bool:
+        return self.keys is not None and self.values is not None
+
+    def identity(self) -> dict[str, object]:
+        """Every field that changes stored bytes, for the fingerprint."""
+        return asdict(self)
+
+    def for_shape(self, shape: LayerShape) -> KVFormat:
+        """This format with groups that divide the layer's head dims (64, else 32); raises ValueError when none fits."""
+        if not self.packs:
+            return self
+        assert self.keys is not None
+        assert self.values is not None
+        for group in (self.keys.group, 32):
+            keys, values = Code(self.keys.bits, group), Code(self.values.bits, group)
+            if keys.fits(shape.key_dim) and values.fits(shape.value_dim):
+                return KVFormat(self.name, keys, values, self.rotation, self.raw_first_page)
+        raise ValueError(
+            f"format {self.name!r} needs head dims that are multiples of 32; this model has "
+            f"{shape.key_dim}/{shape.value_dim}. Use kv_format 'fp16'."
+        )
+
+
+def _plain(name: str, key_bits: int, value_bits: int, rotation: str = "none") -> KVFormat:
+    return KVFormat(name, Code(key_bits, 64), Code(value_bits, 64), rotation)
+
+
+FORMATS: dict[str, KVFormat] = {
+    f.name: f
+    for f in (
+        _plain("q4-plain", 4, 4),
+        _plain("q4-rotated", 4, 4, rotation="hadamard"),
+        _plain("k8v4-plain", 8, 4),
+        _plain("q8-plain", 8, 8),
+        KVFormat("fp16", None, None),
+    )
+}
+
+
+def kv_format(name: str) -> KVFormat:
+    """The format called `name`; raises ValueError with the known names."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise ValueError(f"unknown kv_format {name!r}; known: {', '.join(sorted(FORMATS))}") from None
+
+
+def stored_dtype(compute: mx.Dtype) -> mx.Dtype:
+    """The 16-bit type of raw rows and scales: bfloat16 for bfloat16 models (lossless), float16 for all others."""
+    return mx.bfloat16 if compute == mx.bfloat16 else mx.float16
