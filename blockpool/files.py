@@ -1,0 +1,74 @@
+"""The file-system seam: every byte the store makes durable passes through here."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+IOV = 512
+
+
+def sync(fd: int) -> None:
+    """Flush a file to the drive. macOS's fsync leaves bytes in the drive's cache, F_FULLFSYNC does not."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+class Files:
+    """Durable file operations. With `durable=False` (commit policy `none`) nothing is synced."""
+
+    def __init__(self, durable: bool = True) -> None:
+        self.durable = durable
+
+    def write_durably(self, path: Path, buffers: Sequence[bytes | memoryview]) -> None:
+        """Create `path` with `buffers` as content, whole or not at all. Raises OSError."""
+        temporary = path.with_name(f"{uuid.uuid4().hex}{TEMPORARY}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                _write_all(fd, buffers)
+                if self.durable:
+                    sync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.sync_folder(path.parent)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Make renames and unlinks in `folder` durable."""
+        if not self.durable:
+            return
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def move(self, path: Path, folder: Path) -> None:
+        """Move a file into another folder of the same home."""
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.replace(path, folder / path.name)
+        self.sync_folder(path.parent)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+
+def _write_all(fd: int, buffers: Sequence[bytes | memoryview]) -> None:
+    pending = [memoryview(b) for b in buffers]
+    while pending:
+        written = os.writev(fd, pending[:IOV])
+        while pending and written >= len(pending[0]):
+            written -= len(pending.pop(0))
+        if written:
+            pending[0] = pending[0][written:]

@@ -1,0 +1,60 @@
+"""Geometry: how rows of every layer are laid out in slots. Sizes are uint32 words unless a name says bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from agentmem.quant.rows import RowCodec
+
+WORD = 4
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One slot holds `page_tokens` packed rows of every layer, or `raw_per_slot` raw rows of every layer."""
+
+    codecs: tuple[RowCodec, ...]
+    page_tokens: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.codecs)
+
+    @cached_property
+    def packed_words(self) -> tuple[int, ...]:
+        return tuple(c.packed_words for c in self.codecs)
+
+    @cached_property
+    def raw_words(self) -> tuple[int, ...]:
+        return tuple(c.raw_words for c in self.codecs)
+
+    @cached_property
+    def slot_words(self) -> tuple[int, ...]:
+        return tuple(self.page_tokens * w for w in self.packed_words)
+
+    @cached_property
+    def raw_per_slot(self) -> int:
+        return min(s // r for s, r in zip(self.slot_words, self.raw_words, strict=True))
+
+    @cached_property
+    def slot_bytes(self) -> int:
+        return WORD * sum(self.slot_words)
+
+    @cached_property
+    def raw_row_bytes(self) -> int:
+        """Bytes of one token's state in 16 bits: what an fp16 cache needs."""
+        return WORD * sum(self.raw_words)
+
+    @cached_property
+    def packed_row_bytes(self) -> int:
+        return WORD * sum(self.packed_words)
+
+    def slots_for(self, raw: bool, rows: int) -> int:
+        """Slots that a page of `rows` rows occupies."""
+        return -(-rows // self.raw_per_slot) if raw else 1
+
+    def worst_slots(self, tokens: int) -> int:
+        """Slots that `tokens` tokens can occupy at most: raw first page, packed pages, raw tail, one page cut short."""
+        pages = -(-tokens // self.page_tokens)
+        return pages + 1 + 2 * self.slots_for(True, self.page_tokens)

@@ -1,0 +1,168 @@
+"""Pages and the tree they form: which token ids, behind which left context, have state, and where it is.
+
+The tree belongs to the engine thread. A page's tokens and its place in the tree never change; where its rows lie does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+Tokens = np.ndarray
+
+
+class Piece(NamedTuple):
+    """Rows of a page on disk: rows [page_row, page_row + rows) lie at [extent_row, ...) of the extent's raw or packed rows."""
+
+    extent: int
+    raw: bool
+    extent_row: int
+    page_row: int
+    rows: int
+
+
+@dataclass(eq=False, slots=True)
+class Page:
+    """Up to `page_tokens` tokens behind a left context (`parent`). A page with `slots` is in RAM, one with `pieces` is on disk."""
+
+    parent: Page | None
+    tokens: Tokens
+    key: bytes
+    raw: bool
+    start: int = 0
+    id: int | None = None
+    slots: tuple[int, ...] | None = None
+    pieces: tuple[Piece, ...] | None = None
+    origin: tuple[Page, int] | None = None
+    pins: int = 0
+    heads: int = 0
+    last_used: float = 0.0
+    children: dict[int, list[Page]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    def chain(self) -> list[Page]:
+        """Pages from the first to this one; the root is left out."""
+        pages: list[Page] = []
+        page: Page | None = self
+        while page is not None and page.parent is not None:
+            pages.append(page)
+            page = page.parent
+        return pages[::-1]
+
+    def walk(self) -> Iterator[Page]:
+        """Every page below this one, parents first."""
+        stack = [c for group in self.children.values() for c in group]
+        while stack:
+            page = stack.pop()
+            yield page
+            stack.extend(c for group in page.children.values() for c in group)
+
+
+def page_key(parent: bytes, tokens: Tokens) -> bytes:
+    """SHA-256 over the parent's key and the page's token ids (little-endian int32)."""
+    return hashlib.sha256(parent + np.asarray(tokens, dtype="<i4").tobytes()).digest()
+
+
+def root_key(fingerprint: str, namespace: str) -> bytes:
+    """The key that every chain of one fingerprint and namespace starts from."""
+    return hashlib.sha256(json.dumps(["agentmem", fingerprint, namespace]).encode()).digest()
+
+
+def common_prefix(a: Sequence[int] | Tokens, b: Sequence[int] | Tokens) -> int:
+    """Length of the longest common prefix of two token sequences."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differ[0]) if differ.size else n
+
+
+class Match(NamedTuple):
+    """`pages` in order; all but the last are used whole, the last one's first `rows` rows. `tokens` in total."""
+
+    pages: list[Page]
+    rows: int
+    tokens: int
+
+
+class PageTree:
+    """All pages of one fingerprint and namespace."""
+
+    def __init__(self, fingerprint: str, namespace: str) -> None:
+        self.namespace = namespace
+        self.root = Page(None, np.zeros(0, np.int32), root_key(fingerprint, namespace), raw=False)
+
+    def add(self, parent: Page, tokens: Tokens, *, raw: bool) -> Page:
+        """A new page behind `parent`."""
+        tokens = np.asarray(tokens, dtype=np.int32)
+        assert len(tokens) > 0
+        page = Page(parent, tokens, page_key(parent.key, tokens), raw, start=parent.end)
+        parent.children.setdefault(int(tokens[0]), []).append(page)
+        return page
+
+    def remove(self, page: Page) -> None:
+        """Take a page without children out of the tree. Precondition: it holds no slots and nothing pins it."""
+        assert not page.children
+        assert page.slots is None
+        assert page.pins == 0
+        assert page.parent is not None
+        siblings = page.parent.children[int(page.tokens[0])]
+        siblings.remove(page)
+        if not siblings:
+            del page.parent.children[int(page.tokens[0])]
+
+    def match(self, ids: Sequence[int] | Tokens) -> Match:
+        """The longest prefix of `ids` that has state. Token ids are compared themselves; equal lengths prefer RAM."""
+        ids = np.asarray(ids, dtype=np.int32)
+        pages: list[Page] = []
+        at, rows, page = 0, 0, self.root
+        while at < len(ids):
+            found, n = self._longest(page.children.get(int(ids[at]), []), ids[at:])
+            if found is None:
+                break
+            pages.append(found)
+            at, rows = at + n, n
+            if n < found.rows:
+                break
+            page = found
+        return Match(pages, rows, at)
+
+    @staticmethod
+    def _longest(candidates: list[Page], ids: Tokens) -> tuple[Page | None, int]:
+        usable = [c for c in candidates if c.slots is not None or c.pieces is not None]
+        scored = [(common_prefix(c.tokens, ids), c.slots is not None, i) for i, c in enumerate(usable)]
+        if not scored:
+            return None, 0
+        n, _, i = max(scored, key=lambda s: (s[0], s[1], -s[2]))
+        return usable[i], n
+
+    def pages(self) -> Iterator[Page]:
+        return self.root.walk()
+
+
+def match_chain(head: Page, ids: Sequence[int] | Tokens) -> Match:
+    """How much of `ids` the chain that ends in `head` covers."""
+    ids = np.asarray(ids, dtype=np.int32)
+    pages: list[Page] = []
+    at, rows = 0, 0
+    for page in head.chain():
+        if page.slots is None and page.pieces is None:
+            break
+        n = common_prefix(page.tokens, ids[at:])
+        if n == 0:
+            break
+        pages.append(page)
+        at, rows = at + n, n
+        if n < page.rows:
+            break
+    return Match(pages, rows, at)
