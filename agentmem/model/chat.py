@@ -1,0 +1,171 @@
+"""Chat messages to token ids and back."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from agentmem.errors import BadRequest, ModelUnavailable
+
+PROBE = 'Zwei  Spaces,\n\ttabs; naïve café 漢字 🙂👩‍💻 x_1 = {"a": [1.5, -2]}  # done\n'
+
+
+class Detokenizer:
+    """Text of a stream of ids: whatever was returned so far, joined, is `decode` of the ids so far.
+
+    Bytes of a character that is not complete yet are held back. One stream each; not thread-safe.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], *, trim: bool = False) -> None:
+        self._pieces = pieces
+        self._trim = trim
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes; may be ""."""
+        return self._trimmed(self._decoder.decode(self._piece(token)))
+
+    def finish(self) -> str:
+        """What was held back: "" or replacement characters. The stream is over."""
+        return self._trimmed(self._decoder.decode(b"", final=True))
+
+    def _piece(self, token: int) -> bytes:
+        return self._pieces[token] if 0 <= token < len(self._pieces) else b""
+
+    def _trimmed(self, text: str) -> str:
+        if self._trim and text:
+            self._trim = False
+            return text.removeprefix(" ")
+        return text
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template. Every method is thread-safe.
+
+    `special` maps the id of each token that is recognised wherever its text occurs to that text.
+    `eos_ids` end a reply. `vocab_size` is one more than the greatest id.
+    """
+
+    special: dict[int, str]
+    eos_ids: frozenset[int]
+    vocab_size: int
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        """Raises ModelUnavailable for a tokenizer without chat template or of a kind not supported."""
+        if not tokenizer.has_chat_template:
+            raise ModelUnavailable("The model has no chat template; choose one that was trained to chat")
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelUnavailable("The model has no fast tokenizer (tokenizer.json); convert it first")
+        self.special = {
+            number: token.content for number, token in sorted(backend.get_added_tokens_decoder().items())
+        }
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocab.values())
+        self._pieces, self._trim = _pieces(json.loads(backend.to_str())["decoder"], vocab, self.special)
+        self._check()
+        self.eos_ids = frozenset(tokenizer.eos_token_ids) | self._ends_of_turn()
+
+    def render(
+        self, messages: list[dict[str, Any]], *, tools: list[Any] | None = None, generation: bool = True
+    ) -> str:
+        """The conversation as the model's chat template writes it; `generation` adds the head of a reply.
+
+        Raises BadRequest where the template refuses the messages.
+        """
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=generation
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            message = f"The model's chat template refuses these messages: {error}"
+            raise BadRequest(message, param="messages") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text. Nothing is added; the text of a special token becomes that token."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens shown, spaces as they are."""
+        stream = self.detokenizer()
+        return "".join([stream.add(token) for token in ids]) + stream.finish()
+
+    def detokenizer(self) -> Detokenizer:
+        """A new stream."""
+        return Detokenizer(self._pieces, trim=self._trim)
+
+    @cached_property
+    def chat_template(self) -> str:
+        """Source of the template, or the name of the code that stands for it."""
+        template = self._tokenizer.chat_template
+        if template is None:
+            return str(self._tokenizer.init_kwargs.get("chat_template_type"))
+        return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+    def _ends_of_turn(self) -> frozenset[int]:
+        """The special token that the template puts right behind a reply."""
+        reply = "reply"
+        turn = [{"role": "user", "content": "question"}, {"role": "assistant", "content": reply}]
+        try:
+            text = self.render(turn, generation=False)
+        except BadRequest:
+            return frozenset()
+        behind = self.encode(text[text.rindex(reply) + len(reply) :])
+        return frozenset(behind[:1]) & self.special.keys()
+
+    def _check(self) -> None:
+        """Raises ModelUnavailable where the tokens' bytes are not what the tokenizer itself decodes."""
+        ids = self.encode(PROBE)
+        expected = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.decode(ids) != expected:
+            raise ModelUnavailable("The model's tokenizer decodes in a way that is not supported")
+
+
+def _pieces(decoder: Any, vocab: dict[str, int], special: dict[int, str]) -> tuple[list[bytes], bool]:
+    """Bytes of every id, and whether the text loses its first space."""
+    steps = list(_steps(decoder))
+    kinds = {step["type"] for step in steps}
+    pieces = [b""] * (1 + max(vocab.values()))
+    if "ByteLevel" in kinds:
+        table = _byte_of_char()
+        for token, number in vocab.items():
+            known = [table.get(char) for char in token]
+            pieces[number] = token.encode() if None in known else bytes(known)  # type: ignore[arg-type]
+    elif "ByteFallback" in kinds or "Metaspace" in kinds:
+        for token, number in vocab.items():
+            is_byte = "ByteFallback" in kinds and len(token) == 6 and token.startswith("<0x")
+            pieces[number] = bytes.fromhex(token[3:5]) if is_byte else token.replace("▁", " ").encode()
+    else:
+        raise ModelUnavailable(f"Tokenizers that decode by {sorted(kinds)} are not supported")
+    for number, text in special.items():
+        pieces[number] = text.encode()
+    trim = any(
+        step["type"] == "Strip" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in steps
+    )
+    return pieces, trim
+
+
+def _steps(decoder: Any) -> Iterable[dict[str, Any]]:
+    if decoder is None:
+        return
+    if decoder["type"] == "Sequence":
+        for part in decoder["decoders"]:
+            yield from _steps(part)
+    else:
+        yield decoder
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes are themselves, the others are characters from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted
