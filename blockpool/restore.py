@@ -1,0 +1,202 @@
+"""Restore: rows of pages from extents into the arena, every byte checked before it may be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import xxhash
+
+from agentmem.blockpool.extent import Extent, ExtentCorrupt, stripe_rows
+from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.page import Page
+
+IOV_MAX = 1024
+
+
+class Run(NamedTuple):
+    """Consecutive rows of an extent and where they go: packed arena rows, rows of one raw slot, or rows of the scratch buffer."""
+
+    extent_row: int
+    rows: int
+    to: Literal["packed", "raw", "scratch"]
+    at: int
+    slot: int = 0
+
+
+@dataclass(slots=True)
+class RestorePlan:
+    """Which runs of which extents fill which pages. `repack`: (page, first page row, scratch row, rows) of rows that lie raw on
+    disk and packed in RAM: packing them again gives the same bits, because it is row-wise."""
+
+    geometry: Geometry
+    pages: list[tuple[Page, tuple[int, ...]]]
+    runs: dict[tuple[int, bool], list[Run]] = field(default_factory=dict)
+    repack: list[tuple[tuple[int, ...], int, int, int]] = field(default_factory=list)
+    scratch_rows: int = 0
+    bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for page, slots in self.pages:
+            self._plan_page(page, slots)
+        for key, runs in self.runs.items():
+            self.runs[key] = _coalesce(sorted(runs))
+
+    def _plan_page(self, page: Page, slots: tuple[int, ...]) -> None:
+        assert page.pieces is not None
+        g = self.geometry
+        for piece in page.pieces:
+            runs = self.runs.setdefault((piece.extent, piece.raw), [])
+            self.bytes += piece.rows * (g.raw_row_bytes if piece.raw else g.packed_row_bytes)
+            if not piece.raw:
+                runs.append(Run(piece.extent_row, piece.rows, "packed", slots[0] * g.page_tokens + piece.page_row))
+            elif page.raw:
+                runs.extend(self._raw_runs(piece.extent_row, piece.page_row, piece.rows, slots))
+            else:
+                runs.append(Run(piece.extent_row, piece.rows, "scratch", self.scratch_rows))
+                self.repack.append((slots, piece.page_row, self.scratch_rows, piece.rows))
+                self.scratch_rows += piece.rows
+
+    def _raw_runs(self, extent_row: int, page_row: int, rows: int, slots: tuple[int, ...]) -> list[Run]:
+        per = self.geometry.raw_per_slot
+        runs = []
+        while rows > 0:
+            slot, at = divmod(page_row, per)
+            n = min(rows, per - at)
+            runs.append(Run(extent_row, n, "raw", at, slots[slot]))
+            extent_row, page_row, rows = extent_row + n, page_row + n, rows - n
+        return runs
+
+
+def _coalesce(runs: list[Run]) -> list[Run]:
+    """Merge runs that follow each other on disk and in memory."""
+    merged: list[Run] = []
+    for run in runs:
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and (last.to, last.slot) == (run.to, run.slot)
+            and last.extent_row + last.rows == run.extent_row
+            and last.at + last.rows == run.at
+        ):
+            merged[-1] = last._replace(rows=last.rows + run.rows)
+        else:
+            merged.append(run)
+    return merged
+
+
+class Reader:
+    """Reads and checks extents on a few threads. Holds no MLX object."""
+
+    def __init__(self, folder: Path, threads: int | None = None) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 2), thread_name_prefix="restore")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def read(
+        self, plan: RestorePlan, names: Mapping[int, str], views: Sequence[np.ndarray] | None
+    ) -> tuple[list[np.ndarray], dict[int, str]]:
+        """Fill the plan's destinations; returns (scratch rows per layer, {extent id: what is wrong with it}).
+
+        `views` are the arena's slots per layer, uint32 [slots, slot_words]; with None the bytes are only checked.
+        Blocks the calling thread, which must not be the engine's.
+        """
+        g = plan.geometry
+        scratch = [np.empty((plan.scratch_rows, w), np.uint32) for w in g.raw_words]
+        bad: dict[int, str] = {}
+        opened: dict[int, Extent] = {}
+        try:
+            for extent in {e for e, _ in plan.runs}:
+                try:
+                    opened[extent] = Extent(self.folder / names[extent])
+                except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
+                    bad[extent] = f"{type(e).__name__}: {e}"
+            jobs: list[tuple[int, Future[None]]] = []
+            for (extent, raw), runs in plan.runs.items():
+                if extent in bad:
+                    continue
+                for layer in range(g.layers):
+                    targets = Targets(g, layer, views[layer] if views is not None else None, scratch[layer])
+                    job = self._pool.submit(_read_layer, opened[extent], raw, layer, runs, targets)
+                    jobs.append((extent, job))
+            for extent, job in jobs:
+                try:
+                    job.result()
+                except (OSError, ExtentCorrupt, ValueError) as e:
+                    bad[extent] = f"{type(e).__name__}: {e}"
+        finally:
+            for e in opened.values():
+                e.close()
+        return scratch, bad
+
+
+@dataclass(slots=True)
+class Targets:
+    """Memory of one layer that runs are read into."""
+
+    geometry: Geometry
+    layer: int
+    view: np.ndarray | None
+    scratch: np.ndarray
+
+    def buffer(self, run: Run, skip: int, rows: int) -> memoryview:
+        """Bytes of `rows` rows of `run`, from its row `skip` on."""
+        if run.to == "scratch":
+            part = self.scratch[run.at + skip : run.at + skip + rows]
+        elif self.view is None:
+            words = (self.geometry.packed_words if run.to == "packed" else self.geometry.raw_words)[self.layer]
+            part = np.empty((rows, words), np.uint32)
+        elif run.to == "packed":
+            words = self.geometry.packed_words[self.layer]
+            part = self.view.reshape(-1, words)[run.at + skip : run.at + skip + rows]
+        else:
+            words = self.geometry.raw_words[self.layer]
+            part = self.view[run.slot, (run.at + skip) * words : (run.at + skip + rows) * words]
+        return memoryview(part).cast("B")
+
+
+def _read_layer(extent: Extent, raw: bool, layer: int, runs: list[Run], targets: Targets) -> None:
+    """Read the stripes that hold `runs`, wanted rows into place and the others into a throw-away buffer; check each stripe."""
+    offset, total, words = extent.locate(raw, layer)
+    step = stripe_rows(words) if words else 1
+    if not runs or runs[-1].extent_row + runs[-1].rows > total:
+        raise ExtentCorrupt(f"rows beyond the {total} rows of layer {layer}")
+    for stripe in sorted({s for r in runs for s in range(r.extent_row // step, (r.extent_row + r.rows - 1) // step + 1)}):
+        first, last = stripe * step, min(total, (stripe + 1) * step)
+        buffers = _stripe_buffers(runs, first, last, words, targets)
+        extent.check(raw, layer, stripe, _read_and_hash(extent.fd, buffers, offset + first * words * 4))
+
+
+def _stripe_buffers(runs: list[Run], first: int, last: int, words: int, targets: Targets) -> list[memoryview]:
+    buffers, at = [], first
+    for run in runs:
+        a, b = max(run.extent_row, first), min(run.extent_row + run.rows, last)
+        if a >= b:
+            continue
+        if a > at:
+            buffers.append(memoryview(bytearray((a - at) * words * 4)))
+        buffers.append(targets.buffer(run, a - run.extent_row, b - a))
+        at = b
+    if at < last:
+        buffers.append(memoryview(bytearray((last - at) * words * 4)))
+    return buffers
+
+
+def _read_and_hash(fd: int, buffers: list[memoryview], offset: int) -> int:
+    digest = xxhash.xxh3_64()
+    for i in range(0, len(buffers), IOV_MAX):
+        part = buffers[i : i + IOV_MAX]
+        want = sum(len(b) for b in part)
+        if os.preadv(fd, part, offset) != want:
+            raise ExtentCorrupt("file is shorter than its header says")
+        offset += want
+        for b in part:
+            digest.update(b)
+    return digest.intdigest()
