@@ -53,18 +53,11 @@ class Folder:
         return cls(path, config, weights)
 
     def load_model(self, progress: Progress) -> tuple[nn.Module, mx.Dtype]:
-        """The model, all weights in memory, and the dtype that it computes in.
-
-        On the CPU everything becomes float32 and nothing stays quantised: narrower arithmetic is slow there.
-        """
+        """The model, all weights in memory, and the dtype that it computes in; see `for_device`."""
         progress("loading the weights", None)
-        on_cpu = mx.default_device().type == mx.cpu
         with _explained(f"The model in {self.path}"):
             model, _ = mlx_lm_utils.load_model(self.path, lazy=True)
-            if on_cpu:
-                model = _widened(model)
-            mx.eval(model.parameters())
-        return model, mx.float32 if on_cpu else compute_dtype(model)
+            return for_device(model)
 
     def load_tokenizer(self) -> ChatTokenizer:
         with _explained(f"The tokenizer in {self.path}"):
@@ -94,6 +87,19 @@ class Folder:
     def _eos_ids(self) -> list[int] | None:
         named = mlx_lm_utils.load_config(self.path).get("eos_token_id")
         return [named] if isinstance(named, int) else named
+
+
+def for_device(model: nn.Module) -> tuple[nn.Module, mx.Dtype]:
+    """The model as the default device runs it best, its weights evaluated, and the dtype that it computes in.
+
+    On the CPU everything becomes float32 and nothing stays quantised: narrower arithmetic is slow there.
+    Raises ModelUnavailable where that does not fit the machine's memory.
+    """
+    on_cpu = mx.default_device().type == mx.cpu
+    if on_cpu:
+        model = _widened(model)
+    mx.eval(model.parameters())
+    return model, mx.float32 if on_cpu else compute_dtype(model)
 
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
