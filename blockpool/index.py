@@ -37,7 +37,7 @@ create table agents (id integer primary key, namespace text not null, name text 
 create table sessions (id integer primary key, agent integer not null references agents on delete cascade, name text not null,
     space integer not null references spaces, head integer references pages on delete set null, unique (agent, name));
 create table turns (session integer not null references sessions on delete cascade, n integer not null,
-    keep_tokens integer not null, keep_chars integer not null, keep_messages integer not null,
+    keep_tokens integer not null, keep_messages integer not null,
     ids blob not null, spans text not null, messages text not null, stats text not null, created real not null,
     primary key (session, n)) without rowid;
 """
@@ -49,7 +49,6 @@ class TurnRow:
 
     n: int
     keep_tokens: int
-    keep_chars: int
     keep_messages: int
     ids: np.ndarray
     spans: list[Any]
@@ -199,8 +198,8 @@ class Index:
                 (s.id, a.id, s.name, space, head),
             )
             run(
-                "insert into turns values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (s.id, t.n, t.keep_tokens, t.keep_chars, t.keep_messages, t.ids.astype(np.int32).tobytes(),
+                "insert into turns values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (s.id, t.n, t.keep_tokens, t.keep_messages, t.ids.astype(np.int32).tobytes(),
                  json.dumps(t.spans), json.dumps(t.messages), json.dumps(t.stats), t.created),
             )  # fmt: skip
             self._delete_pages(commit.dropped)
@@ -258,5 +257,5 @@ class Index:
 
 def _turn(t: dict[str, Any]) -> TurnRow:
     ids = np.frombuffer(t["ids"], dtype=np.int32)
-    return TurnRow(t["n"], t["keep_tokens"], t["keep_chars"], t["keep_messages"], ids, json.loads(t["spans"]),
+    return TurnRow(t["n"], t["keep_tokens"], t["keep_messages"], ids, json.loads(t["spans"]),
                    json.loads(t["messages"]), json.loads(t["stats"]), t["created"])  # fmt: skip

@@ -112,7 +112,8 @@ class Store:
         if turn.extent is not None:
             self.names[turn.extent.id] = turn.extent.name
             self._sizes[turn.extent.id] = turn.extent.bytes
-        self._unlink_unused()
+        if turn.dropped:
+            self._unlink_unused()
         self.bytes_written += written
         return written
 
@@ -188,7 +189,10 @@ class Store:
         return self.extents / self.names[extent]
 
     def _fail(self, error: Exception) -> None:
-        if self.problem is None:
+        """A full disk passes; any other error means that what was written cannot be trusted to be there."""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            log.warning("disk full: this turn stays in RAM and is written with the next one")
+        elif self.problem is None:
             self.problem = str(error)
             log.error("the store is read-only from now on: %s", error)
 

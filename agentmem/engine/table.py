@@ -1,0 +1,289 @@
+"""The page table of one running sequence, and how the model's layers see it.
+
+    | page 0, raw | packed | packed | ... (a cut page keeps its first rows) | tail: raw rows, < page_tokens |
+      blocks, in the arena                                                   MLX arrays of the sequence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from agentmem.blockpool.page import Match, Page
+from agentmem.blockpool.pool import Pool
+from agentmem.quant.attention import Attention, dequantised_history, rotate
+
+Origin = tuple[Page, int]
+
+
+@dataclass(slots=True)
+class Block:
+    """A page of the table. `page` is its node in the tree, or None while it is new; `origin` the page whose first rows it took over."""
+
+    slots: tuple[int, ...]
+    raw: bool
+    tokens: np.ndarray
+    page: Page | None = None
+    origin: Origin | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens)
+
+
+class Table:
+    """State of a sequence's first `len(table)` tokens. Engine thread only.
+
+    Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it.
+    """
+
+    def __init__(self, pool: Pool, dtype: mx.Dtype, attend: Attention) -> None:
+        self.pool = pool
+        self.dtype = dtype
+        self.attend = attend
+        self.blocks: list[Block] = []
+        self.tail: list[mx.array] = [mx.zeros((0, w), mx.uint32) for w in pool.geometry.raw_words]
+        self.tail_tokens: list[int] = []
+        self.tail_origin: Origin | None = None
+        self._pinned: list[Page] = []
+
+    def __len__(self) -> int:
+        return sum(b.rows for b in self.blocks) + len(self.tail_tokens)
+
+    def load(self, match: Match, tokens: int) -> None:
+        """Take over the first `tokens` tokens of a match, all of whose pages are in RAM."""
+        self.pool.pin(match.pages)
+        self._pinned = list(match.pages)
+        left = tokens
+        for page in match.pages:
+            rows = min(left, page.rows)
+            left -= rows
+            if rows:
+                self._load_page(page, rows)
+
+    def _load_page(self, page: Page, rows: int) -> None:
+        assert page.slots is not None
+        g = self.pool.geometry
+        if rows == page.rows and not (page.raw and rows < g.page_tokens):
+            self.blocks.append(Block(page.slots, page.raw, page.tokens, page))
+        elif page.raw:
+            slots = mx.array(page.slots)
+            self.tail = [self.pool.arena.raw(layer, slots, rows) for layer in range(g.layers)]
+            self.tail_tokens = [int(t) for t in page.tokens[:rows]]
+            self.tail_origin = (page, rows)
+        else:
+            self.pool.slots.share(page.slots)
+            self.blocks.append(Block(page.slots, False, page.tokens[:rows], None, (page, rows)))
+
+    def views(self) -> list[LayerView]:
+        """One view per layer for the next forward pass."""
+        history = History(self)
+        return [LayerView(self, history, layer) for layer in range(self.pool.geometry.layers)]
+
+    def slots_for(self, n: int) -> int:
+        """Slots that `n` more tokens will take while the sequence runs."""
+        p, rows, slots = self.pool.geometry.page_tokens, len(self.tail_tokens) + n, 0
+        for i in range(rows // p):
+            slots += self.pool.geometry.slots_for(self._raw_page(len(self.blocks) + i), p)
+        return slots
+
+    def _raw_page(self, number: int) -> bool:
+        format = self.pool.geometry.codecs[0].format
+        return not format.packs or (format.raw_first_page and number == 0)
+
+    def absorb(self, views: list[LayerView], tokens: list[int]) -> tuple[list[mx.array], Callable[[], None]]:
+        """Take in the chunk that the model just ran: returns (arrays to evaluate with the step, what to do after that).
+
+        Full pages are packed once and get slots now; raises Overloaded, changing nothing, when there are none.
+        """
+        g, p = self.pool.geometry, self.pool.geometry.page_tokens
+        rows = [mx.concatenate([old, v.raw_rows()]) for old, v in zip(self.tail, views, strict=True)]
+        all_tokens = np.array(self.tail_tokens + tokens, dtype=np.int32)
+        full = len(all_tokens) // p
+        kinds = [self._raw_page(len(self.blocks) + i) for i in range(full)]
+        slots = [self.pool.take(g.slots_for(raw, p)) for raw in kinds] if full else []
+        lead = kinds.index(False) if False in kinds else full
+        packed = [c.pack(r[lead * p : full * p]) for c, r in zip(g.codecs, rows, strict=True)] if full > lead else []
+        raw = [[r[i * p : (i + 1) * p] for r in rows] for i in range(lead)]
+        tail = [r[full * p :] for r in rows]
+
+        def apply() -> None:
+            for i in range(lead):
+                self.pool.arena.write_raw(slots[i], raw[i])
+            if packed:
+                self.pool.arena.write_packed([s for part in slots[lead:] for s in part], packed)
+            for i in range(full):
+                origin = self.tail_origin if i == 0 else None
+                self.blocks.append(Block(slots[i], kinds[i], all_tokens[i * p : (i + 1) * p], None, origin))
+            self.tail = tail
+            self.tail_tokens = [int(t) for t in all_tokens[full * p :]]
+            if full:
+                self.tail_origin = None
+
+        return [*packed, *(a for page in raw for a in page), *tail], apply
+
+    def cut(self, tokens: int) -> None:
+        """Forget everything behind the first `tokens` tokens."""
+        drop = len(self) - tokens
+        keep = max(0, len(self.tail_tokens) - drop)
+        drop -= len(self.tail_tokens) - keep
+        self.tail_tokens, self.tail = self.tail_tokens[:keep], [t[:keep] for t in self.tail]
+        self.tail_origin = _clip(self.tail_origin, keep)
+        while drop:
+            last = self.blocks[-1]
+            if last.rows <= drop:
+                drop -= last.rows
+                self._drop(self.blocks.pop())
+                continue
+            self._cut_block(last, last.rows - drop)
+            drop = 0
+
+    def _cut_block(self, block: Block, rows: int) -> None:
+        if block.raw:
+            slots = mx.array(block.slots)
+            self.tail = [self.pool.arena.raw(layer, slots, rows) for layer in range(self.pool.geometry.layers)]
+            mx.eval(self.tail)
+            self.tail_tokens = [int(t) for t in block.tokens[:rows]]
+            self.tail_origin = (block.page, rows) if block.page else _clip(block.origin, rows)
+            self._drop(self.blocks.pop())
+            return
+        if block.page is not None:
+            self.pool.slots.share(block.slots)
+            block.origin, block.page = (block.page, rows), None
+        block.origin = _clip(block.origin, rows)
+        block.tokens = block.tokens[:rows]
+
+    def _drop(self, block: Block) -> None:
+        if block.page is None:
+            self.pool.release(block.slots)
+
+    def settle(self, root: Page) -> Page:
+        """Turn the table into pages of the tree behind `root`; returns the last one. The tail gets slots of its own.
+
+        Raises Overloaded, with the table unchanged, when there are none. The table is over afterwards.
+        """
+        g = self.pool.geometry
+        tail_slots = self._settle_tail_slots()
+        tree, parent = self.pool.tree_of(root), root
+        for block in self.blocks:
+            if block.page is None:
+                block.page = self._same(parent, block) or tree.add(parent, block.tokens, raw=block.raw)
+                if block.page.slots is None:
+                    block.page.origin = block.origin
+                    self.pool.settle(block.page, block.slots)
+                else:
+                    self.pool.release(block.slots)
+            parent = block.page
+        if self.tail_tokens:
+            if tail_slots is None:
+                assert self.tail_origin is not None
+                parent = self.tail_origin[0]
+            else:
+                mx.eval(self.tail)
+                self.pool.arena.write_raw(tail_slots, self.tail)
+                parent = tree.add(parent, np.array(self.tail_tokens, np.int32), raw=True)
+                parent.origin = self.tail_origin
+                self.pool.settle(parent, tail_slots)
+        self._end()
+        assert g.layers == len(self.tail)
+        return parent
+
+    def _settle_tail_slots(self) -> tuple[int, ...] | None:
+        """Slots for the tail; None when it is a page of the tree as it is, or empty."""
+        rows, origin = len(self.tail_tokens), self.tail_origin
+        if not rows or (origin is not None and origin[1] == rows == origin[0].rows):
+            return None
+        return self.pool.take(self.pool.geometry.slots_for(True, rows))
+
+    @staticmethod
+    def _same(parent: Page, block: Block) -> Page | None:
+        """A page of the tree that is this very block: same tokens in the same slots."""
+        for page in parent.children.get(int(block.tokens[0]), []):
+            if page.slots == block.slots and page.rows == block.rows:
+                return page
+        return None
+
+    def release(self) -> None:
+        """Give everything back; pages that were reused stay in the tree."""
+        for block in self.blocks:
+            self._drop(block)
+        self._end()
+
+    def _end(self) -> None:
+        self.pool.unpin(self._pinned)
+        self._pinned, self.blocks, self.tail_tokens = [], [], []
+
+
+def _clip(origin: Origin | None, rows: int) -> Origin | None:
+    return (origin[0], min(origin[1], rows)) if origin and rows else None
+
+
+@dataclass(slots=True)
+class History:
+    """Index arrays of a table's blocks, made once per forward pass and shared by all layers."""
+
+    table: Table
+    raw_pages: list[tuple[mx.array, int]] = field(default_factory=list)
+    packed_slots: mx.array | None = None
+    packed_rows: mx.array | None = None
+
+    def __post_init__(self) -> None:
+        page_tokens = self.table.pool.geometry.page_tokens
+        packed = [b for b in self.table.blocks if not b.raw]
+        self.raw_pages = [(mx.array(b.slots), b.rows) for b in self.table.blocks if b.raw]
+        if packed:
+            self.packed_slots = mx.array([b.slots[0] for b in packed])
+        if any(b.rows < page_tokens for b in packed):
+            rows = [np.arange(b.rows) + i * page_tokens for i, b in enumerate(packed)]
+            self.packed_rows = mx.array(np.concatenate(rows))
+
+    def layer(self, layer: int) -> tuple[list[mx.array], mx.array | None]:
+        """(blocks of raw rows, packed rows or None) of one layer, lazily."""
+        arena = self.table.pool.arena
+        raw = [arena.raw(layer, slots, rows) for slots, rows in self.raw_pages]
+        raw.append(self.table.tail[layer])
+        if self.packed_slots is None:
+            return raw, None
+        packed = arena.packed(layer, self.packed_slots)
+        return raw, packed if self.packed_rows is None else packed[self.packed_rows]
+
+
+class LayerView:
+    """What one layer of an mlx-lm model gets as its cache for one forward pass over one sequence."""
+
+    def __init__(self, table: Table, history: History, layer: int) -> None:
+        self.offset = len(table)
+        self._table = table
+        self._history = history
+        self._layer = layer
+        self._codec = table.pool.geometry.codecs[layer]
+        self._rows: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """keys, values [1, heads, n, dim] of the chunk; the history joins in `attend`."""
+        return keys, values
+
+    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> str | None:
+        """Masks are made in `attend`; a window never reaches us, since such models are refused."""
+        assert window_size is None
+        return "causal" if n > 1 else None
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:
+        """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
+        rotation = self._codec.format.rotation
+        keys = rotate(keys, rotation)
+        self._rows = self._codec.raw(keys[0], values[0])
+        raw, packed = self._history.layer(self._layer)
+        history = dequantised_history(self._codec, raw, packed, self._table.dtype)
+        return self._table.attend(rotate(queries, rotation), keys, values, history, scale=scale, sinks=sinks)
+
+    def raw_rows(self) -> mx.array:
+        """The chunk's rows, 16-bit: uint32 [n, raw_words]. Precondition: the model ran."""
+        assert self._rows is not None
+        return self._rows
