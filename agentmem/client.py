@@ -1,4 +1,4 @@
-"""The daemon over HTTP for Python programs: `AgentMemClient`, and `AsyncAgentMemClient` with the same methods.
+"""The daemon over HTTP for Python programs: `AgentMemClient`, and for asyncio `AsyncAgentMemClient`.
 
 Both raise the types of `agentmem.errors`, and `DaemonNotRunning` when nobody answers. Neither needs MLX.
 """

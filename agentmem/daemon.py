@@ -40,7 +40,7 @@ class DaemonRecord:
 
     @property
     def alive(self) -> bool:
-        """Whether the process that wrote this still runs; a later process with the same pid does not count."""
+        """Whether the process that wrote this still runs. A later process of the same pid does not count."""
         try:
             process = psutil.Process(self.pid)
             return (

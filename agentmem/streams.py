@@ -13,7 +13,7 @@ from agentmem.wire import Assembly, ChatResult, transport_error
 
 
 class ChatStream:
-    """Iterate for pieces of text; `result` is the whole reply at the end. `close` before it cancels the turn."""
+    """Iterate for pieces of text, then read `result`, the whole reply. Closing it early cancels the turn."""
 
     def __init__(self, response: httpx.Response, endpoint: Endpoint) -> None:
         self._response = response

@@ -108,43 +108,43 @@ def explain_call(agent: str, namespace: str, session: str | None) -> Call:
     )
 
 
-_BY_CODE: dict[str, type[AgentMemError]] = {
-    "context_length_exceeded": ContextOverflow,
-    "model_unavailable": ModelUnavailable,
-    "store_unavailable": StoreError,
-    "already_running": AlreadyRunning,
-}
-_BY_STATUS: dict[int, type[AgentMemError]] = {
-    400: BadRequest,
-    401: Unauthorized,
-    403: Forbidden,
-    404: NotFound,
-    409: AlreadyRunning,
-    429: Overloaded,
-}
+_KINDS: tuple[type[AgentMemError], ...] = (
+    BadRequest,
+    ContextOverflow,
+    Unauthorized,
+    Forbidden,
+    NotFound,
+    Overloaded,
+    ModelUnavailable,
+    StoreError,
+    AlreadyRunning,
+)
+_BY_CODE = {str(kind.code): kind for kind in _KINDS}
+_BY_TYPE = {kind.type: kind for kind in _KINDS if kind is not ContextOverflow}
+_BY_STATUS = {kind.status: kind for kind in _KINDS if kind is not ContextOverflow and kind.status != 503}
 
 
-def error_from(status: int, body: Any, retry_after_ms: str | None = None) -> AgentMemError:
-    """The error that an answer of the daemon stands for; `body` is its decoded JSON, whatever that is."""
+def error_from(status: int | None, body: Any, retry_after_ms: str | None = None) -> AgentMemError:
+    """The error that an answer of the daemon stands for; `body` is its decoded JSON, whatever that is.
+
+    `status` is None for an error inside a stream.
+    """
     envelope = body.get("error") if isinstance(body, dict) else None
     envelope = envelope if isinstance(envelope, dict) else {}
-    message = str(envelope.get("message") or f"the daemon answered with status {status}")
-    code = envelope.get("code")
-    kind = _BY_CODE.get(str(code)) or _BY_STATUS.get(status, AgentMemError)
-    error: AgentMemError
-    if kind is Overloaded:
-        wait = int(retry_after_ms) if retry_after_ms and retry_after_ms.isdigit() else 1000
-        error = Overloaded(message, retry_after_ms=wait)
-    else:
-        error = kind(message)
-    error.status = status
-    error.type = str(envelope.get("type") or error.type)
-    error.code = code if code is not None else error.code
+    code, type_ = str(envelope.get("code")), str(envelope.get("type"))
+    kind = _BY_CODE.get(code) or _BY_STATUS.get(status or 0) or _BY_TYPE.get(type_) or AgentMemError
+    error = kind(str(envelope.get("message") or f"the daemon answered with status {status}"))
+    error.status = status or error.status
+    error.type = envelope.get("type") or error.type
+    error.code = envelope.get("code") or error.code
     error.param = envelope.get("param")
+    if isinstance(error, Overloaded) and retry_after_ms and retry_after_ms.isdecimal():
+        error.retry_after_ms = int(retry_after_ms)
     return error
 
 
 def transport_error(endpoint: Endpoint, cause: httpx.TransportError) -> AgentMemError:
+    """What a broken connection means to the caller."""
     if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout):
         return DaemonNotRunning(f"nobody answers at {endpoint.url}; start the daemon with: agentmem up")
     if isinstance(cause, httpx.TimeoutException):
@@ -197,7 +197,7 @@ class Assembly:
             return ""
         event = json.loads(data)
         if "error" in event:
-            raise error_from(int(event["error"].get("status") or 500), event)
+            raise error_from(None, event)
         self.id, self.model = event.get("id", self.id), event.get("model", self.model)
         self.usage = event.get("usage") or self.usage
         text = ""

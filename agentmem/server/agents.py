@@ -1,0 +1,81 @@
+"""`/v1/agents`: list, show, warm, evict, append, explain, forget. All need the token."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query
+
+from agentmem.engine.request import ChatRequest, check_name
+from agentmem.server.bodies import AppendBody
+from agentmem.server.daemon import Daemon
+
+
+def named_agent(agent: str) -> str:
+    """The agent of the path. Raises BadRequest."""
+    return check_name(agent)
+
+
+def named_namespace(namespace: Annotated[str, Query()] = "default") -> str:
+    """The namespace of the query. Raises BadRequest."""
+    return check_name(namespace, "namespace")
+
+
+def named_session(session: Annotated[str | None, Query()] = None) -> str | None:
+    """The session of the query, if one is named. Raises BadRequest."""
+    return None if session is None else check_name(session, "session")
+
+
+Agent = Annotated[str, Depends(named_agent)]
+Namespace = Annotated[str, Depends(named_namespace)]
+Session = Annotated[str | None, Depends(named_session)]
+
+
+def agents_router(daemon: Daemon) -> APIRouter:
+    """The routes run in worker threads: the runtime's methods block."""
+    router = APIRouter(prefix="/v1/agents")
+    runtime = daemon.runtime
+
+    @router.get("")
+    def list_agents(namespace: Namespace) -> dict[str, Any]:
+        """Every agent of a namespace."""
+        return {"object": "list", "data": runtime.agents(namespace)}
+
+    @router.get("/{agent}")
+    def show_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
+        return dict(runtime.agent(agent, namespace))
+
+    @router.delete("/{agent}")
+    def forget_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
+        """Delete an agent and the state that no other agent uses. Cannot be undone."""
+        freed = runtime.forget(agent, namespace)["bytes_freed"]
+        return {"agent": agent, "deleted": True, "bytes_freed": freed}
+
+    @router.post("/{agent}/warm")
+    def warm_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
+        """Bring the agent's state from disk into RAM."""
+        return dict(runtime.warm(agent, namespace))
+
+    @router.post("/{agent}/evict")
+    def evict_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
+        """Take the agent's state out of RAM; it stays on disk."""
+        return dict(runtime.evict(agent, namespace))
+
+    @router.post("/{agent}/append")
+    def append_to_agent(agent: Agent, namespace: Namespace, body: AppendBody) -> dict[str, Any]:
+        """Add to an agent's session without a reply. Returns the usage object."""
+        request = ChatRequest(
+            agent=agent,
+            session=body.session,
+            namespace=namespace,
+            messages=body.normalised(),
+            history="server",
+        )
+        return runtime.append(request)
+
+    @router.get("/{agent}/explain")
+    def explain_agent(agent: Agent, namespace: Namespace, session: Session) -> dict[str, Any]:
+        """Why the last turn was reused as far as it was."""
+        return runtime.explain(agent, session, namespace)
+
+    return router

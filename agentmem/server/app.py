@@ -1,0 +1,120 @@
+"""The HTTP application over one runtime."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentmem import __version__
+from agentmem.server.agents import agents_router
+from agentmem.server.completions import completions_router
+from agentmem.server.daemon import Daemon
+from agentmem.server.errors import install_handlers
+from agentmem.server.metrics import Metrics
+from agentmem.server.security import Bodies, Gate, Lock
+from agentmem.settings import Settings
+
+if TYPE_CHECKING:
+    from agentmem.runtime import Runtime
+
+
+def create_app(runtime: Runtime, settings: Settings, token: str) -> FastAPI:
+    """The application. `token` opens every route; see `security` for what is open without it."""
+    daemon = Daemon(runtime, settings)
+    # No documentation pages: they load scripts from foreign servers.
+    app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None)
+    install_handlers(app)
+    app.include_router(completions_router(daemon))
+    app.include_router(agents_router(daemon))
+    app.include_router(daemon_router(daemon))
+    # The last one added is the first to see a request.
+    app.add_middleware(Bodies, settings=settings)
+    app.add_middleware(Lock, settings=settings, token=token)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+        )
+    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(Counted, metrics=daemon.metrics)
+    return app
+
+
+def daemon_router(daemon: Daemon) -> APIRouter:
+    """Models, health, store and metrics."""
+    router = APIRouter()
+    runtime = daemon.runtime
+
+    @router.get("/v1/models")
+    def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [daemon.model()]}
+
+    @router.get("/v1/models/{name:path}")
+    def show_model(name: str) -> dict[str, Any]:
+        daemon.check_model(name)
+        return daemon.model()
+
+    @router.get("/health")
+    def health(request: Request) -> dict[str, Any]:
+        """`status` alone without the token, everything with it."""
+        facts = {"status": "ok", **runtime.health()}
+        if not request.state.trusted:
+            return {"status": facts["status"]}
+        return {
+            **facts,
+            "version": __version__,
+            "pid": os.getpid(),
+            "model": runtime.model_name,
+            "max_context": runtime.max_context,
+            "home": str(daemon.settings.home),
+            "started": daemon.started,
+            "uptime_s": time.time() - daemon.started,
+        }
+
+    @router.get("/v1/store")
+    def store() -> dict[str, Any]:
+        """Budgets and bytes."""
+        return runtime.store()
+
+    @router.get("/metrics")
+    def metrics() -> Response:
+        return Response(daemon.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+class Counted:
+    """Counts every answer by the route's pattern, never by its path: paths hold names and have no end."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.answered(_route(scope), message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counting)
+        except Exception:
+            self.metrics.answered(_route(scope), 500)
+            raise
+
+
+def _route(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path", "none")

@@ -1,0 +1,131 @@
+"""`POST /v1/chat/completions`: one turn of one agent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Started
+from agentmem.server.bodies import ChatBody
+from agentmem.server.daemon import Daemon
+from agentmem.server.identity import resolve
+from agentmem.server.sse import TurnStream, chunks, finish_reason
+from agentmem.server.turn import Turn
+
+FIRST_EVENT_S = 2.0
+CLIENT_CLOSED_REQUEST = 499
+
+Result = TypeVar("Result")
+
+
+def completions_router(daemon: Daemon) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
+        """One turn. Messages are the whole conversation, or (`agentmem.history`: "server") follow it."""
+        daemon.check_model(body.model)
+        turn = Turn(daemon.runtime, chat_request(request, body), daemon.metrics)
+        answer = _stream(daemon, turn, body) if body.stream else _whole(daemon, turn)
+        try:
+            response = await while_connected(request, answer)
+        except BaseException:
+            turn.cancel()
+            raise
+        if response is None:
+            turn.cancel()
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        return response
+
+    return router
+
+
+def chat_request(request: Request, body: ChatBody) -> ChatRequest:
+    """The engine's form of a request. Raises BadRequest."""
+    who = resolve(request.headers, body)
+    return ChatRequest(
+        agent=who.agent,
+        session=who.session,
+        namespace=who.namespace,
+        identity_source=who.source,
+        messages=[message.normalised() for message in body.messages],
+        history=body.agentmem.history,
+        max_tokens=body.reply_limit,
+        stop=list(body.stop or []),
+        sampling=body.sampling(),
+    )
+
+
+async def _whole(daemon: Daemon, turn: Turn) -> Response:
+    first = await turn.next()
+    if isinstance(first, Failed):
+        raise first.error
+    end = first if isinstance(first, Finished) else await turn.finish()
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": end.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": finish_reason(end),
+    }
+    body = {**_head(daemon, "chat.completion"), "choices": [choice], "usage": end.usage}
+    return JSONResponse(body, headers=reuse_headers(turn.request, first))
+
+
+async def _stream(daemon: Daemon, turn: Turn, body: ChatBody) -> Response:
+    # Headers wait for the first event, so that an error has a status of its own; but not for ever, because
+    # clients give up on a connection that says nothing.
+    first = await turn.next(FIRST_EVENT_S)
+    if isinstance(first, Failed):
+        raise first.error
+    head = _head(daemon, "chat.completion.chunk")
+    return TurnStream(
+        turn, chunks(turn, first, head, body.wants_usage_chunk), reuse_headers(turn.request, first)
+    )
+
+
+def _head(daemon: Daemon, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": daemon.runtime.model_name,
+    }
+
+
+def reuse_headers(request: ChatRequest, first: Event | None) -> dict[str, str]:
+    """What was remembered, for clients that never ask for usage. Says less while the plan is not made."""
+    headers = {"x-agentmem-agent": request.agent, "x-agentmem-session": request.session}
+    if isinstance(first, Started):
+        headers["x-agentmem-cache"] = reuse_word(first)
+        headers["x-agentmem-cached-tokens"] = str(first.cached_tokens)
+    return headers
+
+
+def reuse_word(started: Started) -> str:
+    """`hit` when at least half of the prompt was remembered."""
+    if started.cached_tokens == 0:
+        return "miss"
+    return "hit" if started.cached_tokens * 2 >= started.prompt_tokens else "partial"
+
+
+async def while_connected(request: Request, answer: Coroutine[Any, Any, Result]) -> Result | None:
+    """The answer, or None when the client left before it was there."""
+    working = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

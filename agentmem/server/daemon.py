@@ -1,0 +1,51 @@
+"""What the routes share: the runtime, its settings, its numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from agentmem.server.errors import UnknownModel
+from agentmem.server.metrics import Metrics
+from agentmem.settings import Settings
+
+if TYPE_CHECKING:
+    from agentmem.runtime import Runtime
+
+MODEL_ALIASES = frozenset({"", "agentmem", "default"})
+
+
+class Daemon:
+    """One served runtime. `started` is in epoch seconds."""
+
+    def __init__(self, runtime: Runtime, settings: Settings) -> None:
+        self.runtime = runtime
+        self.settings = settings
+        self.started = time.time()
+        self.metrics = Metrics(self.gauges)
+
+    def check_model(self, name: str | None, param: str | None = "model") -> None:
+        """Raises UnknownModel unless `name` is the loaded model or a word for it."""
+        if name is not None and name not in MODEL_ALIASES and name != self.runtime.model_name:
+            raise UnknownModel(
+                f"the model {name[:80]!r} is not served here; use {self.runtime.model_name!r} or 'default'",
+                param=param,
+            )
+
+    def model(self) -> dict[str, Any]:
+        """The loaded model as OpenAI lists one."""
+        return {
+            "id": self.runtime.model_name,
+            "object": "model",
+            "created": int(self.started),
+            "owned_by": "agentmem",
+            "max_context": self.runtime.max_context,
+        }
+
+    def gauges(self) -> Mapping[str, Any]:
+        """Numbers of this moment. Blocks."""
+        store = self.runtime.store()
+        return {f"store_{name}": value for name, value in store.items()} | {
+            "uptime_seconds": time.time() - self.started
+        }

@@ -1,0 +1,137 @@
+"""Errors on the wire: OpenAI's envelope for every status, from every layer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from agentmem.errors import AgentMemError, BadRequest, ModelUnavailable, NotFound, Overloaded
+
+log = logging.getLogger(__name__)
+
+UNSUPPORTED = "unsupported_parameter"
+WORTH_ANOTHER_TRY = frozenset({408, 409, 429})
+
+
+class TooLarge(BadRequest):
+    """The request body is larger than the daemon takes."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class WrongContentType(BadRequest):
+    """A body that is not declared as JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class TooSlow(AgentMemError):
+    """The request body did not arrive in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class UnknownModel(NotFound):
+    """The request names a model that this daemon does not serve."""
+
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+def unsupported(message: str) -> PydanticCustomError:
+    """For validators: a feature that the API knows and this daemon does not have."""
+    return PydanticCustomError(UNSUPPORTED, "{message}", {"message": message})
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """For validators: a value that makes no sense."""
+    return PydanticCustomError("invalid_value", "{message}", {"message": message})
+
+
+def envelope(error: AgentMemError) -> dict[str, Any]:
+    """The body that stands for `error`."""
+    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return {"error": fields}
+
+
+def error_response(error: AgentMemError) -> JSONResponse:
+    """The whole answer that stands for `error`, with the headers that steer a client's retries."""
+    headers: dict[str, str] = {}
+    permanent = error.status < 500 and error.status not in WORTH_ANOTHER_TRY
+    if permanent or isinstance(error, ModelUnavailable):
+        headers["x-should-retry"] = "false"
+    if isinstance(error, Overloaded):
+        headers["retry-after-ms"] = str(error.retry_after_ms)
+        headers["retry-after"] = str(math.ceil(error.retry_after_ms / 1000))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(envelope(error), error.status, headers)
+
+
+def from_validation(error: RequestValidationError) -> BadRequest:
+    """The first thing wrong with a request, named by its dotted field."""
+    first = error.errors()[0]
+    place = [str(step) for step in first["loc"]]
+    kind = first["type"]
+    if kind == "json_invalid":
+        return BadRequest(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    param = ".".join(place[1:]) or None
+    message = first["msg"]
+    if kind == "missing":
+        return BadRequest(
+            f"{param or 'a JSON body'} is required", param=param, code="missing_required_parameter"
+        )
+    return BadRequest(
+        f"{param}: {message}" if param else message,
+        param=param,
+        code=UNSUPPORTED if kind == UNSUPPORTED else None,
+    )
+
+
+def from_http(error: HTTPException) -> AgentMemError:
+    """The framework's own refusals: no such route, wrong method, unreadable body."""
+    if error.status_code == 404:
+        return NotFound("no such route; see GET /openapi.json for those there are", code="route_not_found")
+    if error.status_code == 405:
+        refusal: AgentMemError = BadRequest("this route does not take that method", code="method_not_allowed")
+    elif error.status_code < 500:
+        refusal = BadRequest(str(error.detail))
+    else:
+        refusal = AgentMemError(str(error.detail))
+    refusal.status = error.status_code
+    return refusal
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make `app` answer every failure in the envelope."""
+
+    @app.exception_handler(AgentMemError)
+    async def _ours(request: Request, error: AgentMemError) -> JSONResponse:
+        if error.status >= 500:
+            log.error("%s %s: %s", request.method, request.url.path, error.message)
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(from_validation(error))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        response = error_response(from_http(error))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        return error_response(AgentMemError("internal error; the daemon's log has the details"))
