@@ -19,6 +19,7 @@ from agentmem.cli.output import (
     print_json,
     print_table,
 )
+from agentmem.cli.text_input import read_text
 from agentmem.client import AgentMemClient
 
 COLUMNS = ("AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST")
@@ -110,7 +111,7 @@ def _size(info: dict[str, Any]) -> str:
 @json_option
 def append(agent: str, file: TextIO, session: str | None, role: str, as_json: bool) -> None:
     """Add the text of FILE (- is standard input) to an agent's memory, without a reply."""
-    text = _read(file)
+    text = read_text(file)
     with AgentMemClient() as client, console(stderr=True).status(f"{agent} is reading"):
         usage = client.append(agent, text, session=session, role=role)
     if as_json:
@@ -122,16 +123,6 @@ def append(agent: str, file: TextIO, session: str | None, role: str, as_json: bo
         f"{agent}: {format_count(memory.get('prefilled_tokens', 0))} tokens read in "
         f"{format_ms(memory.get('prefill_ms'))}, {kept}"
     )
-
-
-def _read(file: TextIO) -> str:
-    try:
-        text = file.read()
-    except UnicodeDecodeError as cause:
-        raise click.UsageError(f"{file.name} is not UTF-8 text: {cause}") from cause
-    if not text.strip():
-        raise click.UsageError(f"{file.name} is empty")
-    return text
 
 
 @click.command()

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from agentmem.errors import AgentMemError, AlreadyRunning
+from filelock import FileLock, Timeout
+
+from agentmem.errors import AgentMemError, AlreadyRunning, BadRequest, Forbidden
 from agentmem.home import Home
 
 START_TIMEOUT_S = 1800.0  # a first start may fetch and convert a model
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.05
 LOG_LIMIT = 16 << 20
-ALREADY_RUNNING_CODE = 5
+USAGE_CODE, REFUSED_CODE = 2, 5  # of the daemon process
 
 
 class Ready(NamedTuple):
@@ -112,7 +114,8 @@ def start_daemon(
     """Start a daemon on `home`, detached, and wait until it is ready to serve.
 
     `environment` replaces the environment of this process. Raises AlreadyRunning when another daemon holds
-    the home, StartFailed when it ends or is silent for `timeout` seconds; then no process is left behind.
+    the home, BadRequest and Forbidden for settings that are wrong or refused, StartFailed when it ends for
+    another reason or is silent for `timeout` seconds. After an error no process is left behind.
     """
     home.prepare()
     _rotate(home.log)
@@ -128,7 +131,7 @@ def start_daemon(
             start_new_session=True,
         )
     try:
-        return Daemon(process, home, _await_ready(process, home.log, offset, on_progress, timeout))
+        return Daemon(process, home, _await_ready(process, home, offset, on_progress, timeout))
     except BaseException:
         process.kill()
         process.wait()
@@ -136,11 +139,11 @@ def start_daemon(
 
 
 def _await_ready(
-    process: subprocess.Popen[bytes], log: Path, offset: int, on_progress: OnProgress | None, timeout: float
+    process: subprocess.Popen[bytes], home: Home, offset: int, on_progress: OnProgress | None, timeout: float
 ) -> str:
     heard = time.monotonic()
     last_words = ""
-    with log.open(encoding="utf-8", errors="replace") as lines:
+    with home.log.open(encoding="utf-8", errors="replace") as lines:
         lines.seek(offset)
         partial = ""
         while True:
@@ -158,17 +161,27 @@ def _await_ready(
                         on_progress(*progress)
                 last_words = line or last_words
             if ended:
-                raise _start_error(process.returncode, last_words, log)
+                raise _start_error(process.returncode, last_words, home)
             if time.monotonic() - heard > timeout:
-                raise StartFailed(f"the daemon said nothing for {timeout:.0f} s; its log is {log}")
+                raise StartFailed(f"the daemon said nothing for {timeout:.0f} s; its log is {home.log}")
             time.sleep(POLL_S)
 
 
-def _start_error(code: int, last_words: str, log: Path) -> AgentMemError:
+def _start_error(code: int, last_words: str, home: Home) -> AgentMemError:
     reason = last_words.removeprefix("agentmem: ") or f"it ended with code {code}"
-    if code == ALREADY_RUNNING_CODE:
-        return AlreadyRunning(reason)
-    return StartFailed(f"the daemon did not start: {reason} (log: {log})")
+    if code == REFUSED_CODE:
+        return AlreadyRunning(reason) if _is_held(home) else Forbidden(reason)
+    if code == USAGE_CODE:
+        return BadRequest(reason)
+    return StartFailed(f"the daemon did not start: {reason} (log: {home.log})")
+
+
+def _is_held(home: Home) -> bool:
+    try:
+        with FileLock(home.lock, timeout=0, mode=0o600):
+            return False
+    except Timeout:
+        return True
 
 
 def _rotate(log: Path) -> None:

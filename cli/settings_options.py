@@ -9,7 +9,7 @@ import click
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-_OPTIONS = (
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--model", help="embedded, a local MLX folder, a .gguf file, or a Hugging Face repository."),
     click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 picks a free one."),
     click.option("--host", help="Address to listen on. Default: 127.0.0.1."),

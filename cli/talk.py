@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import click
 
 from agentmem.cli.output import format_count, format_ms, json_option, print_json, say
+from agentmem.cli.text_input import read_text
 from agentmem.client import AgentMemClient, ChatResult, ChatStream
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-_OPTIONS = (
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--session", help="Session of the agent. Default: its default session."),
     click.option("--system", help="System message in front of this turn; meant for a new session."),
     click.option("--max-tokens", type=click.IntRange(1), help="Tokens of a reply at most."),
@@ -36,7 +37,7 @@ def talk_options(command: Decorated) -> Decorated:
 @json_option
 def run(agent: str, text: str, as_json: bool, **options: Any) -> None:
     """Say TEXT (- is standard input) to AGENT and print the reply. The agent remembers both."""
-    text = click.get_text_stream("stdin").read() if text == "-" else text
+    text = read_text(sys.stdin) if text == "-" else text
     if not text.strip():
         raise click.UsageError("TEXT is empty")
     with AgentMemClient() as client:

@@ -1,6 +1,6 @@
 """The openai package against the daemon. Run it twice: the second time the agent remembers the first.
 
-    pip install openai && agentmem up && python examples/openai_client.py
+pip install openai && agentmem up && python examples/openai_client.py
 """
 
 from openai import OpenAI

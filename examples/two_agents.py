@@ -1,6 +1,6 @@
 """Two agents, one model, two memories: each knows only what it was told, and knows it after a restart too.
 
-    agentmem up && python examples/two_agents.py
+agentmem up && python examples/two_agents.py
 """
 
 from agentmem.client import AgentMemClient
@@ -19,4 +19,6 @@ with AgentMemClient() as client:
         print(f"  {memory['exact_tokens']} tokens remembered, {memory['prefilled_tokens']} read anew")
 
     for info in client.agents():
-        print(f"{info['agent']}: {info['tokens']} tokens, {info['disk_bytes']} bytes on disk, {info['state']}")
+        print(
+            f"{info['agent']}: {info['tokens']} tokens, {info['disk_bytes']} bytes on disk, {info['state']}"
+        )

@@ -1,0 +1,66 @@
+"""Every example runs against a daemon and prints what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_line import invoke, parse
+
+from agentmem.home import Home
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str) -> str:
+    command = ["sh"] if name.endswith(".sh") else [sys.executable]
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    url = parse(invoke("status", "--json"))["url"]
+    result = subprocess.run(
+        [*command, str(EXAMPLES / name)],
+        env={**os.environ, "PATH": scripts, "AGENTMEM_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    return result.stdout
+
+
+def test_every_example_has_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for example in EXAMPLES.iterdir():
+        if example.is_file():
+            assert f'run("{example.name}")' in source, f"{example.name} has no test"
+
+
+def test_openai_client_remembers_its_first_run(daemon: Home) -> None:
+    pattern = re.compile(r"\((\d+) of (\d+) prompt tokens were remembered\)")
+    first = pattern.search(run("openai_client.py"))
+    second = pattern.search(run("openai_client.py"))
+    assert first is not None
+    assert second is not None
+    assert int(first[1]) == 0
+    # The same prompt again: all of it but the one token whose logits start the reply.
+    assert int(second[1]) == int(second[2]) - 1
+    assert parse(invoke("show", "geographer", "--json"))["agent"]["turns"] == 2
+
+
+def test_two_agents_have_two_memories(daemon: Home) -> None:
+    printed = run("two_agents.py")
+    assert len(re.findall(r"^  [1-9]\d* tokens remembered", printed, re.MULTILINE)) == 2
+    names = {agent["agent"] for agent in parse(invoke("agents", "--json"))["agents"]}
+    assert {"gardener", "cook"} <= names
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_curl_prints_a_reply_and_its_agent(daemon: Home) -> None:
+    reply, agent = run("curl.sh").strip().splitlines()
+    assert json.loads(reply)["choices"][0]["message"]["role"] == "assistant"
+    assert json.loads(agent)["agent"] == "traveller"
