@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import agentmem
 from agentmem.cli.output import format_bytes
 from agentmem.client import AgentMemClient
 from agentmem.daemon import read_record
@@ -111,7 +112,11 @@ def check_daemon(home: Home) -> tuple[dict[str, Any], Check]:
             health = client.health()
     except AgentMemError as error:
         return {}, Check("daemon", "warning", error.message, f"see agentmem logs; its pid is {record.pid}")
-    return health, Check("daemon", "ok", f"serves {record.model} at {record.url}")
+    serves = f"serves {record.model} at {record.url}"
+    if record.version != agentmem.__version__:
+        versions = f"it is version {record.version}, this command is {agentmem.__version__}"
+        return health, Check("daemon", "warning", f"{serves}; {versions}", "agentmem down && agentmem up")
+    return health, Check("daemon", "ok", serves)
 
 
 def check_blas(health: dict[str, Any]) -> Check:

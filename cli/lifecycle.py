@@ -17,6 +17,7 @@ from agentmem.cli.daemon import (
     STOP_TIMEOUT_S,
     Progress,
     Ready,
+    StartFailed,
     StopFailed,
     read_line,
     server_command,
@@ -32,6 +33,7 @@ from agentmem.errors import AlreadyRunning
 from agentmem.home import Home, default_home
 
 RACE_TIMEOUT_S = 60.0
+RACE_PAUSE_S = 2.0
 
 
 @click.command()
@@ -58,21 +60,34 @@ def up(as_json: bool, **settings: Any) -> None:
 
 
 def _start(home: Home, settings: dict[str, Any]) -> tuple[DaemonRecord, str]:
-    with Steps() as steps:
-        try:
-            start_daemon(home, settings, on_progress=steps.daemon)
-            status = "started"
-        except AlreadyRunning:
-            # Another `up` of this moment won the lock; its daemon is as good as ours.
-            status = "running"
-        return _await_record(home), status
-
-
-def _await_record(home: Home) -> DaemonRecord:
+    """The daemon that holds `home` in the end: ours ("started"), or that of another call ("running")."""
     deadline = time.monotonic() + RACE_TIMEOUT_S
-    while (record := running_daemon(home)) is None:
-        if time.monotonic() > deadline:
-            raise AlreadyRunning(f"another daemon holds {home.root} and is not ready yet; try again later")
+    with Steps() as steps:
+        steps.step("starting the daemon")
+        while True:
+            try:
+                start_daemon(home, settings, on_progress=steps.daemon)
+            except AlreadyRunning:
+                # Its holder may be about to serve, or about to be gone: look again, then try again.
+                if (record := _look_for(home, RACE_PAUSE_S)) is not None:
+                    return record, "running"
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                return _started(home), "started"
+
+
+def _started(home: Home) -> DaemonRecord:
+    record = _look_for(home, RACE_PAUSE_S)
+    if record is None:
+        raise StartFailed(f"the daemon became ready and is gone again; its log is {home.log}")
+    return record
+
+
+def _look_for(home: Home, seconds: float) -> DaemonRecord | None:
+    """The record of a running daemon, as soon as there is one."""
+    deadline = time.monotonic() + seconds
+    while (record := running_daemon(home)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return record
 

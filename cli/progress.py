@@ -12,9 +12,9 @@ from agentmem.cli.output import console, say
 
 
 class Steps:
-    """A bar over `total` steps (0: no such bar) and, below it, a bar of what the daemon is busy with."""
+    """A bar over `total` steps (None: not known) and, below it, a bar of what the daemon is busy with."""
 
-    def __init__(self, total: int = 0) -> None:
+    def __init__(self, total: int | None = None) -> None:
         self._interactive = sys.stderr.isatty()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -24,7 +24,7 @@ class Steps:
             transient=True,
             disable=not self._interactive,
         )
-        self._steps = self._progress.add_task("", total=total, visible=total > 0)
+        self._steps = self._progress.add_task("", total=total)
         self._daemon: TaskID | None = None
         self._said = ""
 
