@@ -209,11 +209,12 @@ class Index:
         for page, pieces in pages:
             parent = page.parent.id if page.parent is not None else None
             run(
-                "insert into pages values (?, ?, ?, ?, ?)",
+                "insert or ignore into pages values (?, ?, ?, ?, ?)",
                 (page.id, space, parent, int(page.raw), page.tokens.astype(np.int32).tobytes()),
             )
             for p in pieces:
-                run("insert into pieces values (?, ?, ?, ?, ?, ?)", (page.id, p.page_row, p.extent, int(p.raw), p.extent_row, p.rows))
+                row = (page.id, p.page_row, p.extent, int(p.raw), p.extent_row, p.rows)
+                run("insert or replace into pieces values (?, ?, ?, ?, ?, ?)", row)
 
     def _delete_pages(self, ids: Iterable[int]) -> None:
         for page in sorted(ids, reverse=True):
@@ -225,9 +226,14 @@ class Index:
             self.db.conn.execute("delete from agents where id = ?", (agent,))
             self._delete_pages(pages)
 
-    def drop_pages(self, pages: Iterable[int], heads: dict[int, int | None]) -> None:
-        """Delete pages whose rows are gone; `heads` gives sessions the page their state now ends with."""
+    def drop_pages(self, pages: Iterable[int], bare: Iterable[int], heads: dict[int, int | None]) -> None:
+        """Delete pages whose rows are gone, and the rows' places of pages that live on in RAM (`bare`).
+
+        `heads` gives sessions the page their state now ends with.
+        """
         with self.db.atomic():
+            for page in bare:
+                self.db.conn.execute("delete from pieces where page = ?", (page,))
             for session, head in heads.items():
                 self.db.conn.execute("update sessions set head = ? where id = ?", (head, session))
             self._delete_pages(pages)

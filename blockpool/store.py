@@ -148,8 +148,8 @@ class Store:
 
         self._jobs.put(job)
 
-    def quarantine(self, bad: dict[int, str], pages: list[int], heads: dict[int, int | None]) -> None:
-        """Put damaged extents aside and forget the pages in them. `heads`: what the touched sessions' state now ends with."""
+    def quarantine(self, bad: dict[int, str], pages: list[int], bare: list[int], heads: dict[int, int | None]) -> None:
+        """Put damaged extents aside and forget the pages in them; see `Index.drop_pages`."""
         names = {e: self.names.get(e) for e in bad}
         for extent, reason in bad.items():
             log.warning("extent %s quarantined: %s; its tokens will be prefilled", (names[extent] or "?")[:12], reason)
@@ -157,7 +157,7 @@ class Store:
 
         def job() -> None:
             try:
-                self.index.drop_pages(pages, heads)
+                self.index.drop_pages(pages, bare, heads)
                 for extent, name in names.items():
                     path = self.extents / (name or "?")
                     if path.exists():

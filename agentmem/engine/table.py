@@ -105,7 +105,7 @@ class Table:
         all_tokens = np.array(self.tail_tokens + tokens, dtype=np.int32)
         full = len(all_tokens) // p
         kinds = [self._raw_page(len(self.blocks) + i) for i in range(full)]
-        slots = [self.pool.take(g.slots_for(raw, p)) for raw in kinds] if full else []
+        slots = self._take_pages(kinds)
         lead = kinds.index(False) if False in kinds else full
         packed = [c.pack(r[lead * p : full * p]) for c, r in zip(g.codecs, rows, strict=True)] if full > lead else []
         raw = [[r[i * p : (i + 1) * p] for r in rows] for i in range(lead)]
@@ -125,6 +125,13 @@ class Table:
                 self.tail_origin = None
 
         return [*packed, *(a for page in raw for a in page), *tail], apply
+
+    def _take_pages(self, kinds: list[bool]) -> list[tuple[int, ...]]:
+        """Slots for full pages, raw where `kinds` says so; all or none."""
+        g = self.pool.geometry
+        sizes = [g.slots_for(raw, g.page_tokens) for raw in kinds]
+        taken = iter(self.pool.take(sum(sizes)) if sizes else ())
+        return [tuple(next(taken) for _ in range(n)) for n in sizes]
 
     def cut(self, tokens: int) -> None:
         """Forget everything behind the first `tokens` tokens."""

@@ -1,0 +1,177 @@
+"""The canonical tokens of a session: what the model saw and sampled, and how a client's text lines up with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from agentmem.blockpool.index import TurnRow
+
+Kind = Literal["prompt", "reply", "end"]
+
+
+class Tokenizer(Protocol):
+    """What a conversation needs of a tokenizer; see `agentmem.model.chat.ChatTokenizer`."""
+
+    special: dict[int, str]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Span(NamedTuple):
+    """A stretch of the session: rendered prompt text, a reply as the client saw it, or the token that ended a reply."""
+
+    kind: Kind
+    text: str
+    ids: list[int]
+
+
+class Alignment(NamedTuple):
+    """A new prompt over the old session: the first `keep` ids stand, `text` is new and was tokenised to `ids`."""
+
+    keep: int
+    text: str
+    ids: list[int]
+
+
+class Conversation:
+    """Spans and messages of one session."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.spans: list[Span] = []
+        self.messages: list[dict[str, Any]] = []
+        self.turns = 0
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids, those without state (an end-of-turn token that was sampled last) too."""
+        return [t for span in self.spans for t in span.ids]
+
+    def align(self, text: str) -> Alignment:
+        """Line the rendered prompt `text` up with the session.
+
+        Where a message's text equals ours, our ids stand, however the model had split it into tokens. Only what follows is
+        tokenised, from a special token on, so that no token depends on text before the cut and no second BOS appears.
+        """
+        keep, at = self._matching(text)
+        suffix = text[at:]
+        return Alignment(keep, suffix, self._tokenizer.encode(suffix))
+
+    def _matching(self, text: str) -> tuple[int, int]:
+        """(tokens, characters of `text`) of the longest stand that ends at a special token."""
+        best, keep, at = (0, 0), 0, 0
+        for i, span in enumerate(self.spans):
+            length = self._span_match(i, text, at)
+            if length is None:
+                within = self._anchor(span, text, at)
+                return (keep + within[0], at + within[1]) if within else best
+            anchor = self._anchor(span, text, at)
+            if anchor:
+                best = (keep + anchor[0], at + anchor[1])
+            keep, at = keep + len(span.ids), at + length
+            if self._clean(text, at):
+                best = (keep, at)
+        return best
+
+    def _span_match(self, i: int, text: str, at: int) -> int | None:
+        """Characters of `text` from `at` that equal span `i`; None when they differ.
+
+        Chat templates trim replies, so a reply also matches without its outer white space.
+        """
+        span = self.spans[i]
+        if text.startswith(span.text, at):
+            return len(span.text)
+        trimmed = span.text.strip()
+        if span.kind == "reply" and text.startswith(trimmed, at) and self._clean(text, at + len(trimmed)):
+            return len(trimmed)
+        return None
+
+    def _clean(self, text: str, at: int) -> bool:
+        """True where tokenisation can start afresh: a special token begins or ends at `at`."""
+        return any(text.startswith(s, at) or text.endswith(s, 0, at) for s in self._tokenizer.special.values())
+
+    def _anchor(self, span: Span, text: str, at: int) -> tuple[int, int] | None:
+        """(tokens, characters) of the span up to the end of its last special token that `text` shares; None without one."""
+        if span.kind == "reply":
+            return None
+        shared = _common_characters(span.text, text[at : at + len(span.text)])
+        found, position = None, 0
+        for n, token in enumerate(span.ids):
+            special = self._tokenizer.special.get(token)
+            if special is None:
+                continue
+            position = span.text.find(special, position)
+            if position < 0 or position + len(special) > shared:
+                break
+            position += len(special)
+            found = (n + 1, position)
+        return found
+
+    def begin(self, alignment: Alignment) -> None:
+        """Drop what the alignment does not keep, and add its prompt."""
+        self.truncate(alignment.keep)
+        if alignment.ids:
+            self.spans.append(Span("prompt", alignment.text, alignment.ids))
+
+    def truncate(self, keep: int) -> None:
+        """Keep the first `keep` ids. A span is only ever cut behind one of its special tokens."""
+        spans, self.spans = self.spans, []
+        for span in spans:
+            if keep >= len(span.ids):
+                self.spans.append(span)
+            elif keep:
+                self.spans.append(Span(span.kind, self._tokenizer.decode(span.ids[:keep]), span.ids[:keep]))
+            keep -= min(keep, len(span.ids))
+
+    def apply(self, turn: TurnRow) -> None:
+        """Replay one entry of the token log."""
+        self.truncate(turn.keep_tokens)
+        at = 0
+        for kind, n, text in turn.spans:
+            ids = [int(t) for t in turn.ids[at : at + n]]
+            self.spans.append(Span(kind, self._tokenizer.decode(ids) if text is None else text, ids))
+            at += n
+        self.messages = [*self.messages[: turn.keep_messages], *turn.messages]
+        self.turns = turn.n
+
+    def record(self, alignment: Alignment, added: list[Span], messages: list[dict[str, Any]]) -> TurnRow:
+        """Add a turn and return its log entry (without stats and time). Text that decodes from its ids is not logged twice."""
+        keep = min(alignment.keep, len(self.ids))
+        self.begin(alignment)
+        self.spans.extend(added)
+        spans = ([Span("prompt", alignment.text, alignment.ids)] if alignment.ids else []) + added
+        kept = _common_messages(self.messages, messages)
+        row = TurnRow(
+            n=self.turns + 1,
+            keep_tokens=keep,
+            keep_messages=kept,
+            ids=np.array([t for s in spans for t in s.ids], dtype=np.int32),
+            spans=[[s.kind, len(s.ids), None if self._tokenizer.decode(s.ids) == s.text else s.text] for s in spans],
+            messages=messages[kept:],
+            stats={},
+            created=0.0,
+        )
+        self.messages, self.turns = list(messages), row.n
+        return row
+
+
+def _common_characters(a: str, b: str) -> int:
+    if a == b:
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
+
+
+def _common_messages(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n

@@ -1,0 +1,317 @@
+"""The engine: one thread that owns MLX and steps all running sequences. `step` = plan -> run -> settle."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import mlx.core as mx
+
+from agentmem.blockpool.pool import Pool
+from agentmem.blockpool.store import Store
+from agentmem.engine.memory import Memory
+from agentmem.engine.planner import Planner
+from agentmem.engine.recall import Recall
+from agentmem.engine.request import Delta, Failed, Finished
+from agentmem.engine.sequence import Finish, Sequence
+from agentmem.engine.table import LayerView, Table
+from agentmem.errors import AgentMemError, Overloaded
+from agentmem.model.loaded import LoadedModel
+from agentmem.quant.attention import Attention
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Chunk = tuple[Sequence, list[int]]
+Outcome = tuple[Sequence, int | None]
+
+MAX_ACTIVE = 4
+SATISFIED = 1e-9
+
+
+class Engine:
+    """Runs sequences. Other threads use `submit` and `call` only; everything else happens on the engine thread.
+
+    A failing sequence fails alone: its slots are released and the others go on.
+    """
+
+    def __init__(
+        self, model: LoadedModel, memory: Memory, pool: Pool, store: Store, planner: Planner, attend: Attention, *,
+        chunk_tokens: int, queue_limit: int, wait_for_commit: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.memory, self.pool, self.store, self.planner = model, memory, pool, store, planner
+        self.recall = Recall(pool, store)
+        self.attend = attend
+        self.chunk_tokens, self.queue_limit, self.wait_for_commit = chunk_tokens, queue_limit, wait_for_commit
+        self.waiting: deque[Sequence] = deque()
+        self.active: list[Sequence] = []
+        self.prefill_rate: float | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._closing = False
+
+    def wake(self) -> None:
+        """There is something to do; safe from any thread."""
+        self._wake.set()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a request; raises Overloaded when the queue is full. Any thread."""
+        if len(self.waiting) + self._inbox.qsize() >= self.queue_limit:
+            raise Overloaded(f"{self.queue_limit} requests are waiting already")
+        self._inbox.put(lambda: self.waiting.append(sequence))
+        self.wake()
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run `job` on the engine thread between steps. Any thread."""
+        self._inbox.put(job)
+        self.wake()
+
+    def close(self) -> None:
+        """Stop after the current step; running replies end as cancelled and are kept. Any thread."""
+        self._closing = True
+        self.wake()
+
+    def loop(self) -> None:
+        """Body of the engine thread."""
+        while not self._closing:
+            if not self.step():
+                self.pool.check()
+                self._wake.wait(timeout=1.0)
+            self._wake.clear()
+        for sequence in [*self.active, *self.waiting]:
+            sequence.ticket.cancel()
+        deadline = time.monotonic() + 30
+        while (self.active or self.waiting or self.memory.unwritten) and time.monotonic() < deadline:
+            if not self.step():
+                self._wake.wait(timeout=0.05)
+            self._wake.clear()
+
+    def step(self) -> bool:
+        """One step of every running sequence; returns whether anything was done."""
+        drained = self._drain()
+        chunks = self.plan()
+        outcomes = [self.run(*chunk) for chunk in chunks]
+        self.settle([o for o in outcomes if o is not None])
+        return drained or bool(chunks)
+
+    def _drain(self) -> bool:
+        done = False
+        for box in (self._inbox, self.store.completions):
+            while True:
+                try:
+                    job = box.get_nowait()
+                except queue.Empty:
+                    break
+                job()
+                done = True
+        return done
+
+    def plan(self) -> list[Chunk]:
+        """Admit what can start, end what was cancelled, and choose the tokens that each sequence is fed in this step."""
+        for sequence in [s for s in self.active if s.ticket.cancelled and s.phase in ("prefill", "decode")]:
+            self._finish(sequence, "cancelled")
+        self._admit()
+        ready = [s for s in self.active if s.phase in ("prefill", "decode", "closing")]
+        return [(s, s.next_chunk(self.chunk_tokens)) for s in ready]
+
+    def _admit(self) -> None:
+        for sequence in list(self.waiting):
+            if len(self.active) >= MAX_ACTIVE:
+                return
+            try:
+                admitted = self.planner.admit(sequence, self.active)
+            except AgentMemError as error:
+                self.waiting.remove(sequence)
+                self._fail(sequence, error)
+                continue
+            if admitted:
+                self.waiting.remove(sequence)
+                self.active.append(sequence)
+                self._restore(sequence)
+
+    def _restore(self, sequence: Sequence) -> None:
+        """Bring the matched pages into RAM, then start the prefill."""
+        assert sequence.match is not None
+        missing = [p for p in sequence.match.pages if p.slots is None]
+        sequence.phase = "restoring"
+        if not missing:
+            self._start(sequence)
+            return
+        sequence.restored = sum(p.rows for p in missing)
+
+        def done(bad: dict[int, str], seconds: float) -> None:
+            sequence.restore_ms += 1e3 * seconds
+            if bad:
+                self.planner.unpin(sequence)
+                self.memory.lose(bad)
+                self.planner.replan(sequence)
+                self._restore(sequence)
+            else:
+                self._start(sequence)
+
+        try:
+            self.recall.start(missing, done)
+        except Overloaded as error:
+            self._retry_or_fail(sequence, error, lambda: self._restore(sequence))
+
+    def _retry_or_fail(self, sequence: Sequence, error: AgentMemError, again: Callable[[], None]) -> None:
+        """Slots are missing: they come free when a write or another sequence ends; without either the request fails."""
+        others = [s for s in self.active if s is not sequence and s.phase != "done"]
+        if self.memory.unwritten or others or self.recall.running:
+            self._wake.wait(timeout=0.01)
+            self._inbox.put(again)
+        else:
+            self._fail(sequence, error)
+
+    def _start(self, sequence: Sequence) -> None:
+        assert sequence.match is not None
+        if sequence.phase == "done":
+            return
+        table = Table(self.pool, self.model.dtype, self.attend)
+        table.load(sequence.match, sequence.reused)
+        sequence.table = table
+        self.planner.unpin(sequence)
+        sequence.phase = "prefill"
+        sequence.sink(self.planner.started(sequence))
+
+    def run(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
+        """One forward pass of one sequence over `tokens`; returns the sampled token, or None where none is due."""
+        table = sequence.table
+        assert table is not None
+        start = time.perf_counter()
+        try:
+            views = table.views()
+            logits = self.model.model(mx.array([tokens]), cache=views)
+            arrays, apply = self._absorb(table, views, tokens)
+            token = self._token(sequence, logits, len(table) + len(tokens))
+            mx.eval(arrays, *([token] if token is not None else []))
+            apply()
+        except Overloaded as error:
+            self._retry_or_fail(sequence, error, lambda: None)
+            return None
+        except AgentMemError as error:
+            self._fail(sequence, error)
+            return None
+        except Exception as error:
+            log.exception("a step failed")
+            self._fail(sequence, AgentMemError(f"the step failed: {error}"))
+            return None
+        if sequence.phase == "prefill":
+            sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
+        return sequence, int(token.item()) if token is not None else None
+
+    @staticmethod
+    def _absorb(table: Table, views: list[LayerView], tokens: list[int]) -> tuple[list[mx.array], Callable[[], None]]:
+        return table.absorb(views, tokens)
+
+    def _token(self, sequence: Sequence, logits: mx.array, fed: int) -> mx.array | None:
+        """The next token, lazily; None while the prompt is not all fed, and where no reply is wanted."""
+        if sequence.phase == "closing" or not sequence.generate or fed < len(sequence.ids):
+            return None
+        assert sequence.sampler is not None
+        assert sequence.reply is not None
+        return sequence.sampler.choose(logits[0, -1], len(sequence.reply.tokens))
+
+    def settle(self, outcomes: list[Outcome]) -> None:
+        """Stream new text; end the sequences that are complete."""
+        for sequence, token in outcomes:
+            if sequence.phase == "closing":
+                self._end(sequence)
+            elif token is not None:
+                self._take_token(sequence, token)
+            elif not sequence.generate and sequence.prompt_done:
+                self._finish(sequence, "stop")
+        self.active = [s for s in self.active if s.phase != "done"]
+
+    def _take_token(self, sequence: Sequence, token: int) -> None:
+        reply, table = sequence.reply, sequence.table
+        assert reply is not None
+        assert table is not None
+        assert sequence.sampler is not None
+        if sequence.phase == "prefill":
+            sequence.phase = "decode"
+            sequence.ttft_ms = 1e3 * (time.perf_counter() - sequence.submitted)
+            self._measure_rate(sequence)
+        sequence.last = token
+        if token in self.model.tokenizer.eos_ids:
+            sequence.end = token
+            self._finish(sequence, "stop")
+            return
+        sequence.sampler.saw(token)
+        self._show(sequence, reply.add(token))
+        if reply.stopped:
+            self._finish(sequence, "stop")
+        elif len(reply.tokens) >= sequence.max_tokens:
+            self._finish(sequence, "length")
+
+    def _measure_rate(self, sequence: Sequence) -> None:
+        """Prefill rate of this machine in tokens per millisecond, from prefills that are long enough to tell."""
+        prefilled = len(sequence.ids) - sequence.reused
+        if prefilled >= 256 and sequence.prefill_ms > SATISFIED:
+            self.prefill_rate = prefilled / sequence.prefill_ms
+
+    def _show(self, sequence: Sequence, text: str) -> None:
+        if text:
+            sequence.sink(Delta(text))
+
+    def _finish(self, sequence: Sequence, finish: Finish) -> None:
+        """The reply is over: the table keeps exactly its tokens. The last one is fed once more where it has no state yet."""
+        sequence.finish = finish
+        reply, table = sequence.reply, sequence.table
+        assert table is not None
+        if reply is not None:
+            self._show(sequence, reply.finish())
+            kept = len(sequence.ids) + reply.kept()
+            if len(table) > kept:
+                table.cut(kept)
+            elif len(table) == kept - 1 and reply.tokens:
+                sequence.phase = "closing"
+                return
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Turn the table into pages, log the turn, and report once it is committed."""
+        assert sequence.table is not None
+        assert sequence.agent is not None
+        assert sequence.session is not None
+        try:
+            head = sequence.table.settle(self.pool.tree(sequence.request.namespace).root)
+        except Overloaded as error:
+            sequence.phase = "restoring"
+            self._retry_or_fail(sequence, error, lambda: self._end(sequence))
+            return
+        turn = self.planner.record(sequence, head)
+        sequence.phase = "done"
+        sequence.session.busy = False
+        if sequence in self.active:
+            self.active.remove(sequence)
+
+        def committed(written: int, error: Exception | None) -> None:
+            self._report(sequence, written, error is None)
+
+        if self.wait_for_commit:
+            self.memory.finish(sequence.agent, sequence.session, turn, head, committed)
+        else:
+            self.memory.finish(sequence.agent, sequence.session, turn, head, lambda *_: None)
+            self._report(sequence, 0, False)
+
+    def _report(self, sequence: Sequence, written: int, committed: bool) -> None:
+        text = sequence.reply.text if sequence.reply is not None else ""
+        sequence.sink(Finished(sequence.finish, text, sequence.usage(written, committed)))
+
+    def _fail(self, sequence: Sequence, error: AgentMemError) -> None:
+        """Release everything of a request and report the error."""
+        if sequence.phase == "done":
+            return
+        sequence.phase = "done"
+        if sequence.table is not None:
+            sequence.table.release()
+        self.planner.drop(sequence)
+        if sequence in self.active:
+            self.active.remove(sequence)
+        sequence.sink(Failed(error))

@@ -1,0 +1,171 @@
+"""The exact planner: which remembered prefix a request starts from, and what its turn adds to the session."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from agentmem.blockpool.index import TurnRow
+from agentmem.blockpool.page import Page
+from agentmem.blockpool.pool import Pool
+from agentmem.engine.conversation import Alignment
+from agentmem.engine.memory import Memory
+from agentmem.engine.reply import Reply
+from agentmem.engine.request import Started
+from agentmem.engine.sampler import Sampler
+from agentmem.engine.sequence import Sequence
+from agentmem.errors import BadRequest, ContextOverflow
+from agentmem.model.chat import ChatTokenizer
+
+
+class Planner:
+    """Plans one request at a time. Engine thread only."""
+
+    def __init__(self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, *, max_context: int, max_reply: int) -> None:
+        self._memory = memory
+        self._pool = pool
+        self._tokenizer = tokenizer
+        self._max_context = max_context
+        self._max_reply = max_reply
+
+    def admit(self, sequence: Sequence, active: list[Sequence]) -> bool:
+        """Plan `sequence` when it may start now: its session is free, and its slots fit beside those of `active`.
+
+        Raises BadRequest or ContextOverflow for what can never run.
+        """
+        request = sequence.request
+        known = self._memory.agent(request.namespace, request.agent)
+        if known is not None and request.session in known.sessions and known.sessions[request.session].busy:
+            return False
+        agent, session = self._memory.open(request.namespace, request.agent, request.session)
+        sequence.agent, sequence.session = agent, session
+        if not sequence.ids:
+            self._render(sequence)
+        need = self._pool.geometry.worst_slots(len(sequence.ids) + sequence.max_tokens + 1)
+        taken = sum(self._pool.geometry.worst_slots(len(s.ids) + s.max_tokens + 1) for s in active)
+        if taken and need + taken > self._pool.slots.count:
+            return False
+        session.busy = True
+        self.replan(sequence)
+        return True
+
+    def _render(self, sequence: Sequence) -> None:
+        """Messages -> canonical token ids of the prompt; checks that prompt and reply fit."""
+        request, session = sequence.request, sequence.session
+        assert session is not None
+        old = session.conversation.messages if request.history == "server" else []
+        sequence.messages = [*old, *request.messages]
+        text = self._tokenizer.render(sequence.messages, tools=request.tools, generation=sequence.generate)
+        alignment = session.conversation.align(text)
+        sequence.alignment = alignment
+        sequence.ids = session.conversation.ids[: alignment.keep] + alignment.ids
+        if not sequence.ids:
+            raise BadRequest("the messages hold no text", param="messages")
+        self._fit(sequence)
+        if sequence.generate:
+            sequence.reply = Reply(self._tokenizer.detokenizer(), request.stop)
+            sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62))
+
+    def _fit(self, sequence: Sequence) -> None:
+        prompt, asked = len(sequence.ids), sequence.request.max_tokens
+        room = self._max_context - prompt
+        wanted = (asked if asked is not None else min(self._max_reply, max(room, 1))) if sequence.generate else 0
+        if wanted > room:
+            raise ContextOverflow(
+                f"the prompt has {prompt} tokens and the reply may have {wanted}; the context holds {self._max_context}. "
+                "Shorten the conversation or lower max_tokens.",
+                param="messages" if prompt > self._max_context else "max_tokens",
+            )
+        need = self._pool.geometry.worst_slots(prompt + wanted + 1)
+        if need > self._pool.slots.count:
+            raise ContextOverflow(
+                f"{prompt} + {wanted} tokens need {need * self._pool.geometry.slot_bytes} bytes of KV state; ram_budget holds "
+                f"{self._pool.capacity_bytes}. Raise ram_budget or lower max_tokens.",
+                param="max_tokens",
+            )
+        sequence.max_tokens = wanted
+
+    def replan(self, sequence: Sequence) -> None:
+        """Choose the remembered prefix; its pages stay pinned until the table holds them. At least one token is left to feed."""
+        session = sequence.session
+        assert session is not None
+        match = self._memory.match(sequence.request.namespace, session, sequence.ids)
+        reuse = min(match.tokens, len(sequence.ids) - int(sequence.generate))
+        sequence.match, sequence.reused = match, reuse
+        in_ram = all(p.slots is not None for p in match.pages)
+        sequence.state_before = "cold" if not reuse else "hot" if in_ram else "warm"
+        self._pool.pin(match.pages)
+        sequence.pinned = list(match.pages)
+
+    def unpin(self, sequence: Sequence) -> None:
+        """The table holds the pages now, or they turned out damaged."""
+        self._pool.unpin(sequence.pinned)
+        sequence.pinned = []
+
+    def drop(self, sequence: Sequence) -> None:
+        """A request ended without a turn."""
+        self.unpin(sequence)
+        if sequence.session is not None and sequence.agent is not None:
+            if sequence.match is not None:
+                sequence.session.busy = False
+            self._memory.close_unused(sequence.agent, sequence.session)
+
+    @staticmethod
+    def started(sequence: Sequence) -> Started:
+        r = sequence.request
+        return Started(r.agent, r.session, len(sequence.ids), sequence.reused, sequence.state_before)
+
+    def record(self, sequence: Sequence, head: Page) -> TurnRow:
+        """Add the turn to the session's conversation; returns its log entry. A cancelled prefill keeps what was fed."""
+        session, alignment = sequence.session, sequence.alignment
+        assert session is not None
+        assert sequence.agent is not None
+        assert alignment is not None
+        messages = sequence.messages
+        before = len(session.conversation.ids)
+        spans = sequence.spans(self._tokenizer.special)
+        if head.end < len(sequence.ids):
+            alignment, spans, messages = self._cut_short(sequence, head.end), [], session.conversation.messages
+        elif sequence.generate:
+            assert sequence.reply is not None
+            messages = [*messages, {"role": "assistant", "content": sequence.reply.text}]
+        turn = session.conversation.record(alignment, spans, messages)
+        turn.stats = self._stats(sequence, before)
+        self._count(sequence, sequence.agent.row.totals)
+        return turn
+
+    def _cut_short(self, sequence: Sequence, fed: int) -> Alignment:
+        assert sequence.alignment is not None
+        keep = min(sequence.alignment.keep, fed)
+        ids = sequence.ids[keep:fed]
+        return Alignment(keep, self._tokenizer.decode(ids), ids)
+
+    def _stats(self, sequence: Sequence, before: int) -> dict[str, Any]:
+        """What `explain` tells of this turn."""
+        assert sequence.alignment is not None
+        if not before:
+            reason = "new_session"
+        elif sequence.lost:
+            reason = "quarantined"
+        elif sequence.alignment.keep >= before:
+            reason = "extended"
+        else:
+            reason = "input_changed"
+        usage = sequence.usage(0, False)
+        return {
+            "reason": reason,
+            "session_tokens_before": before,
+            "kept_tokens": sequence.alignment.keep,
+            "identity_source": sequence.request.identity_source,
+            "finish": sequence.finish,
+            "prompt_tokens": len(sequence.ids),
+            "completion_tokens": usage["completion_tokens"],
+            **{k: v for k, v in usage["agentmem"].items() if k not in ("agent", "session", "bytes_written", "committed")},
+        }
+
+    @staticmethod
+    def _count(sequence: Sequence, totals: dict[str, Any]) -> None:
+        for name, value in (("turns", 1), ("prompt_tokens", len(sequence.ids)), ("cached_tokens", sequence.reused)):
+            totals[name] = totals.get(name, 0) + value
+
+
