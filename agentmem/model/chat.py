@@ -69,7 +69,7 @@ class ChatTokenizer:
         }
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocab.values())
-        self._pieces, self._trim = _pieces(json.loads(backend.to_str())["decoder"], vocab, self.special)
+        self._pieces, self._trim = _pieces(_decoder(backend), vocab, self.special)
         self._check()
         self.eos_ids = frozenset(tokenizer.eos_token_ids) | self._ends_of_turn()
 
@@ -93,7 +93,10 @@ class ChatTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens shown, spaces as they are."""
+        """Text of the ids, special tokens shown, spaces as they are.
+
+        Gives back what a byte-level tokenizer encoded, but for bytes that its vocabulary lacks.
+        """
         stream = self.detokenizer()
         return "".join([stream.add(token) for token in ids]) + stream.finish()
 
@@ -117,7 +120,7 @@ class ChatTokenizer:
             text = self.render(turn, generation=False)
         except BadRequest:
             return frozenset()
-        behind = self.encode(text[text.rindex(reply) + len(reply) :])
+        behind = self.encode(text.rpartition(reply)[2])
         return frozenset(behind[:1]) & self.special.keys()
 
     def _check(self) -> None:
@@ -151,6 +154,10 @@ def _pieces(decoder: Any, vocab: dict[str, int], special: dict[int, str]) -> tup
         for step in steps
     )
     return pieces, trim
+
+
+def _decoder(backend: Any) -> Any:
+    return None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
 
 
 def _steps(decoder: Any) -> Iterable[dict[str, Any]]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 from filelock import FileLock
+from mlx_lm.models.rope_utils import Llama3RoPE
 
 from agentmem.errors import ModelUnavailable
 from agentmem.model.gguf import Header, read_header
 from agentmem.model.progress import Progress
+from agentmem.model.unsound import unsound
 from agentmem.model.vocabulary import build_tokenizer, eos_ids, tokenizer_config
 
 VERSION = 1
@@ -40,6 +42,8 @@ NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def converted(source: Path, sha256: str, target: Path, progress: Progress) -> Path:
@@ -57,7 +61,8 @@ def converted(source: Path, sha256: str, target: Path, progress: Progress) -> Pa
             shutil.rmtree(left, ignore_errors=True)
         unfinished = Path(mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
-            _write(source, sha256, unfinished, progress)
+            with unsound(f"{source.name} cannot be converted"):
+                _write(source, sha256, unfinished, progress)
             if target.exists():
                 shutil.rmtree(target)
             unfinished.rename(target)
@@ -83,6 +88,8 @@ def _write(source: Path, sha256: str, folder: Path, progress: Progress) -> None:
     progress("converting the weights", None)
     tensors = mx.load(str(source), format="gguf")
     assert isinstance(tensors, dict)
+    if ROPE_FACTORS in tensors:
+        config["rope_scaling"] = _llama3_scaling(config, tensors.pop(ROPE_FACTORS))
     weights = mlx_weights(header, tensors)
     quantization = _quantization(header)
     if quantization:
@@ -146,9 +153,30 @@ def mlx_weights(header: Header, tensors: dict[str, mx.array]) -> dict[str, mx.ar
         layer, part, suffix = found.groups()
         if header.architecture == "llama" and part in ("attn_q", "attn_k"):
             tensor = _half_rotated(tensor, heads if part == "attn_q" else kv_heads)
+        if tensor.ndim == 1:
+            tensor = _narrowed(tensor)
         prefix = f"model.layers.{layer}." if layer else ""
         weights[f"{prefix}{NAMES[part]}.{suffix}"] = tensor
     return weights
+
+
+def _narrowed(vector: mx.array) -> mx.array:
+    """The vector in float16 where that is exact: a float32 norm would widen every activation behind it."""
+    narrow = vector.astype(mx.float16)
+    return narrow if mx.array_equal(narrow.astype(mx.float32), vector.astype(mx.float32)) else vector
+
+
+def _llama3_scaling(config: dict[str, Any], factors: mx.array) -> dict[str, Any]:
+    """The RoPE scaling of Llama 3.1 and later, of which GGUF keeps only the factor of every frequency.
+
+    Raises ModelUnavailable where the factors are not those of that scaling.
+    """
+    scaling = {"rope_type": "llama3", "factor": float(factors.max()), **LLAMA3}
+    dims, base = config["head_dim"], config["rope_theta"]
+    scaled = Llama3RoPE(dims, base=base, scaling_config=scaling)._freqs
+    if not mx.allclose(scaled / base ** (mx.arange(0, dims, 2) / dims), factors, rtol=1e-3):
+        raise ModelUnavailable("GGUF files with RoPE factors other than those of Llama 3.1 are not supported")
+    return scaling
 
 
 def _half_rotated(rows: mx.array, heads: int) -> mx.array:

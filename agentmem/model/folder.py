@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,18 @@ from agentmem.errors import ModelUnavailable
 from agentmem.model.chat import ChatTokenizer
 from agentmem.model.identity import HashCache, digest, rope_part
 from agentmem.model.progress import Progress
+from agentmem.model.unsound import unsound
 
 DEFAULT_CONTEXT = 4096
 """Tokens, for models whose config names no limit."""
 MEMORY_SHARE = 0.9
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +62,17 @@ class Folder:
     def load_model(self, progress: Progress) -> tuple[nn.Module, mx.Dtype]:
         """The model, all weights in memory, and the dtype that it computes in; see `for_device`."""
         progress("loading the weights", None)
-        with _explained(f"The model in {self.path}"):
+        with unsound(f"The model in {self.path} cannot be loaded"):
             model, _ = mlx_lm_utils.load_model(self.path, lazy=True)
             return for_device(model)
 
     def load_tokenizer(self) -> ChatTokenizer:
-        with _explained(f"The tokenizer in {self.path}"):
+        with unsound(f"The tokenizer in {self.path} cannot be loaded"):
             return ChatTokenizer(mlx_lm_utils.load_tokenizer(self.path, eos_token_ids=self._eos_ids()))
 
     def identity(self, tokenizer: ChatTokenizer, hashes: HashCache, progress: Progress) -> dict[str, str]:
         """The model part of the fingerprint, each a sha256."""
-        names = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json")
-        texts = [self.path / name for name in names if (self.path / name).exists()]
+        texts = [self.path / name for name in TOKENIZER_FILES if (self.path / name).exists()]
         return {
             "weights": digest({file.name: hashes.sha256(file, progress) for file in self.weights}),
             "config": digest(self.config),
@@ -133,14 +139,3 @@ def _known(config: dict[str, Any]) -> bool:
     except ValueError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Any:
-    """Turns whatever mlx-lm and transformers raise over an unsound folder into ModelUnavailable."""
-    try:
-        yield
-    except ModelUnavailable:
-        raise
-    except Exception as error:
-        raise ModelUnavailable(f"{what} cannot be loaded: {type(error).__name__}: {error}") from error

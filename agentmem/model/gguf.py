@@ -23,7 +23,7 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """One way that GGUF packs numbers: `block` numbers in `size` bytes. `readable`: MLX reads it."""
+    """One way that GGUF packs numbers: `block` numbers in `size` bytes. `readable`: MLX reads it rightly."""
 
     name: str
     block: int
@@ -46,7 +46,7 @@ TENSOR_TYPES = {
     13: TensorType("Q5_K", 256, 176),
     14: TensorType("Q6_K", 256, 210),
     15: TensorType("Q8_K", 256, 292),
-    30: TensorType("BF16", 1, 2),
+    30: TensorType("BF16", 1, 2, True),
 }
 
 
@@ -134,7 +134,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of the file.
 
     Raises ModelUnavailable where the file is no sound GGUF file of version 2 or 3, or where it holds
-    tensors of a type that MLX does not read (the message names the type).
+    tensors of a type that MLX cannot read, or reads wrongly (the message names the type).
     """
     try:
         with path.open("rb") as file:
