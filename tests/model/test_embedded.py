@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from agentmem.errors import ModelUnavailable
@@ -45,13 +47,8 @@ def test_nothing_is_narrow_or_quantised_on_the_cpu(embedded: LoadedModel) -> Non
         pytest.skip("a GPU runs the model as it is stored")
     kinds = {type(module).__name__ for _, module in embedded.model.named_modules()}
     assert not [kind for kind in kinds if kind.startswith("Quantized")]
-    assert {weight.dtype for _, weight in _parameters(embedded)} == {mx.float32}
-
-
-def _parameters(loaded: LoadedModel) -> list[tuple[str, mx.array]]:
-    from mlx.utils import tree_flatten
-
-    return list(tree_flatten(loaded.model.parameters()))
+    named: list[Any] = list(tree_flatten(embedded.model.parameters()))
+    assert {weight.dtype for _, weight in named} == {mx.float32}
 
 
 def test_installed_package_with_another_file_is_refused(

@@ -56,7 +56,8 @@ def test_quantised_narrow_folder_is_widened_on_the_cpu(bits: int, tmp_path: Path
         assert loaded.dtype == mx.bfloat16
         return
     assert loaded.dtype == mx.float32
-    assert {weight.dtype for _, weight in tree_flatten(loaded.model.parameters())} == {mx.float32}
+    named: list[Any] = list(tree_flatten(loaded.model.parameters()))
+    assert {weight.dtype for _, weight in named} == {mx.float32}
     made.model.set_dtype(mx.float32)
     assert mx.allclose(loaded.model(TOKENS), dequantize_model(made.model)(TOKENS), atol=1e-5)
 
