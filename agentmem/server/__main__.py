@@ -24,6 +24,7 @@ from agentmem.daemon import DaemonRecord
 from agentmem.errors import AgentMemError, AlreadyRunning, Forbidden
 from agentmem.server.app import create_app
 from agentmem.server.life import bind, held, listen, load_token, url_of
+from agentmem.server.service import Service
 from agentmem.settings import Settings
 
 log = logging.getLogger("agentmem")
@@ -36,16 +37,20 @@ KEEP_CONNECTION_S = 75
 class Server(uvicorn.Server):
     """Says where it serves, in the home and on stdout, as soon as it does."""
 
-    def __init__(self, config: uvicorn.Config, record: DaemonRecord, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, record: DaemonRecord) -> None:
         super().__init__(config)
+        self._service = service
         self._record = record
-        self._settings = settings
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            self._record.write(self._settings.paths)
+            self._record.write(self._service.settings.paths)
             print(f"agentmem ready {self._record.url}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.wind_up()
+        await super().shutdown(sockets)
 
 
 class Stop:
@@ -81,9 +86,10 @@ def serve(settings: Settings) -> None:
                 home=str(settings.home),
                 started=time.time(),
             )
+            service = Service(runtime, settings)
             listen(listener)
             config = uvicorn.Config(
-                create_app(runtime, settings, token),
+                create_app(service, token),
                 http="h11",
                 loop="asyncio",
                 lifespan="off",
@@ -95,7 +101,7 @@ def serve(settings: Settings) -> None:
                 timeout_keep_alive=KEEP_CONNECTION_S,
                 timeout_graceful_shutdown=GRACE_S,
             )
-            Server(config, record, settings).run(sockets=[listener])
+            Server(config, service, record).run(sockets=[listener])
             log.info("stopping")
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query
 
 from agentmem.engine.request import ChatRequest, check_name
 from agentmem.server.bodies import AppendBody
-from agentmem.server.daemon import Daemon
+from agentmem.server.service import Service
 
 
 def named_agent(agent: str) -> str:
@@ -31,10 +31,10 @@ Namespace = Annotated[str, Depends(named_namespace)]
 Session = Annotated[str | None, Depends(named_session)]
 
 
-def agents_router(daemon: Daemon) -> APIRouter:
+def agents_router(service: Service) -> APIRouter:
     """The routes run in worker threads: the runtime's methods block."""
     router = APIRouter(prefix="/v1/agents")
-    runtime = daemon.runtime
+    runtime = service.runtime
 
     @router.get("")
     def list_agents(namespace: Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,25 +15,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from agentmem import __version__
 from agentmem.server.agents import agents_router
 from agentmem.server.completions import completions_router
-from agentmem.server.daemon import Daemon
-from agentmem.server.errors import install_handlers
+from agentmem.server.errors import ErrorBody, install_handlers
 from agentmem.server.metrics import Metrics
 from agentmem.server.security import Bodies, Gate, Lock
-from agentmem.settings import Settings
+from agentmem.server.service import Service
 
-if TYPE_CHECKING:
-    from agentmem.runtime import Runtime
+FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "the request is refused"},
+    "5XX": {"model": ErrorBody, "description": "the daemon failed"},
+}
 
 
-def create_app(runtime: Runtime, settings: Settings, token: str) -> FastAPI:
+def create_app(service: Service, token: str) -> FastAPI:
     """The application. `token` opens every route; see `security` for what is open without it."""
-    daemon = Daemon(runtime, settings)
+    settings = service.settings
     # No documentation pages: they load scripts from foreign servers.
-    app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, responses=FAILURES)
     install_handlers(app)
-    app.include_router(completions_router(daemon))
-    app.include_router(agents_router(daemon))
-    app.include_router(daemon_router(daemon))
+    app.include_router(completions_router(service))
+    app.include_router(agents_router(service))
+    app.include_router(daemon_router(service))
     # The last one added is the first to see a request.
     app.add_middleware(Bodies, settings=settings)
     app.add_middleware(Lock, settings=settings, token=token)
@@ -45,23 +46,23 @@ def create_app(runtime: Runtime, settings: Settings, token: str) -> FastAPI:
             allow_headers=["*"],
         )
     app.add_middleware(Gate, settings=settings)
-    app.add_middleware(Counted, metrics=daemon.metrics)
+    app.add_middleware(Counted, metrics=service.metrics)
     return app
 
 
-def daemon_router(daemon: Daemon) -> APIRouter:
+def daemon_router(service: Service) -> APIRouter:
     """Models, health, store and metrics."""
     router = APIRouter()
-    runtime = daemon.runtime
+    runtime = service.runtime
 
     @router.get("/v1/models")
     def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [daemon.model()]}
+        return {"object": "list", "data": [service.model()]}
 
     @router.get("/v1/models/{name:path}")
     def show_model(name: str) -> dict[str, Any]:
-        daemon.check_model(name)
-        return daemon.model()
+        service.check_model(name)
+        return service.model()
 
     @router.get("/health")
     def health(request: Request) -> dict[str, Any]:
@@ -75,9 +76,9 @@ def daemon_router(daemon: Daemon) -> APIRouter:
             "pid": os.getpid(),
             "model": runtime.model_name,
             "max_context": runtime.max_context,
-            "home": str(daemon.settings.home),
-            "started": daemon.started,
-            "uptime_s": time.time() - daemon.started,
+            "home": str(service.settings.home),
+            "started": service.started,
+            "uptime_s": time.time() - service.started,
         }
 
     @router.get("/v1/store")
@@ -87,7 +88,7 @@ def daemon_router(daemon: Daemon) -> APIRouter:
 
     @router.get("/metrics")
     def metrics() -> Response:
-        return Response(daemon.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

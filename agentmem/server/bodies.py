@@ -18,7 +18,7 @@ from pydantic import (
 
 from agentmem.engine.request import Sampling
 from agentmem.server.errors import invalid, unsupported
-from agentmem.server.messages import Message
+from agentmem.server.messages import Message, Text
 
 MAX_COUNT = 10**9
 MAX_STOPS = 16
@@ -30,7 +30,7 @@ Tokens = Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)]
 Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
 Share = Annotated[StrictFloat, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 def _as_list(value: Any) -> Any:
@@ -166,7 +166,7 @@ class AppendBody(Body):
     """`POST /v1/agents/{agent}/append`: messages, or one text with its role."""
 
     messages: list[Message] | None = Field(default=None, min_length=1)
-    text: str | None = None
+    text: Text | None = None
     role: Literal["user", "system"] = "user"
     session: str = "default"
 

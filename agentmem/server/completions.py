@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Started
 from agentmem.server.bodies import ChatBody
-from agentmem.server.daemon import Daemon
 from agentmem.server.identity import resolve
+from agentmem.server.service import Service
 from agentmem.server.sse import TurnStream, chunks, finish_reason
 from agentmem.server.turn import Turn
 
@@ -24,15 +24,15 @@ CLIENT_CLOSED_REQUEST = 499
 Result = TypeVar("Result")
 
 
-def completions_router(daemon: Daemon) -> APIRouter:
+def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """One turn. Messages are the whole conversation, or (`agentmem.history`: "server") follow it."""
-        daemon.check_model(body.model)
-        turn = Turn(daemon.runtime, chat_request(request, body), daemon.metrics)
-        answer = _stream(daemon, turn, body) if body.stream else _whole(daemon, turn)
+        service.check_model(body.model)
+        turn = service.begin(chat_request(request, body))
+        answer = _stream(service, turn, body) if body.stream else _whole(service, turn)
         try:
             response = await while_connected(request, answer)
         except BaseException:
@@ -62,7 +62,7 @@ def chat_request(request: Request, body: ChatBody) -> ChatRequest:
     )
 
 
-async def _whole(daemon: Daemon, turn: Turn) -> Response:
+async def _whole(service: Service, turn: Turn) -> Response:
     first = await turn.next()
     if isinstance(first, Failed):
         raise first.error
@@ -73,28 +73,28 @@ async def _whole(daemon: Daemon, turn: Turn) -> Response:
         "logprobs": None,
         "finish_reason": finish_reason(end),
     }
-    body = {**_head(daemon, "chat.completion"), "choices": [choice], "usage": end.usage}
+    body = {**_head(service, "chat.completion"), "choices": [choice], "usage": end.usage}
     return JSONResponse(body, headers=reuse_headers(turn.request, first))
 
 
-async def _stream(daemon: Daemon, turn: Turn, body: ChatBody) -> Response:
+async def _stream(service: Service, turn: Turn, body: ChatBody) -> Response:
     # Headers wait for the first event, so that an error has a status of its own; but not for ever, because
     # clients give up on a connection that says nothing.
     first = await turn.next(FIRST_EVENT_S)
     if isinstance(first, Failed):
         raise first.error
-    head = _head(daemon, "chat.completion.chunk")
+    head = _head(service, "chat.completion.chunk")
     return TurnStream(
         turn, chunks(turn, first, head, body.wants_usage_chunk), reuse_headers(turn.request, first)
     )
 
 
-def _head(daemon: Daemon, kind: str) -> dict[str, Any]:
+def _head(service: Service, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
-        "model": daemon.runtime.model_name,
+        "model": service.runtime.model_name,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -18,6 +19,21 @@ log = logging.getLogger(__name__)
 
 UNSUPPORTED = "unsupported_parameter"
 WORTH_ANOTHER_TRY = frozenset({408, 409, 429})
+
+
+class ErrorFields(BaseModel):
+    """What went wrong, in OpenAI's words. `param` is the dotted name of a field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorFields
 
 
 class TooLarge(BadRequest):
@@ -61,8 +77,8 @@ def invalid(message: str) -> PydanticCustomError:
 
 def envelope(error: AgentMemError) -> dict[str, Any]:
     """The body that stands for `error`."""
-    fields = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return {"error": fields}
+    fields = ErrorFields(message=error.message, type=error.type, param=error.param, code=error.code)
+    return ErrorBody(error=fields).model_dump()
 
 
 def error_response(error: AgentMemError) -> JSONResponse:
@@ -79,6 +95,15 @@ def error_response(error: AgentMemError) -> JSONResponse:
     return JSONResponse(envelope(error), error.status, headers)
 
 
+_IN_OUR_WORDS = {
+    "too_short": "needs at least {min_length}",
+    "too_long": "takes at most {max_length}",
+    "string_too_long": "takes at most {max_length} characters",
+    "model_type": "must be a JSON object",
+    "model_attributes_type": "must be a JSON object",
+}
+
+
 def from_validation(error: RequestValidationError) -> BadRequest:
     """The first thing wrong with a request, named by its dotted field."""
     first = error.errors()[0]
@@ -87,7 +112,7 @@ def from_validation(error: RequestValidationError) -> BadRequest:
     if kind == "json_invalid":
         return BadRequest(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     param = ".".join(place[1:]) or None
-    message = first["msg"]
+    message = _IN_OUR_WORDS[kind].format(**first.get("ctx", {})) if kind in _IN_OUR_WORDS else first["msg"]
     if kind == "missing":
         return BadRequest(
             f"{param or 'a JSON body'} is required", param=param, code="missing_required_parameter"
@@ -105,6 +130,9 @@ def from_http(error: HTTPException) -> AgentMemError:
         return NotFound("no such route; see GET /openapi.json for those there are", code="route_not_found")
     if error.status_code == 405:
         refusal: AgentMemError = BadRequest("this route does not take that method", code="method_not_allowed")
+    elif error.status_code == 400:
+        # The framework raises this one only when it cannot decode a body.
+        refusal = BadRequest("the body is not valid JSON", code="invalid_json")
     elif error.status_code < 500:
         refusal = BadRequest(str(error.detail))
     else:

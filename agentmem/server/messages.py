@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from agentmem.server.errors import invalid, unsupported
 
@@ -32,13 +32,25 @@ def text_of(content: Any) -> Any:
     return "".join(texts)
 
 
+def well_formed(text: str) -> str:
+    """`text`, which JSON escapes may have filled with halves of characters; those can be no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise invalid("the text holds half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(well_formed)]
+
+
 class Message(BaseModel):
     """One message of a conversation. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(text_of)] = Field(
+    content: Annotated[Text | None, BeforeValidator(text_of)] = Field(
         default=None, description="a string, or a list of text parts"
     )
     tool_calls: list[Any] | None = None

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
+from agentmem.engine.request import ChatRequest
 from agentmem.server.errors import UnknownModel
 from agentmem.server.metrics import Metrics
+from agentmem.server.turn import Turn
 from agentmem.settings import Settings
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 MODEL_ALIASES = frozenset({"", "agentmem", "default"})
 
 
-class Daemon:
+class Service:
     """One served runtime. `started` is in epoch seconds."""
 
     def __init__(self, runtime: Runtime, settings: Settings) -> None:
@@ -24,6 +27,18 @@ class Daemon:
         self.settings = settings
         self.started = time.time()
         self.metrics = Metrics(self.gauges)
+        self._turns: WeakSet[Turn] = WeakSet()
+
+    def begin(self, request: ChatRequest) -> Turn:
+        """Submit a turn, from the event loop. Raises what `Runtime.chat` raises."""
+        turn = Turn(self.runtime, request, self.metrics)
+        self._turns.add(turn)
+        return turn
+
+    def wind_up(self) -> None:
+        """Cut all turns short, from the event loop: their clients get what there is, and a proper end."""
+        for turn in list(self._turns):
+            turn.cancel()
 
     def check_model(self, name: str | None, param: str | None = "model") -> None:
         """Raises UnknownModel unless `name` is the loaded model or a word for it."""

@@ -1,0 +1,99 @@
+"""The routes of named agents, store and metrics."""
+
+from __future__ import annotations
+
+STORY = "The gardener writes the name of each seed on a small stone and lays it on the wall. " * 4
+FIELDS = {
+    "agent", "namespace", "model", "state", "sessions", "tokens", "turns", "ram_bytes", "disk_bytes",
+    "fp16_bytes", "prompt_tokens", "cached_tokens", "saved_ms", "created", "last_used",
+}  # fmt: skip
+
+
+def test_a_turn_makes_an_agent(daemon, record) -> None:
+    usage = daemon.chat("gardener", STORY)["usage"]
+    shown = daemon.http.get("/v1/agents/gardener").json()
+    assert set(shown) == FIELDS
+    assert shown["model"] == record["model"]
+    assert shown["state"] == "hot"
+    assert shown["turns"] == 1
+    assert shown["tokens"] >= usage["total_tokens"] - 1
+    assert 0 < shown["disk_bytes"] < shown["fp16_bytes"]
+    listed = daemon.http.get("/v1/agents").json()
+    assert listed["object"] == "list"
+    assert shown["agent"] in [agent["agent"] for agent in listed["data"]]
+
+
+def test_evict_and_warm(daemon) -> None:
+    reply = daemon.chat("sleeper", STORY)["choices"][0]["message"]["content"]
+    evicted = daemon.http.post("/v1/agents/sleeper/evict").json()
+    assert (evicted["state"], evicted["ram_bytes"]) == ("warm", 0)
+    warmed = daemon.http.post("/v1/agents/sleeper/warm", json={}).json()
+    assert warmed["state"] == "hot"
+    assert warmed["ram_bytes"] > 0
+    daemon.http.post("/v1/agents/sleeper/evict")
+    usage = daemon.chat("sleeper", STORY, reply, "Which stone?")["usage"]
+    assert usage["agentmem"]["state_before"] == "warm"
+    assert usage["agentmem"]["restored_tokens"] > 0
+
+
+def test_append_is_read_before_it_is_asked(daemon) -> None:
+    usage = daemon.http.post("/v1/agents/reader/append", json={"text": STORY, "role": "system"}).json()
+    assert usage["completion_tokens"] == 0
+    assert usage["agentmem"]["prefilled_tokens"] == usage["prompt_tokens"]
+    more = {"messages": [{"role": "user", "content": "Where are the stones?"}], "session": "default"}
+    assert daemon.http.post("/v1/agents/reader/append", json=more).status_code == 200
+    answer = daemon.chat("reader", "Say it.", agentmem={"agent": "reader", "history": "server"})["usage"]
+    assert answer["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"]
+
+
+def test_forget_is_for_good(daemon) -> None:
+    daemon.chat("gone", STORY + " Only this one remembers.")
+    forgotten = daemon.http.delete("/v1/agents/gone").json()
+    assert forgotten["agent"] == "gone"
+    assert forgotten["deleted"] is True
+    assert forgotten["bytes_freed"] > 0
+    assert daemon.http.get("/v1/agents/gone").status_code == 404
+    assert daemon.http.delete("/v1/agents/gone").status_code == 404
+
+
+def test_namespaces_do_not_see_each_other(daemon) -> None:
+    text = STORY + " In another room."
+    daemon.chat("twin", text, agentmem={"agent": "twin", "namespace": "left"})
+    assert daemon.http.get("/v1/agents/twin").status_code == 404
+    assert daemon.http.get("/v1/agents/twin", params={"namespace": "left"}).status_code == 200
+    names = [a["agent"] for a in daemon.http.get("/v1/agents", params={"namespace": "left"}).json()["data"]]
+    assert names == ["twin"]
+    usage = daemon.chat("twin", text, agentmem={"agent": "twin", "namespace": "right"})["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    assert daemon.http.get("/v1/agents", params={"namespace": "../x"}).status_code == 400
+
+
+def test_explain_names_the_agent_and_its_source(daemon) -> None:
+    daemon.chat("explained", "Hello.", agentmem=None, prompt_cache_key="explained/t-9")
+    facts = daemon.http.get("/v1/agents/explained/explain", params={"session": "t-9"}).json()
+    assert facts["agent"] == "explained"
+    assert "prompt_cache_key" in str(facts)
+
+
+def test_store_and_metrics_count_what_happened(daemon) -> None:
+    names = {
+        "queries": "agentmem_prefix_cache_queries_total",
+        "hits": "agentmem_prefix_cache_hits_total",
+        "prefilled": "agentmem_prefilled_tokens_total",
+        "generated": "agentmem_generated_tokens_total",
+        "spoken": "agentmem_time_to_first_token_seconds_count",
+        "committed": "agentmem_committed_bytes_total",
+        "requests": 'agentmem_http_requests_total{route="/v1/chat/completions",status="200"}',
+    }
+    before = {key: daemon.metric(name) for key, name in names.items()}
+    usage = daemon.chat("measured", STORY + " It is measured.")["usage"]
+    grown = {key: daemon.metric(name) - before[key] for key, name in names.items()}
+    assert grown["queries"] == usage["prompt_tokens"]
+    assert grown["hits"] == usage["prompt_tokens_details"]["cached_tokens"]
+    assert grown["prefilled"] == usage["agentmem"]["prefilled_tokens"]
+    assert grown["generated"] == usage["completion_tokens"]
+    assert grown["spoken"] == grown["requests"] == 1
+    assert grown["committed"] == usage["agentmem"]["bytes_written"] > 0
+    store = daemon.http.get("/v1/store").json()
+    number = next(name for name, value in store.items() if isinstance(value, int) and "budget" in name)
+    assert daemon.metric(f"agentmem_store_{number}") == store[number]
