@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from agentmem.errors import BadRequest, ModelUnavailable
@@ -60,10 +59,13 @@ class ChatTokenizer:
         """Raises ModelUnavailable for a tokenizer without chat template or of a kind not supported."""
         if not tokenizer.has_chat_template:
             raise ModelUnavailable("The model has no chat template; choose one that was trained to chat")
-        self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelUnavailable("The model has no fast tokenizer (tokenizer.json); convert it first")
+        # Set once: the calls of transformers change these at every use, which is not thread-safe.
+        backend.no_truncation()
+        backend.no_padding()
+        self._tokenizer, self._backend = tokenizer, backend
         self.special = {
             number: token.content for number, token in sorted(backend.get_added_tokens_decoder().items())
         }
@@ -84,13 +86,19 @@ class ChatTokenizer:
             return self._tokenizer.apply_chat_template(
                 messages, tools=tools or None, tokenize=False, add_generation_prompt=generation
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program of its own
             message = f"The model's chat template refuses these messages: {error}"
             raise BadRequest(message, param="messages") from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text. Nothing is added; the text of a special token becomes that token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        """Ids of the text. Nothing is added; the text of a special token becomes that token.
+
+        Raises BadRequest for text that is no Unicode: half a surrogate pair.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise BadRequest("The text holds half a surrogate pair", param="messages") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens shown, spaces as they are.
@@ -124,11 +132,11 @@ class ChatTokenizer:
         return frozenset(behind[:1]) & self.special.keys()
 
     def _check(self) -> None:
-        """Raises ModelUnavailable where the tokens' bytes are not what the tokenizer itself decodes."""
-        ids = self.encode(PROBE)
-        expected = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if self.decode(ids) != expected:
-            raise ModelUnavailable("The model's tokenizer decodes in a way that is not supported")
+        """Raises ModelUnavailable where the model's own tokenizer class does more than its tokenizer.json."""
+        ids = self._tokenizer.encode(PROBE, add_special_tokens=False)
+        text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.encode(PROBE) != ids or self.decode(ids) != text:
+            raise ModelUnavailable("The model's tokenizer works in a way that is not supported")
 
 
 def _pieces(decoder: Any, vocab: dict[str, int], special: dict[int, str]) -> tuple[list[bytes], bool]:

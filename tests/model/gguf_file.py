@@ -152,7 +152,8 @@ def write_model(
     metadata.pop(dropped or "", None)
     theirs = {ours: name for name, ours in NAMES.items()}
     tensors, meaning = {}, {}
-    for name, weight in tree_flatten(made.model.parameters()):
+    named: list[Any] = list(tree_flatten(made.model.parameters()))
+    for name, weight in named:
         module, suffix = name.rsplit(".", 1)
         prefix, layer = "", module.split(".")
         if layer[:2] == ["model", "layers"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -132,6 +133,17 @@ def test_messages_that_the_template_cannot_take_are_a_bad_request(
     with pytest.raises(BadRequest, match="chat template") as caught:
         embedded.tokenizer.render(messages)
     assert caught.value.param == "messages"
+
+
+def test_text_that_is_no_unicode_is_a_bad_request(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(BadRequest, match="surrogate"):
+        tokenizer.encode("half \ud83d of a pair")
+
+
+def test_threads_may_share_a_tokenizer(embedded: LoadedModel) -> None:
+    tokenizer, texts = embedded.tokenizer, SAMPLES * 40
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda text: tokenizer.decode(tokenizer.encode(text)), texts)) == texts
 
 
 def test_refusal_written_in_the_template_reaches_the_caller() -> None:
