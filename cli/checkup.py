@@ -9,7 +9,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import agentmem
@@ -145,8 +144,29 @@ def _local_blas() -> dict[str, Any]:
 
 
 def check_health(health: dict[str, Any]) -> Iterator[Check]:
-    """What the daemon says about its attention kernels and its store."""
-    return iter(())
+    """What a running daemon says about its attention kernels and its store; nothing when none runs."""
+    if "self_test" in health:
+        yield _kernels(health["self_test"]["paths"], health["backend"])
+    if "store" in health:
+        yield _store(health["store"])
 
 
-_ = Path
+def _kernels(paths: dict[str, dict[str, Any]], backend: str) -> Check:
+    right = [name for name, result in paths.items() if result["ok"]]
+    wrong = [f"{name} (off by {result['error']:.2g})" for name, result in paths.items() if not result["ok"]]
+    if not right:
+        return Check("kernels", "problem", f"no attention path is right on {backend}: {', '.join(wrong)}")
+    if wrong:
+        message = f"refused on {backend}: {', '.join(wrong)}; in use: {right[0]}"
+        return Check("kernels", "warning", message, "replies are right, and may be slower")
+    return Check("kernels", "ok", f"self-test passed on {backend}: {', '.join(right)}")
+
+
+def _store(store: dict[str, Any]) -> Check:
+    if store["read_only"]:
+        message = f"read-only after an error: {store['problem']}; new turns are not kept"
+        return Check("store", "problem", message, "mend the disk, then restart the daemon")
+    if store["quarantined"]:
+        message = f"{store['quarantined']} damaged extents are in quarantine; their tokens are read anew"
+        return Check("store", "warning", message, "check the disk; agentmem logs says what was wrong")
+    return Check("store", "ok", f"{format_bytes(store['extent_bytes'])} in {store['extents']} extents")

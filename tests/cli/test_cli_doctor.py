@@ -77,6 +77,44 @@ def test_little_free_disk_is_a_warning(made_home: Home, monkeypatch: pytest.Monk
     assert checkup.check_disk(made_home).status == "warning"
 
 
+SOUND = {
+    "backend": "cpu",
+    "self_test": {"code_error": 0.9, "paths": {"reference": {"error": 1e-7, "ok": True}}},
+    "store": {"read_only": False, "problem": None, "quarantined": 0, "extents": 2, "extent_bytes": 4096},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "name", "status", "says"),
+    [
+        ("store", {"read_only": True, "problem": "fsync: EIO"}, "store", "problem", "fsync: EIO"),
+        ("store", {"quarantined": 3}, "store", "warning", "3 damaged"),
+        (
+            "self_test",
+            {"paths": {"reference": {"error": 1e-7, "ok": True}, "fused": {"error": 0.5, "ok": False}}},
+            "kernels",
+            "warning",
+            "fused (off by 0.5)",
+        ),
+        (
+            "self_test",
+            {"paths": {"fused": {"error": 0.5, "ok": False}}},
+            "kernels",
+            "problem",
+            "no attention",
+        ),
+        ("store", {}, "store", "ok", "2 extents"),
+    ],
+)
+def test_what_is_wrong_in_the_daemon(
+    part: str, change: dict[str, Any], name: str, status: str, says: str
+) -> None:
+    health = {**SOUND, part: {**SOUND[part], **change}}  # type: ignore[dict-item]
+    check = {check.name: check for check in checkup.check_health(health)}[name]
+    assert check.status == status
+    assert says in check.message
+
+
 def test_with_a_daemon_its_health_is_part_of_it(daemon: Home) -> None:
     result = invoke("doctor", "--json")
     found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
