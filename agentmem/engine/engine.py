@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TypeVar
 
 import mlx.core as mx
 
@@ -19,20 +18,17 @@ from agentmem.engine.planner import Planner
 from agentmem.engine.recall import Recall
 from agentmem.engine.request import Delta, Failed, Finished
 from agentmem.engine.sequence import Finish, Sequence
-from agentmem.engine.table import LayerView, Table
-from agentmem.errors import AgentMemError, Overloaded
+from agentmem.engine.table import Table
+from agentmem.errors import AgentMemError, Overloaded, StoreError
 from agentmem.model.loaded import LoadedModel
 from agentmem.quant.attention import Attention
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Chunk = tuple[Sequence, list[int]]
 Outcome = tuple[Sequence, int | None]
 
 MAX_ACTIVE = 4
-SATISFIED = 1e-9
-
 
 class Engine:
     """Runs sequences. Other threads use `submit` and `call` only; everything else happens on the engine thread.
@@ -61,15 +57,21 @@ class Engine:
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a request; raises Overloaded when the queue is full. Any thread."""
+        self._open()
         if len(self.waiting) + self._inbox.qsize() >= self.queue_limit:
             raise Overloaded(f"{self.queue_limit} requests are waiting already")
         self._inbox.put(lambda: self.waiting.append(sequence))
         self.wake()
 
     def post(self, job: Callable[[], None]) -> None:
-        """Run `job` on the engine thread between steps. Any thread."""
+        """Run `job` on the engine thread between steps. Any thread; raises StoreError when the engine has stopped."""
+        self._open()
         self._inbox.put(job)
         self.wake()
+
+    def _open(self) -> None:
+        if self._closing:
+            raise StoreError("the engine has stopped; see the daemon's log and start it again")
 
     def close(self) -> None:
         """Stop after the current step; running replies end as cancelled and are kept. Any thread."""
@@ -80,7 +82,7 @@ class Engine:
         """Body of the engine thread."""
         while not self._closing:
             if not self.step():
-                self.pool.check()
+                self._check()
                 self._wake.wait(timeout=1.0)
             self._wake.clear()
         for sequence in [*self.active, *self.waiting]:
@@ -90,6 +92,22 @@ class Engine:
             if not self.step():
                 self._wake.wait(timeout=0.05)
             self._wake.clear()
+
+    def _check(self) -> None:
+        """Integrity of the pool, when nothing holds slots on its own account."""
+        if self.active or self.waiting or self.recall.running or self.memory.unwritten:
+            return
+        try:
+            self.pool.check()
+        except AssertionError:
+            log.exception("integrity check failed")
+
+    def fail_all(self, error: AgentMemError) -> None:
+        """The engine cannot go on: every request fails, nothing more is accepted."""
+        self._closing = True
+        for sequence in [*self.active, *self.waiting]:
+            sequence.sink(Failed(error))
+        self.active, self.waiting = [], deque()
 
     def step(self) -> bool:
         """One step of every running sequence; returns whether anything was done."""
@@ -121,6 +139,11 @@ class Engine:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
+            if sequence.ticket.cancelled:
+                self.waiting.remove(sequence)
+                sequence.finish, sequence.phase = "cancelled", "done"
+                self._report(sequence, 0, False)
+                continue
             if len(self.active) >= MAX_ACTIVE:
                 return
             try:
@@ -178,6 +201,8 @@ class Engine:
         self.planner.unpin(sequence)
         sequence.phase = "prefill"
         sequence.sink(self.planner.started(sequence))
+        if sequence.prompt_done:
+            self._finish(sequence, "stop")
 
     def run(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
         """One forward pass of one sequence over `tokens`; returns the sampled token, or None where none is due."""
@@ -187,7 +212,7 @@ class Engine:
         try:
             views = table.views()
             logits = self.model.model(mx.array([tokens]), cache=views)
-            arrays, apply = self._absorb(table, views, tokens)
+            arrays, apply = table.absorb(views, tokens)
             token = self._token(sequence, logits, len(table) + len(tokens))
             mx.eval(arrays, *([token] if token is not None else []))
             apply()
@@ -204,10 +229,6 @@ class Engine:
         if sequence.phase == "prefill":
             sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
         return sequence, int(token.item()) if token is not None else None
-
-    @staticmethod
-    def _absorb(table: Table, views: list[LayerView], tokens: list[int]) -> tuple[list[mx.array], Callable[[], None]]:
-        return table.absorb(views, tokens)
 
     def _token(self, sequence: Sequence, logits: mx.array, fed: int) -> mx.array | None:
         """The next token, lazily; None while the prompt is not all fed, and where no reply is wanted."""
@@ -252,7 +273,7 @@ class Engine:
     def _measure_rate(self, sequence: Sequence) -> None:
         """Prefill rate of this machine in tokens per millisecond, from prefills that are long enough to tell."""
         prefilled = len(sequence.ids) - sequence.reused
-        if prefilled >= 256 and sequence.prefill_ms > SATISFIED:
+        if prefilled >= 256 and sequence.prefill_ms > 0:
             self.prefill_rate = prefilled / sequence.prefill_ms
 
     def _show(self, sequence: Sequence, text: str) -> None:
@@ -280,12 +301,14 @@ class Engine:
         assert sequence.agent is not None
         assert sequence.session is not None
         try:
-            head = sequence.table.settle(self.pool.tree(sequence.request.namespace).root)
+            root = self.pool.tree(sequence.request.namespace).root
+            last = sequence.table.settle(root)
         except Overloaded as error:
             sequence.phase = "restoring"
             self._retry_or_fail(sequence, error, lambda: self._end(sequence))
             return
-        turn = self.planner.record(sequence, head)
+        head = last if last is not root else None
+        turn = self.planner.record(sequence, last.end)
         sequence.phase = "done"
         sequence.session.busy = False
         if sequence in self.active:

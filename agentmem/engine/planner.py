@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 from agentmem.blockpool.index import TurnRow
-from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
 from agentmem.engine.conversation import Alignment
 from agentmem.engine.memory import Memory
@@ -115,8 +114,8 @@ class Planner:
         r = sequence.request
         return Started(r.agent, r.session, len(sequence.ids), sequence.reused, sequence.state_before)
 
-    def record(self, sequence: Sequence, head: Page) -> TurnRow:
-        """Add the turn to the session's conversation; returns its log entry. A cancelled prefill keeps what was fed."""
+    def record(self, sequence: Sequence, fed: int) -> TurnRow:
+        """Add the turn to the session's conversation; returns its log entry. A cancelled prefill keeps the `fed` tokens."""
         session, alignment = sequence.session, sequence.alignment
         assert session is not None
         assert sequence.agent is not None
@@ -124,8 +123,8 @@ class Planner:
         messages = sequence.messages
         before = len(session.conversation.ids)
         spans = sequence.spans(self._tokenizer.special)
-        if head.end < len(sequence.ids):
-            alignment, spans, messages = self._cut_short(sequence, head.end), [], session.conversation.messages
+        if fed < len(sequence.ids):
+            alignment, spans, messages = self._cut_short(sequence, fed), [], session.conversation.messages
         elif sequence.generate:
             assert sequence.reply is not None
             messages = [*messages, {"role": "assistant", "content": sequence.reply.text}]

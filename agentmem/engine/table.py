@@ -50,6 +50,7 @@ class Table:
         self.tail_tokens: list[int] = []
         self.tail_origin: Origin | None = None
         self._pinned: list[Page] = []
+        self._taken: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return sum(b.rows for b in self.blocks) + len(self.tail_tokens)
@@ -84,13 +85,6 @@ class Table:
         history = History(self)
         return [LayerView(self, history, layer) for layer in range(self.pool.geometry.layers)]
 
-    def slots_for(self, n: int) -> int:
-        """Slots that `n` more tokens will take while the sequence runs."""
-        p, rows, slots = self.pool.geometry.page_tokens, len(self.tail_tokens) + n, 0
-        for i in range(rows // p):
-            slots += self.pool.geometry.slots_for(self._raw_page(len(self.blocks) + i), p)
-        return slots
-
     def _raw_page(self, number: int) -> bool:
         format = self.pool.geometry.codecs[0].format
         return not format.packs or (format.raw_first_page and number == 0)
@@ -112,6 +106,7 @@ class Table:
         tail = [r[full * p :] for r in rows]
 
         def apply() -> None:
+            self._taken = ()
             for i in range(lead):
                 self.pool.arena.write_raw(slots[i], raw[i])
             if packed:
@@ -130,7 +125,8 @@ class Table:
         """Slots for full pages, raw where `kinds` says so; all or none."""
         g = self.pool.geometry
         sizes = [g.slots_for(raw, g.page_tokens) for raw in kinds]
-        taken = iter(self.pool.take(sum(sizes)) if sizes else ())
+        self._taken = self.pool.take(sum(sizes)) if sizes else ()
+        taken = iter(self._taken)
         return [tuple(next(taken) for _ in range(n)) for n in sizes]
 
     def cut(self, tokens: int) -> None:
@@ -218,11 +214,12 @@ class Table:
         """Give everything back; pages that were reused stay in the tree."""
         for block in self.blocks:
             self._drop(block)
+        self.pool.release(self._taken)
         self._end()
 
     def _end(self) -> None:
         self.pool.unpin(self._pinned)
-        self._pinned, self.blocks, self.tail_tokens = [], [], []
+        self._pinned, self.blocks, self.tail_tokens, self._taken = [], [], [], ()
 
 
 def _clip(origin: Origin | None, rows: int) -> Origin | None:

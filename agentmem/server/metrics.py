@@ -18,7 +18,7 @@ TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 class Metrics:
     """Counters of one daemon, in a registry of their own. Every method is thread-safe."""
 
-    def __init__(self, state: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, state: Callable[[], Mapping[str, int | float]]) -> None:
         """`state` gives the numbers that are looked up at each scrape, by name."""
         registry = CollectorRegistry()
         self._registry = registry
@@ -61,7 +61,7 @@ class Metrics:
 class _State(Collector):
     """Gauges that are read when somebody looks."""
 
-    def __init__(self, state: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, state: Callable[[], Mapping[str, int | float]]) -> None:
         self._state = state
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
@@ -70,5 +70,4 @@ class _State(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         for name, value in self._state().items():
-            if isinstance(value, int | float):
-                yield GaugeMetricFamily(f"agentmem_{name}", name.replace("_", " "), value=value)
+            yield GaugeMetricFamily(f"agentmem_{name}", name.replace("_", " "), value=value)

@@ -58,9 +58,23 @@ class Service:
             "max_context": self.runtime.max_context,
         }
 
-    def gauges(self) -> Mapping[str, Any]:
+    def gauges(self) -> dict[str, int | float]:
         """Numbers of this moment. Blocks."""
-        store = self.runtime.store()
-        return {f"store_{name}": value for name, value in store.items()} | {
-            "uptime_seconds": time.time() - self.started
+        health = self.runtime.health()
+        return {
+            **flat("store", self.runtime.store()),
+            "turns_active": health["active"],
+            "turns_waiting": health["waiting"],
+            "uptime_seconds": time.time() - self.started,
         }
+
+
+def flat(prefix: str, tree: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers of a tree of objects, under joined names."""
+    found: dict[str, int | float] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(f"{prefix}_{name}", value)
+        elif isinstance(value, int | float):
+            found[f"{prefix}_{name}"] = value
+    return found
