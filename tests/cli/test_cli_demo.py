@@ -101,7 +101,8 @@ def test_the_whole_demo(tmp_path: Path) -> None:
         assert agent["bytes_q4"] <= 0.37 * agent["bytes_fp16"]
         cold, hot, warm = (turn["usage"] for turn in agent["turns"])
         assert cold["prompt_tokens"] >= 1000
-        assert cold["agentmem"]["exact_tokens"] == 0
+        # The first words of the task are the same for all three, and what is the same is shared.
+        assert cold["agentmem"]["exact_tokens"] < 64
         for before, after in ((cold, hot), (hot, warm)):
             remembered = before["prompt_tokens"] + before["completion_tokens"]
             # The last sampled token of a reply need not have been run through the model.

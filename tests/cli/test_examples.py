@@ -46,7 +46,7 @@ def test_openai_client_remembers_its_first_run(daemon: Home) -> None:
     second = pattern.search(run("openai_client.py"))
     assert first is not None
     assert second is not None
-    assert int(first[1]) == 0
+    assert int(first[1]) < int(second[1])
     # The same prompt again: all of it but the one token whose logits start the reply.
     assert int(second[1]) == int(second[2]) - 1
     assert parse(invoke("show", "geographer", "--json"))["agent"]["turns"] == 2
