@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,4 +105,6 @@ for command in (
 
 def main() -> NoReturn:
     """Entry point of the `agentmem` script."""
+    # As an exception, SIGTERM reaches the `finally` that stops the daemons of a demo.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     cli.main(prog_name="agentmem")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import platformdirs
 import pytest
-from cli_line import invoke
 
 from agentmem.home import Home
+from tests.cli.cli_line import invoke
 
 
 @pytest.fixture(scope="session")

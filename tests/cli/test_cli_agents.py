@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from cli_line import invoke, parse
 
 from agentmem.cli.exits import Exit
 from agentmem.home import Home
+from tests.cli.cli_line import invoke, parse
 
 GREEDY = ("--max-tokens", "4", "--temperature", "0")
 

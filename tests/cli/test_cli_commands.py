@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import click
 import pytest
-from cli_line import invoke, parse
 
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.main import cli
 from agentmem.daemon import DaemonNotRunning
 from agentmem.errors import AlreadyRunning, BadRequest, Forbidden, ModelUnavailable, NotFound, StoreError
 from agentmem.home import Home
+from tests.cli.cli_line import invoke, parse
 
 PASSES_ARGUMENTS_ON = {"bench restore"}
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import psutil
 import pytest
-from cli_line import invoke
 
 from agentmem.cli.demo_agents import demo_agents
 from agentmem.cli.demo_run import Conversation, Outcome, Turn
 from agentmem.cli.exits import Exit
+from tests.cli.cli_line import invoke
 
 FIELDS = {
     "name",

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from cli_line import invoke, parse
 
 from agentmem.cli import checkup
 from agentmem.cli.exits import Exit
 from agentmem.daemon import DaemonRecord
 from agentmem.home import Home
+from tests.cli.cli_line import invoke, parse
 
 
 def checks(*args: str) -> dict[str, dict[str, Any]]:

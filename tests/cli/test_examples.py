@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_line import invoke, parse
 
 from agentmem.home import Home
+from tests.cli.cli_line import invoke, parse
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
