@@ -122,29 +122,24 @@ class PageTree:
             del page.parent.children[int(page.tokens[0])]
 
     def match(self, ids: Sequence[int] | Tokens) -> Match:
-        """The longest prefix of `ids` that has state. Token ids are compared themselves; equal lengths prefer RAM."""
-        ids = np.asarray(ids, dtype=np.int32)
-        pages: list[Page] = []
-        at, rows, page = 0, 0, self.root
-        while at < len(ids):
-            found, n = self._longest(page.children.get(int(ids[at]), []), ids[at:])
-            if found is None:
-                break
-            pages.append(found)
-            at, rows = at + n, n
-            if n < found.rows:
-                break
-            page = found
-        return Match(pages, rows, at)
+        """The longest prefix of `ids` that has state. Token ids are compared themselves; equal lengths prefer RAM.
 
-    @staticmethod
-    def _longest(candidates: list[Page], ids: Tokens) -> tuple[Page | None, int]:
-        usable = [c for c in candidates if c.slots is not None or c.pieces is not None]
-        scored = [(common_prefix(c.tokens, ids), c.slots is not None, i) for i, c in enumerate(usable)]
-        if not scored:
-            return None, 0
-        n, _, i = max(scored, key=lambda s: (s[0], s[1], -s[2]))
-        return usable[i], n
+        All branches are followed: a short page may lead further than a long one beside it.
+        """
+        ids = np.asarray(ids, dtype=np.int32)
+        best, score, open_ends = Match([], 0, 0), (0, False), [self.root]
+        while open_ends:
+            page = open_ends.pop()
+            for child in page.children.get(int(ids[page.end]), []) if page.end < len(ids) else []:
+                if child.slots is None and child.pieces is None:
+                    continue
+                rows = common_prefix(child.tokens, ids[page.end :])
+                if (page.end + rows, child.slots is not None) > score:
+                    score = page.end + rows, child.slots is not None
+                    best = Match([child], rows, page.end + rows)
+                if rows == child.rows:
+                    open_ends.append(child)
+        return best._replace(pages=best.pages[-1].chain()) if best.pages else best
 
     def pages(self) -> Iterator[Page]:
         return self.root.walk()
