@@ -53,6 +53,10 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+class Interrupted(BaseException):
+    """A signal came before the daemon was ready."""
+
+
 class Stop:
     """SIGTERM and SIGINT until the server has taken them over, and after it gave them back."""
 
@@ -63,11 +67,11 @@ class Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.at_once:
-            raise SystemExit(0)
+            raise Interrupted
 
 
 def serve(settings: Settings) -> None:
-    """Run until a signal. Raises AgentMemError when it cannot start."""
+    """Run until a signal. Raises AgentMemError when it cannot start, Interrupted when a signal came first."""
     stop = Stop()
     with held(settings.paths), closing(bind(settings)) as listener:
         token = load_token(settings.paths)
@@ -134,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         serve(settings)
+    except Interrupted:
+        return 0
     except (AlreadyRunning, Forbidden) as error:
         print(f"agentmem: {error.message}", file=sys.stderr)
         return REFUSED
@@ -151,4 +157,8 @@ def _first_problem(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    # Everything is closed and on disk; the destructors of MLX's threads sometimes abort the process.
+    os._exit(status)

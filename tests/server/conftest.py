@@ -34,8 +34,8 @@ class Daemon:
 
     def __post_init__(self) -> None:
         headers = {"authorization": f"Bearer {self.token}"}
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=300, trust_env=False)
-        self.bare = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=120, trust_env=False)
+        self.bare = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
 
     def openai(self, **options: Any) -> openai.OpenAI:
         """OpenAI's own client on this daemon."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-STORY = "The gardener writes the name of each seed on a small stone and lays it on the wall. " * 4
+STORY = "The gardener writes the name of each seed on a small stone and lays it on the wall. " * 2
 FIELDS = {
     "agent", "namespace", "model", "state", "sessions", "tokens", "turns", "ram_bytes", "disk_bytes",
     "fp16_bytes", "prompt_tokens", "cached_tokens", "saved_ms", "created", "last_used",
@@ -17,32 +17,45 @@ def test_a_turn_makes_an_agent(daemon, record) -> None:
     assert shown["state"] == "hot"
     assert shown["turns"] == 1
     assert shown["tokens"] >= usage["total_tokens"] - 1
-    assert 0 < shown["disk_bytes"] < shown["fp16_bytes"]
+    assert shown["disk_bytes"] > 0
+    assert shown["fp16_bytes"] > 0
     listed = daemon.http.get("/v1/agents").json()
     assert listed["object"] == "list"
     assert shown["agent"] in [agent["agent"] for agent in listed["data"]]
 
 
 def test_evict_and_warm(daemon) -> None:
-    reply = daemon.chat("sleeper", STORY)["choices"][0]["message"]["content"]
+    text = f"Alone: {STORY}"  # pages that another agent uses would stay in RAM
+    reply = daemon.chat("sleeper", text)["choices"][0]["message"]["content"]
     evicted = daemon.http.post("/v1/agents/sleeper/evict").json()
     assert (evicted["state"], evicted["ram_bytes"]) == ("warm", 0)
     warmed = daemon.http.post("/v1/agents/sleeper/warm", json={}).json()
     assert warmed["state"] == "hot"
     assert warmed["ram_bytes"] > 0
     daemon.http.post("/v1/agents/sleeper/evict")
-    usage = daemon.chat("sleeper", STORY, reply, "Which stone?")["usage"]
+    usage = daemon.chat("sleeper", text, reply, "Which stone?")["usage"]
     assert usage["agentmem"]["state_before"] == "warm"
     assert usage["agentmem"]["restored_tokens"] > 0
 
 
+def test_equal_turns_of_many_agents_are_all_kept(daemon) -> None:
+    for agent in ("first", "second", "third"):
+        usage = daemon.chat(agent, STORY + " All say the same.", temperature=0)["usage"]
+        assert usage["agentmem"]["committed"] is True
+    assert daemon.http.get("/health").json()["status"] == "ok"
+
+
 def test_append_is_read_before_it_is_asked(daemon) -> None:
-    usage = daemon.http.post("/v1/agents/reader/append", json={"text": STORY, "role": "system"}).json()
+    room = {"params": {"namespace": "reader"}}
+    usage = daemon.http.post(
+        "/v1/agents/reader/append", json={"text": STORY, "role": "system"}, **room
+    ).json()
     assert usage["completion_tokens"] == 0
     assert usage["agentmem"]["prefilled_tokens"] == usage["prompt_tokens"]
     more = {"messages": [{"role": "user", "content": "Where are the stones?"}], "session": "default"}
-    assert daemon.http.post("/v1/agents/reader/append", json=more).status_code == 200
-    answer = daemon.chat("reader", "Say it.", agentmem={"agent": "reader", "history": "server"})["usage"]
+    assert daemon.http.post("/v1/agents/reader/append", json=more, **room).status_code == 200
+    who = {"agent": "reader", "namespace": "reader", "history": "server"}
+    answer = daemon.chat("reader", "Say it.", agentmem=who)["usage"]
     assert answer["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"]
 
 
@@ -95,5 +108,5 @@ def test_store_and_metrics_count_what_happened(daemon) -> None:
     assert grown["spoken"] == grown["requests"] == 1
     assert grown["committed"] == usage["agentmem"]["bytes_written"] > 0
     store = daemon.http.get("/v1/store").json()
-    number = next(name for name, value in store.items() if isinstance(value, int) and "budget" in name)
-    assert daemon.metric(f"agentmem_store_{number}") == store[number]
+    assert daemon.metric("agentmem_store_ram_used_bytes") == store["ram"]["used_bytes"] > 0
+    assert daemon.metric("agentmem_turns_waiting") == 0

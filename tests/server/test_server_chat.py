@@ -1,14 +1,23 @@
-"""Chat completions as OpenAI's own client sees them, and what they say about memory."""
+"""Chat completions as OpenAI's own client sees them, and what they say about memory.
+
+Agents of one namespace share what is equal in their prompts; a namespace of its own makes a turn a cold one.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import openai
 import pytest
 
-STORY = "The lighthouse keeper counts the ships that pass the northern cape every night of the winter. " * 4
+STORY = "The lighthouse keeper counts the ships that pass the northern cape every night of the winter. " * 2
+
+
+def alone(name: str) -> dict[str, str]:
+    """Headers of an agent that shares nothing with the agents of other tests."""
+    return {"x-agentmem-agent": name, "x-agentmem-namespace": f"chat-{name}"}
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -20,7 +29,7 @@ def test_reply_has_the_shape_that_the_client_reads(daemon) -> None:
         model="default",
         messages=[user("Say hello.")],
         max_tokens=8,
-        extra_body={"agentmem": {"agent": "shape"}},
+        extra_body={"agentmem": {"agent": "shape", "namespace": "shape"}},
     )
     assert reply.object == "chat.completion"
     assert reply.choices[0].message.role == "assistant"
@@ -41,11 +50,16 @@ def test_stream_says_the_same_as_the_whole_reply(daemon) -> None:
     client = daemon.openai()
     messages = [user("Name three colours.")]
     whole = client.chat.completions.create(
-        model="default", messages=messages, max_tokens=16, temperature=0, user="stream-a"
+        model="default", messages=messages, max_tokens=16, temperature=0, extra_headers=alone("a")
     )
     chunks = list(
         client.chat.completions.create(
-            model="default", messages=messages, max_tokens=16, temperature=0, user="stream-b", stream=True
+            model="default",
+            messages=messages,
+            max_tokens=16,
+            temperature=0,
+            stream=True,
+            extra_headers=alone("b"),
         )
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -85,7 +99,11 @@ def test_stream_on_the_wire_is_events_that_end_with_done(daemon) -> None:
 
 
 def test_second_turn_reuses_the_first_and_headers_say_so(daemon) -> None:
-    body = {"messages": [user(STORY)], "max_tokens": 12, "agentmem": {"agent": "headers"}}
+    body = {
+        "messages": [user(STORY)],
+        "max_tokens": 12,
+        "agentmem": {"agent": "headers", "namespace": "headers"},
+    }
     first = daemon.http.post("/v1/chat/completions", json=body)
     assert first.headers["x-agentmem-cache"] == "miss"
     assert first.headers["x-agentmem-cached-tokens"] == "0"
@@ -124,7 +142,7 @@ def test_developer_is_another_word_for_system(daemon) -> None:
             "messages": [{"role": role, "content": "You are a pirate."}, user("Hi.")],
             "max_tokens": 8,
             "temperature": 0,
-            "user": f"role-{role}",
+            "agentmem": {"agent": role, "namespace": f"role-{role}"},
         }
         answer = daemon.http.post("/v1/chat/completions", json=body).json()
         return answer["choices"][0]["message"]["content"], answer["usage"]["prompt_tokens"]
@@ -133,10 +151,16 @@ def test_developer_is_another_word_for_system(daemon) -> None:
 
 
 def test_stop_ends_the_reply_before_the_stop_text(daemon) -> None:
-    plain = daemon.chat("stops", "Tell me about the sea.", max_tokens=24, temperature=0)
+    def reply(namespace: str, **fields: Any) -> dict[str, Any]:
+        who = {"agent": "stops", "namespace": namespace}
+        return daemon.chat(
+            "stops", "Tell me about the sea.", max_tokens=16, temperature=0, agentmem=who, **fields
+        )
+
+    plain = reply("stops-a")
     text = plain["choices"][0]["message"]["content"]
     stop = text.split()[3]
-    cut = daemon.chat("stops2", "Tell me about the sea.", max_tokens=24, temperature=0, stop=stop)
+    cut = reply("stops-b", stop=stop)
     assert cut["choices"][0]["finish_reason"] == "stop"
     assert cut["choices"][0]["message"]["content"] == text[: text.index(stop)]
 
@@ -150,11 +174,14 @@ def test_limits_of_the_reply(daemon) -> None:
 
 
 def test_a_seed_repeats_a_sampled_reply(daemon) -> None:
-    def reply(agent: str) -> str:
-        fields = {"temperature": 1.2, "seed": 7, "max_tokens": 16}
-        return daemon.chat(agent, "Invent a name.", **fields)["choices"][0]["message"]["content"]
+    def reply(seed: int) -> str:
+        who = {"agent": f"seed-{seed}", "namespace": f"seed-{time.monotonic_ns()}"}
+        fields = {"temperature": 1.2, "seed": seed, "max_tokens": 12, "agentmem": who}
+        return daemon.chat("seed", "Invent a name.", **fields)["choices"][0]["message"]["content"]
 
-    assert reply("seed-a") == reply("seed-b")
+    first = reply(7)
+    assert reply(7) == first
+    assert {reply(8), reply(9)} != {first}
 
 
 @pytest.mark.parametrize(

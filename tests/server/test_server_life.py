@@ -12,7 +12,7 @@ import agentmem
 from agentmem.daemon import read_record, running_daemon
 from agentmem.home import Home
 
-STORY = "The carpenter keeps every plan she ever drew in a chest under the window of the workshop. " * 4
+STORY = "The carpenter keeps every plan she ever drew in a chest under the window of the workshop. " * 2
 
 
 def test_record_says_who_serves(daemon, record) -> None:
@@ -34,6 +34,7 @@ def test_second_daemon_on_a_home_says_who_holds_it(daemon, launch) -> None:
     assert daemon.http.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_killed_daemon_starts_again_and_remembers(start, tmp_path: Path) -> None:
     home = tmp_path / "home"
     first = start(home)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from pathlib import Path
@@ -172,11 +173,9 @@ def test_body_limit(relaxed) -> None:
 
 
 def test_full_queue_says_when_to_come_back(relaxed) -> None:
-    import asyncio
-
     async def burst() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=relaxed.url, timeout=300, trust_env=False) as client:
-            body = {**HELLO, "max_tokens": 64, "logit_bias": {"0": -100, "2": -100}}
+            body = {**HELLO, "max_tokens": 24, "logit_bias": {"0": -100, "2": -100}}
             return await asyncio.gather(*(client.post(CHAT, json=body) for _ in range(8)))
 
     answers = asyncio.run(burst())
