@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ FORMAT_VERSION = "1"
 MAX_HEADER = 64 << 20
 STRIPE_BYTES = 1 << 20
 SUFFIX = ".safetensors"
+ITEM_BYTES = {"I32": 4, "U32": 4, "U64": 8}
 
 
 class ExtentCorrupt(Exception):
@@ -119,12 +121,22 @@ class Extent:
         header = os.pread(self.fd, length, 8)
         if hashlib.sha256(header).hexdigest() + SUFFIX != self.path.name:
             raise ExtentCorrupt("header does not match the file's name")
-        table = json.loads(header)
+        try:
+            self._read_tables(json.loads(header), 8 + length, size)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ExtentCorrupt(f"not an extent of ours: {type(e).__name__}: {e}") from e
+
+    def _read_tables(self, table: dict[str, Any], start: int, size: int) -> None:
+        """Take in a header whose hash is right; its writer may still be another program."""
         self.meta: dict[str, str] = table.pop("__metadata__")
         if self.meta.get("agentmem") != FORMAT_VERSION:
             raise ExtentCorrupt(f"format version {self.meta.get('agentmem')!r}, this release reads {FORMAT_VERSION!r}")
-        self._at = {k: (8 + length + v["data_offsets"][0], v["shape"]) for k, v in table.items()}
-        if 8 + length + max(v["data_offsets"][1] for v in table.values()) != size:
+        self._at = {k: (start + v["data_offsets"][0], v["shape"]) for k, v in table.items()}
+        for name, entry in table.items():
+            a, b = entry["data_offsets"]
+            if a < 0 or b - a != math.prod(entry["shape"]) * ITEM_BYTES[entry["dtype"]]:
+                raise ExtentCorrupt(f"offsets of {name} do not match its shape")
+        if start + max(v["data_offsets"][1] for v in table.values()) != size:
             raise ExtentCorrupt("file size does not match its header")
         tokens, checks = self._bytes(table, "tokens"), self._bytes(table, "checks")
         if f"{xxhash.xxh3_64_intdigest(tokens + checks):016x}" != self.meta["sum"]:

@@ -179,7 +179,11 @@ class Store:
 
         def job() -> None:
             start = time.perf_counter()
-            scratch, bad = self._reader.read(plan, self.names, views)
+            try:
+                scratch, bad = self._reader.read(plan, self.names, views)
+            except Exception as e:  # without an outcome the request would wait for ever
+                log.exception("a restore failed")
+                scratch, bad = [], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs}
             seconds = time.perf_counter() - start
             self._complete(lambda: done(scratch, bad, seconds))
 

@@ -54,7 +54,7 @@ def test_match_prefers_the_longest_of_several_branches(tree: PageTree) -> None:
 
 
 def test_a_short_page_that_leads_further_wins(tree: PageTree) -> None:
-    """What an edited history leaves: the old page, and the same page cut short with the new rows behind it."""
+    """What an edited history leaves: the old page, and the same page cut short with new rows behind it."""
     grow(tree, [1, 2, 3, 4], [5, 6, 7, 8])
     head = grow(tree, [1, 2], [9, 9], [7])
     assert tree.match([1, 2, 9, 9, 7]) == (head.chain(), 1, 5)
