@@ -74,14 +74,16 @@ class Store:
             self.names[row.id] = row.name
             self._sizes[row.id] = row.bytes
         known = set(self.names.values())
-        for path in self.extents.iterdir():
-            if path.suffix == TEMPORARY:
-                path.unlink()
-            elif path.name not in known and path.suffix == SUFFIX:
-                if fresh:
+        for path in list(self.extents.iterdir()):
+            if path.name in known or path.suffix not in (TEMPORARY, SUFFIX):
+                continue
+            try:
+                if fresh and path.suffix == SUFFIX:
                     self.files.move(path, self.quarantine_folder)
                 else:
                     path.unlink()
+            except OSError as e:
+                log.warning("%s is left where it is: %s", path, e)
 
     def commit(
         self, turn: TurnCommit, rows: Callable[[], ExtentData] | None, done: Callable[[int | None, Exception | None], None]
@@ -108,7 +110,12 @@ class Store:
             assert turn.extent is not None
             turn.extent.name, written = write_extent(self.extents, rows(), self.files)
             turn.extent.bytes = written
-        self.index.commit(turn)
+        try:
+            self.index.commit(turn)
+        except sqlite3.Error as e:
+            if turn.extent is not None and _disk_full(e):
+                self.files.unlink(self.extents / turn.extent.name)
+            raise
         if turn.extent is not None:
             self.names[turn.extent.id] = turn.extent.name
             self._sizes[turn.extent.id] = turn.extent.bytes
@@ -194,7 +201,7 @@ class Store:
 
     def _fail(self, error: Exception) -> None:
         """A full disk passes; any other error means that what was written cannot be trusted to be there."""
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if _disk_full(error):
             log.warning("disk full: this turn stays in RAM and is written with the next one")
         elif self.problem is None:
             self.problem = str(error)
@@ -229,3 +236,9 @@ class Store:
             "quarantined": self.quarantined,
             "bytes_written": self.bytes_written,
         }
+
+
+def _disk_full(error: Exception) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -13,8 +13,8 @@ from agentmem.blockpool.page import Page, PageTree, Piece
 class Author:
     """Makes commits of one agent's one session with fresh ids."""
 
-    def __init__(self, id: int = 1, namespace: str = "default", name: str = "ada") -> None:
-        self.agent = AgentRow(id, namespace, name, 100.0 + id, 100.0 + id, {})
+    def __init__(self, id: int = 1, namespace: str = "default", name: str = "") -> None:
+        self.agent = AgentRow(id, namespace, name or f"agent-{id}", 100.0 + id, 100.0 + id, {})
         self.session = SessionRow(id, id, "main", None)
         self.tree = PageTree("fingerprint", namespace)
         self.last: Page | None = None
