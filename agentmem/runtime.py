@@ -27,7 +27,7 @@ from agentmem.errors import AgentMemError, ModelUnavailable, NotFound, Overloade
 from agentmem.model.loaded import LoadedModel, load
 from agentmem.quant import blas
 from agentmem.quant.attention import PATHS, Attention
-from agentmem.quant.device import backend
+from agentmem.quant.device import backend, leave_thread
 from agentmem.quant.format import KVFormat, kv_format, stored_dtype
 from agentmem.quant.rows import RowCodec
 from agentmem.quant.selftest import self_test
@@ -79,6 +79,12 @@ class Runtime:
         return runtime
 
     def _main(self) -> None:
+        try:
+            self._serve()
+        finally:
+            leave_thread()
+
+    def _serve(self) -> None:
         try:
             self._build()
         except AgentMemError as error:

@@ -19,3 +19,8 @@ def backend() -> Backend:
 def unified_memory() -> bool:
     """True where a host thread may write into an MLX array's memory (CPU and Apple Silicon)."""
     return backend() != "cuda"
+
+
+def leave_thread() -> None:
+    """Call at the end of a thread that used MLX: a stream that is still there at interpreter exit aborts the process."""
+    mx.clear_streams()

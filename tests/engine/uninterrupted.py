@@ -1,0 +1,94 @@
+"""The run that was never interrupted: one page table, never settled, evicted, written or loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.pool import Pool
+from agentmem.engine import seam
+from agentmem.engine.conversation import Conversation, Span
+from agentmem.engine.sequence import LAST_CHUNK
+from agentmem.engine.table import Table
+from agentmem.model.loaded import LoadedModel
+from agentmem.quant.attention import reference_attention
+from agentmem.quant.format import kv_format, stored_dtype
+from agentmem.quant.rows import RowCodec
+
+
+class Recorder(nn.Module):
+    """A model that notes the last logits of each forward pass, float32 [vocab]."""
+
+    def __init__(self, inner: nn.Module, keep: list[np.ndarray]) -> None:
+        super().__init__()
+        self.inner = inner
+        self._keep = keep
+
+    @property
+    def layers(self) -> Any:
+        return self.inner.layers
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        logits = self.inner(tokens, cache=cache)
+        self._keep.append(np.array(logits[0, -1].astype(mx.float32)))
+        return logits
+
+
+class Uninterrupted:
+    """Greedy turns of one conversation on one thread. `turn` returns (reply text, logits that chose its first token)."""
+
+    def __init__(self, model: LoadedModel, *, format: str = "q4-plain", page_tokens: int = 64, chunk_tokens: int = 512) -> None:
+        self.model, self.chunk_tokens = model, chunk_tokens
+        seam.install(model.model)
+        shapes, _, dtype = seam.probe(model.model)
+        chosen = kv_format(format)
+        codecs = tuple(RowCodec(s, chosen.for_shape(s), stored_dtype(dtype)) for s in shapes)
+        geometry = Geometry(codecs, page_tokens)
+        self.pool = Pool(geometry, 2000 * geometry.slot_bytes, "uninterrupted")
+        self.table = Table(self.pool, model.dtype, reference_attention)
+        self.conversation = Conversation(model.tokenizer)
+
+    def _feed(self, tokens: list[int]) -> np.ndarray:
+        views = self.table.views()
+        logits = self.model.model(mx.array([tokens]), cache=views)
+        arrays, apply = self.table.absorb(views, tokens)
+        last = logits[0, -1].astype(mx.float32)
+        mx.eval(arrays, last)
+        apply()
+        return np.array(last)
+
+    def turn(self, messages: list[dict[str, Any]], max_tokens: int) -> tuple[str, np.ndarray, int]:
+        """Returns (reply, first logits, tokens fed for the prompt). The messages must extend those of the turn before."""
+        text = self.model.tokenizer.render(messages)
+        alignment = self.conversation.align(text)
+        assert alignment.keep == len(self.conversation.ids), "the reference run never goes back"
+        self.conversation.begin(alignment)
+        ids, before = self.conversation.ids, len(self.table)
+        while len(self.table) < len(ids):
+            fed = len(self.table)
+            rest = ids[fed : fed + self.chunk_tokens - fed % self.chunk_tokens]
+            if fed + len(rest) == len(ids) and len(rest) > 2 * LAST_CHUNK:
+                rest = rest[:-LAST_CHUNK]
+            logits = self._feed(rest)
+        first, prefilled = logits, len(ids) - before
+        reply, decoder, out = [], self.model.tokenizer.detokenizer(), ""
+        while True:
+            token = int(np.argmax(logits))
+            if token in self.model.tokenizer.eos_ids:
+                self.conversation.spans.append(Span("end", self.model.tokenizer.special[token], [token]))
+                break
+            reply.append(token)
+            out += decoder.add(token)
+            logits = self._feed([token])
+            if len(reply) == max_tokens:
+                break
+        out += decoder.finish()
+        if reply:
+            self.conversation.spans.insert(
+                len(self.conversation.spans) - int(self.conversation.spans[-1].kind == "end"), Span("reply", out, reply)
+            )
+        return out, first, prefilled
