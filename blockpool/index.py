@@ -89,7 +89,10 @@ class ExtentRow:
 
 @dataclass(slots=True)
 class TurnCommit:
-    """Everything that one turn changes, for one transaction. Page and extent ids are assigned beforehand."""
+    """Everything that one turn changes, for one transaction. Page and extent ids are assigned beforehand.
+
+    `earlier` are turns of the session before this one that could not be written when they ended.
+    """
 
     agent: AgentRow
     session: SessionRow
@@ -98,6 +101,7 @@ class TurnCommit:
     pages: list[tuple[Page, tuple[Piece, ...]]]
     dropped: list[int]
     extent: ExtentRow | None = None
+    earlier: list[TurnRow] = field(default_factory=list)
 
 
 def connect(path: Path, durable: bool) -> Database:
@@ -185,7 +189,7 @@ class Index:
                 e = commit.extent
                 run("insert into extents values (?, ?, ?, ?, ?)", (e.id, e.name, space, e.bytes, commit.turn.created))
             self._insert_pages(space, commit.pages)
-            a, s, t = commit.agent, commit.session, commit.turn
+            a, s = commit.agent, commit.session
             run(
                 "insert into agents values (?, ?, ?, ?, ?, ?) on conflict (id) do update set last_used = excluded.last_used, "
                 "totals = excluded.totals",
@@ -197,11 +201,12 @@ class Index:
                 "space = excluded.space",
                 (s.id, a.id, s.name, space, head),
             )
-            run(
-                "insert into turns values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (s.id, t.n, t.keep_tokens, t.keep_messages, t.ids.astype(np.int32).tobytes(),
-                 json.dumps(t.spans), json.dumps(t.messages), json.dumps(t.stats), t.created),
-            )  # fmt: skip
+            for t in (*commit.earlier, commit.turn):
+                run(
+                    "insert into turns values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (s.id, t.n, t.keep_tokens, t.keep_messages, t.ids.astype(np.int32).tobytes(),
+                     json.dumps(t.spans), json.dumps(t.messages), json.dumps(t.stats), t.created),
+                )  # fmt: skip
             self._delete_pages(commit.dropped)
 
     def _insert_pages(self, space: int, pages: list[tuple[Page, tuple[Piece, ...]]]) -> None:

@@ -108,6 +108,7 @@ class Pool:
         if page.slots is not None:
             self.evict(page)
         self.tree_of(page).remove(page)
+        page.pieces = None
 
     def tree_of(self, page: Page) -> PageTree:
         top = page

@@ -22,12 +22,16 @@ Done = Callable[[int, Exception | None], None]
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """One growing context. `head` is the last page of its state, `stored_head` the one that the index knows."""
+    """One growing context. `head` is the last page of its state, `stored_head` the one that the index knows.
+
+    `unlogged` are turns whose commit failed; they are written with the next one.
+    """
 
     row: SessionRow
     conversation: Conversation
     head: Page | None = None
     stored_head: Page | None = None
+    unlogged: list[TurnRow] = field(default_factory=list)
     busy: bool = False
     log_bytes: int = 0
 
@@ -163,7 +167,7 @@ class Memory:
             pending.agent.row, pending.session.row, pending.turn, pending.head,
             pages=list(zip(new, rows.pieces, strict=True)),
             dropped=[p.id for p in dropped if p.id is not None],
-            extent=rows.extent,
+            extent=rows.extent, earlier=list(pending.session.unlogged),
         )  # fmt: skip
         self.pool.pin(new)
         self._writing = True
@@ -176,8 +180,10 @@ class Memory:
                 for page, pieces in zip(new, rows.pieces, strict=True):
                     page.pieces, page.origin = pieces, None
                 pending.session.stored_head = pending.head
-                self._zombies.extend(dropped)
-                self._bury()
+                pending.session.unlogged.clear()
+                self._condemn(dropped)
+            else:
+                pending.session.unlogged.append(pending.turn)
             pending.done(written or 0, error)
             self.pump()
 
@@ -194,33 +200,41 @@ class Memory:
                 break
         return head
 
+    def _condemn(self, pages: list[Page]) -> None:
+        """The index has dropped these pages: whoever still uses one writes it again."""
+        for page in pages:
+            page.pieces, page.id = None, None
+        self._zombies.extend(pages)
+        self._bury()
+
     def _bury(self) -> None:
-        """Discard pages that the index has dropped; one that a running sequence still reads waits until it is free."""
-        waiting = []
-        for page in self._zombies:
-            if page.pins or page.heads or page.children:
-                page.pieces, page.id = None, None
-                waiting.append(page)
-            else:
-                self.pool.discard(page)
-        self._zombies = waiting
+        """Discard condemned pages. One that a running sequence reads, or that a turn ends in, waits until it is free."""
+        condemned = [p for p in self._zombies if p.pieces is None]
+        self._zombies = []
+        for page in sorted(condemned, key=lambda p: -p.start):
+            if not self._discard_if_unused(page):
+                self._zombies.append(page)
 
     def _superseded(self, session: Session, head: Page | None) -> list[Page]:
         """The stored tail page that `head` has taken over, when nobody else ends in it."""
         old = session.stored_head
-        if old is None or old is head or old.heads or old.children or old.pins or old.parent is None:
+        if old is None or old.id is None or old is head or old.heads or old.children or old.pins or old.parent is None:
             return []
         return [old] if old.raw and old.rows < self.pool.geometry.page_tokens else []
 
     def forget(self, agent: Agent, done: Done) -> None:
-        """Delete the agent, its log, and every page that only it uses. Bytes in RAM are free at once."""
+        """Delete the agent, its log, and every page that only it uses. Bytes in RAM are free at once.
+
+        Pages that no session of the namespace leads to go too: they may be what the agent said before it was edited.
+        """
         agent.forgotten = True
         del self._agents[agent.row.namespace, agent.row.name]
-        mine = {p for s in agent.sessions.values() if s.head is not None for p in s.head.chain()}
         for session in agent.sessions.values():
             self._move_head(session, None)
-        gone = [p for p in sorted(mine, key=lambda p: -p.start) if self._discard_if_unused(p)]
-        self.store.forget(agent.row.id, [p.id for p in gone if p.id is not None], done)
+        pages = sorted(self.pool.tree(agent.row.namespace).pages(), key=lambda p: -p.start)
+        gone = [page.id for page in pages if self._discard_if_unused(page) and page.id is not None]
+        self._zombies = [p for p in self._zombies if p.pins or p.heads or p.children]
+        self.store.forget(agent.row.id, gone, done)
 
     def _discard_if_unused(self, page: Page) -> bool:
         if page.heads or page.children or page.pins:
@@ -245,9 +259,9 @@ class Memory:
                 self._move_head(session, keep[-1] if keep else None)
                 session.stored_head = session.head
                 heads[session.row.id] = session.head.id if session.head is not None else None
-        for page in sorted(lost, key=lambda p: -p.start):
-            self.pool.discard(page)
-        self.store.quarantine(bad, [p.id for p in lost if p.id is not None], bare, heads)
+        gone = [p.id for p in lost if p.id is not None]
+        self._condemn(list(lost))
+        self.store.quarantine(bad, gone, bare, heads)
 
     def next_extent(self) -> ExtentRow:
         return ExtentRow(self._next("extents"), "", 0)
