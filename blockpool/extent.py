@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def _header(data: ExtentData, tensors: list[tuple[str, str, np.ndarray]]) -> byt
         "agentmem": FORMAT_VERSION,
         "fingerprint": data.fingerprint,
         "namespace": data.namespace,
+        "nonce": secrets.token_hex(8),  # two agents may come to the very same rows; each turn owns its file
         "pages": json.dumps(data.pages, separators=(",", ":")),
         "sum": f"{xxhash.xxh3_64_intdigest(tensors[0][2].tobytes() + tensors[1][2].tobytes()):016x}",
     }
