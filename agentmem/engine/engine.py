@@ -162,14 +162,15 @@ class Engine:
         assert sequence.match is not None
         missing = [p for p in sequence.match.pages if p.slots is None]
         sequence.phase = "restoring"
+        sequence.restored = sum(p.rows for p in missing)
         if not missing:
             self._start(sequence)
             return
-        sequence.restored = sum(p.rows for p in missing)
 
         def done(bad: dict[int, str], seconds: float) -> None:
             sequence.restore_ms += 1e3 * seconds
             if bad:
+                sequence.lost = True
                 self.planner.unpin(sequence)
                 self.memory.lose(bad)
                 self.planner.replan(sequence)
