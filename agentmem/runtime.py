@@ -178,7 +178,7 @@ class Runtime:
 
         def start() -> None:
             agent = self._find(namespace, name)
-            pages = [p for p in _chain_pages(agent) if p.slots is None]
+            pages = [p for p in _chain_pages(agent) if p.slots is None and p.pieces is not None]
             self._pool.pin(pages)
 
             def finish(bad: dict[int, str], _: float) -> None:
