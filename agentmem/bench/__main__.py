@@ -1,0 +1,73 @@
+"""`python -m agentmem.bench restore ...`: what `agentmem bench` runs. JSON on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from agentmem.home import default_home
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _lengths(_: click.Context, __: click.Parameter, value: str) -> list[int]:
+    try:
+        lengths = [int(v) for v in value.split(",")]
+    except ValueError:
+        raise click.BadParameter("give token counts like 1024,4096") from None
+    if not all(64 <= n <= 1 << 20 for n in lengths):
+        raise click.BadParameter("token counts lie between 64 and 1048576")
+    return lengths
+
+
+@click.group()
+def bench() -> None:
+    """Benchmarks that print ratios measured in one run."""
+
+
+@bench.command()
+@click.option("--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name.")
+@click.option("--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b.")
+@click.option("--tokens", "lengths", default="1024", callback=_lengths, help="Context lengths, such as 1024,4096.")
+@click.option("--chunk", default=512, help="Prefill chunk in tokens.")
+@click.option("--repeats", default=3, help="Hot and warm turns per length; medians are reported.")
+@click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
+@click.option("--drop-cache", is_flag=True, help="Drop the page cache of the extents before every warm turn.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def restore(
+    model: str, shape: str | None, lengths: list[int], chunk: int, repeats: int, megabytes: int, drop_cache: bool, as_json: bool
+) -> None:
+    """Time to first token cold, hot and warm, restore bandwidth, and the same through stock mlx-lm."""
+    from agentmem.bench.restore import run
+    from agentmem.model.loaded import load
+    from agentmem.model.random import shape_model
+
+    loaded = shape_model(shape) if shape else load(model, default_home())
+    result = run(
+        loaded, lengths, chunk=chunk, repeats=repeats, drop_cache=drop_cache, megabytes=megabytes, say=_say
+    )
+    click.echo(json.dumps(result, indent=None if as_json else 2) if as_json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['model']} on {result['backend']}; restore {result['bandwidth']['restore_gb_s']:.1f} GB/s, "
+        f"pread {result['bandwidth']['pread_gb_s']:.1f}, mx.load {result['bandwidth']['mx_load_gb_s']:.1f}",
+        "tokens   cold ms    hot ms   warm ms  speed-up  bytes/fp16  stock q4 ms  stock speed-up",
+    ]
+    for r in result["rows"]:
+        q4 = r["stock"]["q4"]
+        lines.append(
+            f"{r['tokens']:6d} {r['cold_ttft_ms']:9.0f} {r['hot_ttft_ms']:9.1f} {r['warm_ttft_ms']:9.1f} "
+            f"{r['speedup_warm']:8.1f}x {r['bytes_ratio']:11.3f} {q4['warm_ms']:12.1f} {q4['speedup']:14.1f}x"
+        )
+    lines += [f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})" for c in result["checks"]]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    bench(prog_name="agentmem bench")

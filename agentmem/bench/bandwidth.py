@@ -1,0 +1,112 @@
+"""Restore bandwidth of many pages against raw reads of the same bytes, in one run."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.index import TurnRow
+from agentmem.blockpool.page import Page
+from agentmem.blockpool.pool import Pool
+from agentmem.blockpool.store import Store
+from agentmem.engine.conversation import Tokenizer
+from agentmem.engine.memory import Memory
+from agentmem.engine.recall import Recall
+
+READ = 1 << 20
+
+
+def _drain(store: Store, until: Callable[[], bool]) -> None:
+    while not until():
+        store.completions.get(timeout=120)()
+
+
+def _fill(pool: Pool, memory: Memory, pages: int) -> Page:
+    """A chain of `pages` packed pages with random contents, committed as one turn."""
+    g, head = pool.geometry, pool.tree("bench").root
+    rng = np.random.default_rng(0)
+    for _ in range(pages):
+        slots = pool.take(1)
+        rows = [mx.array(rng.integers(0, 1 << 32, (g.page_tokens, w), dtype=np.uint32)) for w in g.packed_words]
+        mx.eval(rows)
+        pool.arena.write_packed(slots, rows)
+        page = pool.tree("bench").add(head, rng.integers(0, 1000, g.page_tokens), raw=False)
+        pool.settle(page, slots)
+        head = page
+    agent, session = memory.open("bench", "bench", "default")
+    turn = TurnRow(1, 0, 0, np.zeros(0, np.int32), [], [], {}, 0.0)
+    memory.finish(agent, session, turn, head, lambda *_: None)
+    return head
+
+
+def _pread(path: Path, threads: int) -> float:
+    """Seconds of a parallel read of the whole file into memory that is there already."""
+    size = path.stat().st_size
+    target = np.zeros(size, np.uint8)
+    fd = os.open(path, os.O_RDONLY)
+    part = -(-size // threads)
+
+    def read(first: int) -> None:
+        view = memoryview(target)
+        for at in range(first, min(first + part, size), READ):
+            os.preadv(fd, [view[at : min(at + READ, first + part, size)]], at)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda _: None, range(threads)))
+        start = time.perf_counter()
+        list(pool.map(read, range(0, size, part)))
+        seconds = time.perf_counter() - start
+    os.close(fd)
+    return seconds
+
+
+def _mx_load(path: Path) -> float:
+    start = time.perf_counter()
+    arrays = mx.load(str(path))
+    mx.eval(list(arrays.values()))
+    return time.perf_counter() - start
+
+
+def measure(geometry: Geometry, tokenizer: Tokenizer, folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
+    """Medians of `repeats` rounds, each of which restores, preads and loads the same file; GB/s of 10^9 bytes."""
+    pages = max(2, (megabytes << 20) // geometry.slot_bytes)
+    pool = Pool(geometry, (pages + 8) * geometry.slot_bytes, "bench")
+    store = Store(folder, "bench")
+    memory = Memory(store, pool, tokenizer)
+    memory.load()
+    recall = Recall(pool, store)
+    threads = min(16, os.cpu_count() or 2)
+    head = _fill(pool, memory, pages)
+    _drain(store, lambda: memory.unwritten == 0)
+    chain = head.chain()
+    path = next(store.extents.iterdir())
+    times: dict[str, list[float]] = {"restore": [], "pread": [], "mx_load": []}
+    for _ in range(repeats):
+        for page in chain:
+            pool.evict(page)
+        done: list[float] = []
+        start = time.perf_counter()
+        recall.start(chain, lambda bad, s, done=done: done.append(s))
+        _drain(store, lambda done=done: bool(done))
+        times["restore"].append(time.perf_counter() - start)
+        times["pread"].append(_pread(path, threads))
+        times["mx_load"].append(_mx_load(path))
+    size = path.stat().st_size
+    store.close()
+    speed = {name: size / statistics.median(t) / 1e9 for name, t in times.items()}
+    return {
+        "bytes": size,
+        **{f"{name}_gb_s": s for name, s in speed.items()},
+        "restore_over_pread": speed["restore"] / speed["pread"],
+        "restore_over_mx_load": speed["restore"] / speed["mx_load"],
+        "threads": threads,
+    }

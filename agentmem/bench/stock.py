@@ -1,0 +1,85 @@
+"""The same workload through stock mlx-lm: prompt caches saved to one file and loaded again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+
+
+def _forward(model: nn.Module, ids: list[int], caches: list[Any]) -> int:
+    """Feed `ids` in one pass; the greedy next token."""
+    token = mx.argmax(model(mx.array([ids]), cache=caches)[0, -1])
+    mx.eval(token, [c.state[0] for c in caches])
+    return int(token.item())
+
+
+def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = action()
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+def _dequantised(caches: list[QuantizedKVCache]) -> list[KVCache]:
+    """16-bit caches with the contents of 4-bit ones, for backends where mlx-lm's quantised attention does not run."""
+    plain = []
+    for old in caches:
+        new = KVCache()
+        keys, values = (
+            mx.dequantize(*(x[..., : old.offset, :] for x in part), group_size=old.group_size, bits=old.bits)
+            for part in (old.keys, old.values)
+        )
+        new.keys, new.values, new.offset = keys, values, old.offset
+        plain.append(new)
+    return plain
+
+
+def _first_token(model: nn.Module, path: Path, suffix: list[int], unpack: bool) -> int:
+    caches = load_prompt_cache(str(path))
+    return _forward(model, suffix, _dequantised(caches) if unpack else caches)
+
+
+def measure(model: nn.Module, ids: list[int], suffix: list[int], folder: Path, *, chunk: int, repeats: int) -> dict[str, Any]:
+    """Cold prefill of `ids`, then load + first token behind `suffix` from a 16-bit (or float32) file and from a 4-bit file."""
+    caches = make_prompt_cache(model)
+
+    def prefill() -> int:
+        for at in range(0, len(ids) - 1, chunk):
+            model(mx.array([ids[at : min(at + chunk, len(ids) - 1)]]), cache=caches)
+            mx.eval([c.state[0] for c in caches])
+        return _forward(model, ids[-1:], caches)
+
+    _, cold = _timed(prefill)
+    for c in caches:
+        c.trim(1)
+    quantised = [c.to_quantized(group_size=64, bits=4) for c in caches]
+    out: dict[str, Any] = {"cold_ms": cold}
+    for name, saved in (("full", caches), ("q4", quantised)):
+        path = folder / f"stock-{name}.safetensors"
+        save_prompt_cache(str(path), saved)
+        unpack = name == "q4" and not _runs(model, path, suffix)
+        times = [_timed(lambda p=path, u=unpack: _first_token(model, p, suffix, u))[1] for _ in range(repeats)]
+        warm = sorted(times)[len(times) // 2]
+        out[name] = {
+            "dtype": str(caches[0].keys.dtype).removeprefix("mlx.core.") if name == "full" else "q4",
+            "bytes": path.stat().st_size,
+            "warm_ms": warm,
+            "speedup": cold / warm,
+            "attention": "dequantised first" if unpack else "stock",
+        }
+        path.unlink()
+    return out
+
+
+def _runs(model: nn.Module, path: Path, suffix: list[int]) -> bool:
+    """Whether mlx-lm's quantised attention runs here; on CUDA it lacks kernels for many shapes."""
+    try:
+        _first_token(model, path, suffix, False)
+    except (RuntimeError, ValueError):
+        return False
+    return True
