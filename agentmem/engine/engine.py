@@ -138,24 +138,29 @@ class Engine:
         return [(s, s.next_chunk(self.chunk_tokens)) for s in ready]
 
     def _admit(self) -> None:
+        """Start what can start, first come, first served: small requests do not starve a large one that waits for room."""
         for sequence in list(self.waiting):
             if sequence.ticket.cancelled:
                 self.waiting.remove(sequence)
                 sequence.finish, sequence.phase = "cancelled", "done"
+                self.planner.drop(sequence)
                 self._report(sequence, 0, False)
                 continue
             if len(self.active) >= MAX_ACTIVE:
                 return
+            if self.planner.busy(sequence):
+                continue
             try:
                 admitted = self.planner.admit(sequence, self.active)
-            except AgentMemError as error:
+            except Exception as error:
                 self.waiting.remove(sequence)
-                self._fail(sequence, error)
+                self._fail(sequence, _reported(error))
                 continue
-            if admitted:
-                self.waiting.remove(sequence)
-                self.active.append(sequence)
-                self._restore(sequence)
+            if not admitted:
+                return
+            self.waiting.remove(sequence)
+            self.active.append(sequence)
+            self._restore(sequence)
 
     def _restore(self, sequence: Sequence) -> None:
         """Bring the matched pages into RAM, then start the prefill."""
@@ -220,12 +225,8 @@ class Engine:
         except Overloaded as error:
             self._retry_or_fail(sequence, error, lambda: None)
             return None
-        except AgentMemError as error:
-            self._fail(sequence, error)
-            return None
         except Exception as error:
-            log.exception("a step failed")
-            self._fail(sequence, AgentMemError(f"the step failed: {error}"))
+            self._fail(sequence, _reported(error))
             return None
         if sequence.phase == "prefill":
             sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
@@ -339,3 +340,11 @@ class Engine:
         if sequence in self.active:
             self.active.remove(sequence)
         sequence.sink(Failed(error))
+
+
+def _reported(error: Exception) -> AgentMemError:
+    """`error` as it is reported; one that is no AgentMemError is logged with its place."""
+    if isinstance(error, AgentMemError):
+        return error
+    log.error("a request failed", exc_info=error)
+    return AgentMemError(f"the request failed: {error}")

@@ -27,18 +27,21 @@ class Planner:
         self._max_context = max_context
         self._max_reply = max_reply
 
+    def busy(self, sequence: Sequence) -> bool:
+        """True while another turn of the same session runs."""
+        known = self._memory.agent(sequence.request.namespace, sequence.request.agent)
+        session = known.sessions.get(sequence.request.session) if known is not None else None
+        return session is not None and session.busy
+
     def admit(self, sequence: Sequence, active: list[Sequence]) -> bool:
-        """Plan `sequence` when it may start now: its session is free, and its slots fit beside those of `active`.
+        """Plan `sequence` when its slots fit beside those of `active`. Precondition: its session is not busy.
 
         Raises BadRequest or ContextOverflow for what can never run.
         """
         request = sequence.request
-        known = self._memory.agent(request.namespace, request.agent)
-        if known is not None and request.session in known.sessions and known.sessions[request.session].busy:
-            return False
         agent, session = self._memory.open(request.namespace, request.agent, request.session)
-        sequence.agent, sequence.session = agent, session
-        if not sequence.ids:
+        if sequence.session is not session:
+            sequence.agent, sequence.session = agent, session
             self._render(sequence)
         need = self._pool.geometry.worst_slots(len(sequence.ids) + sequence.max_tokens + 1)
         taken = sum(self._pool.geometry.worst_slots(len(s.ids) + s.max_tokens + 1) for s in active)
@@ -61,6 +64,8 @@ class Planner:
         if not sequence.ids:
             raise BadRequest("the messages hold no text", param="messages")
         self._fit(sequence)
+        if any(not 0 <= token < self._tokenizer.vocab_size for token in request.sampling.logit_bias):
+            raise BadRequest(f"logit_bias names token ids from 0 to {self._tokenizer.vocab_size - 1}", param="logit_bias")
         if sequence.generate:
             sequence.reply = Reply(self._tokenizer.detokenizer(), request.stop)
             sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62))
