@@ -38,13 +38,13 @@ def demo_agents() -> list[DemoAgent]:
         _agent(
             "bakery",
             "What is the sourdough starter called?",
-            "On which day is the bakery closed?",
-            "Who runs the night shift?",
+            "Where does the bakery stand?",
+            "When do the doors open?",
         ),
         _agent(
             "seedlibrary",
-            "Who was in the chair at the meeting?",
-            "What is the rarest seed in the collection?",
-            "When is the plant sale?",
+            "What does each jar get?",
+            "What did the plant sale bring?",
+            "When does the library open for loans?",
         ),
     ]
