@@ -22,7 +22,7 @@ class Sampler:
         """logits [vocab] -> token id, lazily, as a scalar array. `position`: index of the token in the reply."""
         s = self._s
         logits = self._penalised(logits.astype(mx.float32))
-        if s.temperature == 0:
+        if s.temperature == 0 or s.top_p == 0:
             return mx.argmax(logits)
         logprobs = (logits - mx.logsumexp(logits))[None]
         if 0 < s.top_p < 1:
