@@ -1,0 +1,101 @@
+"""The real daemon on a tiny model, as a process that may be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from agentmem.model.random import TINY, random_model
+
+READY = "agentmem ready "
+
+
+def save_model(folder: Path) -> Path:
+    """A tiny model as an MLX folder."""
+    folder.mkdir()
+    made = random_model("llama", seed=0)
+    weights: Any = dict(tree_flatten(made.model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(TINY | {"model_type": "llama"}))
+    made.tokenizer._tokenizer.save_pretrained(folder)
+    return folder
+
+
+def log_of(home: Path) -> Path:
+    return home.with_name(f"{home.name}.log")
+
+
+def spawn(home: Path, model: Path, *flags: str) -> subprocess.Popen[str]:
+    """The process, without waiting for anything."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("AGENTMEM_")}
+    command = [
+        sys.executable,
+        "-m",
+        "agentmem.server",
+        "--home",
+        str(home),
+        "--port",
+        "0",
+        "--model",
+        str(model),
+    ]
+    with log_of(home).open("a") as errors:
+        return subprocess.Popen(
+            [*command, *flags], env=plain, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+
+
+class Daemon:
+    """One start of the daemon on `home`. Fails when it does not come up."""
+
+    def __init__(self, home: Path, model: Path, *flags: str) -> None:
+        self.process = spawn(home, model, *flags)
+        self.log = log_of(home)
+        assert self.process.stdout is not None
+        ready = self.process.stdout.readline()
+        assert ready.startswith(READY), f"the daemon did not start: {self.log.read_text()[-3000:]}"
+        token = (home / "token").read_text().strip()
+        self.http = httpx.Client(
+            base_url=ready.removeprefix(READY).strip(),
+            headers={"authorization": f"Bearer {token}"},
+            timeout=60,
+            trust_env=False,
+        )
+
+    def chat(self, agent: str, text: str, **fields: Any) -> dict[str, Any]:
+        """One turn of a conversation that the daemon keeps; returns its usage. Raises httpx.HTTPError."""
+        body = {
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": 6,
+            "agentmem": {"agent": agent, "history": "server"},
+            **fields,
+        }
+        response = self.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        return dict(response.json()["usage"])
+
+    def get(self, path: str) -> dict[str, Any]:
+        response = self.http.get(path)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    def kill(self) -> None:
+        """SIGKILL, now."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(timeout=60)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=60)
