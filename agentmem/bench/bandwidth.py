@@ -71,8 +71,17 @@ def _pread(path: Path, threads: int) -> float:
 
 def _mx_load(path: Path) -> float:
     start = time.perf_counter()
-    arrays = mx.load(str(path))
+    arrays: Any = mx.load(str(path))
     mx.eval(list(arrays.values()))
+    return time.perf_counter() - start
+
+
+def _restore(recall: Recall, store: Store, chain: list[Page]) -> float:
+    """Seconds until every page of `chain` is back in RAM."""
+    done: list[float] = []
+    start = time.perf_counter()
+    recall.start(chain, lambda _, seconds: done.append(seconds))
+    _drain(store, lambda: bool(done))
     return time.perf_counter() - start
 
 
@@ -93,11 +102,7 @@ def measure(geometry: Geometry, tokenizer: Tokenizer, folder: Path, megabytes: i
     for _ in range(repeats):
         for page in chain:
             pool.evict(page)
-        done: list[float] = []
-        start = time.perf_counter()
-        recall.start(chain, lambda bad, s, done=done: done.append(s))
-        _drain(store, lambda done=done: bool(done))
-        times["restore"].append(time.perf_counter() - start)
+        times["restore"].append(_restore(recall, store, chain))
         times["pread"].append(_pread(path, threads))
         times["mx_load"].append(_mx_load(path))
     size = path.stat().st_size

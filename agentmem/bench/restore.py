@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from pydantic import ByteSize
 
 from agentmem.bench import bandwidth, stock
 from agentmem.engine import seam
@@ -65,7 +66,7 @@ class RestoreBench:
         shapes, _, _ = seam.probe(self.model.model)
         row = sum(s.heads * (s.key_dim + s.value_dim) * 2 for s in shapes)
         budget = max(64 << 20, int(1.5 * row * (0.3 * tokens + 400)))
-        return Runtime.open(Settings(home=home, ram_budget=budget, chunk_tokens=self.chunk), lambda: self.model)
+        return Runtime.open(Settings(home=home, ram_budget=ByteSize(budget), chunk_tokens=self.chunk), lambda: self.model)
 
     def measure(self, tokens: int) -> dict[str, Any]:
         """All figures at one context length."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def _forward(model: nn.Module, ids: list[int], caches: list[Any]) -> int:
     """Feed `ids` in one pass; the greedy next token."""
     token = mx.argmax(model(mx.array([ids]), cache=caches)[0, -1])
     mx.eval(token, [c.state[0] for c in caches])
-    return int(token.item())
+    return int(token.item())  # type: ignore[arg-type]
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
@@ -30,11 +31,11 @@ def _dequantised(caches: list[QuantizedKVCache]) -> list[KVCache]:
     plain = []
     for old in caches:
         new = KVCache()
-        keys, values = (
-            mx.dequantize(*(x[..., : old.offset, :] for x in part), group_size=old.group_size, bits=old.bits)
-            for part in (old.keys, old.values)
-        )
-        new.keys, new.values, new.offset = keys, values, old.offset
+        packed: tuple[Any, Any] = (old.keys, old.values)
+        for name, part in zip(("keys", "values"), packed, strict=True):
+            words, scales, biases = (x[..., : old.offset, :] for x in part)
+            setattr(new, name, mx.dequantize(words, scales, biases, old.group_size, old.bits))
+        new.offset = old.offset
         plain.append(new)
     return plain
 
@@ -63,7 +64,8 @@ def measure(model: nn.Module, ids: list[int], suffix: list[int], folder: Path, *
         path = folder / f"stock-{name}.safetensors"
         save_prompt_cache(str(path), saved)
         unpack = name == "q4" and not _runs(model, path, suffix)
-        times = [_timed(lambda p=path, u=unpack: _first_token(model, p, suffix, u))[1] for _ in range(repeats)]
+        load = partial(_first_token, model, path, suffix, unpack)
+        times = [_timed(load)[1] for _ in range(repeats)]
         warm = sorted(times)[len(times) // 2]
         out[name] = {
             "dtype": str(caches[0].keys.dtype).removeprefix("mlx.core.") if name == "full" else "q4",

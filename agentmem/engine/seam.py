@@ -37,7 +37,7 @@ def _dispatch(
 ) -> mx.array:
     attend = getattr(cache, "attend", None)
     if attend is None:
-        return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)  # type: ignore[arg-type]
     return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 

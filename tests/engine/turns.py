@@ -13,7 +13,7 @@ from agentmem.runtime import Runtime
 WORDS = (
     "the lamp oil tide harbour ledger winter bread seed wheel 42 2026 night river who why keeps counts writes under "
     "over never always north copper glass letters (see) [note] don't ümlaut 漢字 🙂 x=1; return"
-).split()
+).split()  # noqa: SIM905
 
 
 @dataclass
