@@ -12,7 +12,9 @@ import platformdirs
 def default_home() -> Path:
     """`AGENTMEM_HOME`, else the platform's data folder (never a cache folder that the system may purge)."""
     named = os.environ.get("AGENTMEM_HOME")
-    return Path(named).expanduser() if named else Path(platformdirs.user_data_dir("agentmem", appauthor=False))
+    return (
+        Path(named).expanduser() if named else Path(platformdirs.user_data_dir("agentmem", appauthor=False))
+    )
 
 
 @dataclass(frozen=True, slots=True)

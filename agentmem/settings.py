@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import ByteSize, Field, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from agentmem.home import Home, default_home
 
@@ -25,10 +30,14 @@ class Settings(BaseSettings):
     chunk_tokens: int = Field(default=512, ge=16, le=8192)
     ram_budget: ByteSize = Field(default=ByteSize(1 << 30), description="bytes of KV state kept in RAM")
     max_context: int | None = Field(default=None, ge=64, description="tokens; default: the model's own")
-    max_reply: int = Field(default=1024, ge=1, description="tokens of a reply when the request names no limit")
+    max_reply: int = Field(
+        default=1024, ge=1, description="tokens of a reply when the request names no limit"
+    )
     commit: Literal["full", "batched", "none"] = "full"
     queue_limit: int = Field(default=64, ge=1)
-    open_inference: bool = Field(default=False, description="let inference through without a token on loopback")
+    open_inference: bool = Field(
+        default=False, description="let inference through without a token on loopback"
+    )
     allow_remote: bool = Field(default=False, description="allow a bind address that is not loopback")
     allowed_hosts: list[str] = Field(default_factory=list)
     allowed_origins: list[str] = Field(default_factory=list)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from agentmem.blockpool.page import Page, Piece
 from sqlite_utils import Database
 
-from agentmem.blockpool.page import Page, Piece
 from agentmem.errors import StoreError
 
 SCHEMA_VERSION = 1
@@ -120,10 +120,14 @@ def connect(path: Path, durable: bool) -> Database:
         if version == 0:
             connection.executescript(f"begin; {_SCHEMA} pragma user_version={SCHEMA_VERSION}; commit;")
         elif version != SCHEMA_VERSION:
-            raise StoreError(f"{path} has index version {version}; this release reads {SCHEMA_VERSION}. Use the release that wrote it.")
+            raise StoreError(
+                f"{path} has index version {version}; this release reads {SCHEMA_VERSION}. Use the release that wrote it."
+            )
     except sqlite3.DatabaseError as e:
         connection.close()
-        raise StoreError(f"{path} is not a readable index ({e}); move it away to start with an empty memory") from e
+        raise StoreError(
+            f"{path} is not a readable index ({e}); move it away to start with an empty memory"
+        ) from e
     return Database(connection, execute_plugins=False)
 
 
@@ -141,7 +145,9 @@ class Index:
     def last_ids(self) -> dict[str, int]:
         """The highest id of every table whose ids are assigned by the engine."""
         query = "select coalesce(max(id), 0) from "
-        return {t: self.db.execute(query + t).fetchone()[0] for t in ("pages", "extents", "agents", "sessions")}
+        return {
+            t: self.db.execute(query + t).fetchone()[0] for t in ("pages", "extents", "agents", "sessions")
+        }
 
     def namespaces(self) -> list[str]:
         rows = self.db.query("select namespace from spaces where fingerprint = ?", [self.fingerprint])
@@ -157,17 +163,22 @@ class Index:
         space = self._space(namespace)
         pieces: dict[int, list[Piece]] = {}
         for r in self.db.query(
-            "select pieces.* from pieces join pages on pages.id = page where space = ? order by page, page_row", [space]
+            "select pieces.* from pieces join pages on pages.id = page where space = ? order by page, page_row",
+            [space],
         ):
             piece = Piece(r["extent"], bool(r["raw"]), r["extent_row"], r["page_row"], r["rows"])
             pieces.setdefault(r["page"], []).append(piece)
-        for r in self.db.query("select id, parent, raw, tokens from pages where space = ? order by id", [space]):
+        for r in self.db.query(
+            "select id, parent, raw, tokens from pages where space = ? order by id", [space]
+        ):
             tokens = np.frombuffer(r["tokens"], dtype=np.int32)
             yield r["id"], r["parent"], bool(r["raw"]), tokens, tuple(pieces.get(r["id"], ()))
 
     def agents(self) -> Iterator[AgentRow]:
         for r in self.db.query("select * from agents"):
-            yield AgentRow(r["id"], r["namespace"], r["name"], r["created"], r["last_used"], json.loads(r["totals"]))
+            yield AgentRow(
+                r["id"], r["namespace"], r["name"], r["created"], r["last_used"], json.loads(r["totals"])
+            )
 
     def sessions(self) -> Iterator[SessionRow]:
         """Every session with its turns. The head belongs to this fingerprint or is None (state of another one is no use)."""
@@ -187,7 +198,10 @@ class Index:
             run = self.db.conn.execute
             if commit.extent is not None:
                 e = commit.extent
-                run("insert into extents values (?, ?, ?, ?, ?)", (e.id, e.name, space, e.bytes, commit.turn.created))
+                run(
+                    "insert into extents values (?, ?, ?, ?, ?)",
+                    (e.id, e.name, space, e.bytes, commit.turn.created),
+                )
             self._insert_pages(space, commit.pages)
             a, s = commit.agent, commit.session
             run(
@@ -261,7 +275,9 @@ class Index:
         if namespace not in self._spaces:
             key = (self.fingerprint, namespace)
             self.db.conn.execute("insert or ignore into spaces (fingerprint, namespace) values (?, ?)", key)
-            row = self.db.conn.execute("select id from spaces where fingerprint = ? and namespace = ?", key).fetchone()
+            row = self.db.conn.execute(
+                "select id from spaces where fingerprint = ? and namespace = ?", key
+            ).fetchone()
             self._spaces[namespace] = row[0]
         return self._spaces[namespace]
 

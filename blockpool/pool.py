@@ -1,6 +1,6 @@
 """The pool: pages in RAM under a byte budget. Belongs to the engine thread.
 
-    free slot -- take --> held by a working table or a restore -- adopt/settle --> page.slots -- evict --> free slot
+free slot -- take --> held by a working table or a restore -- adopt/settle --> page.slots -- evict --> free slot
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
-
 from agentmem.blockpool.arena import make_arena
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page, PageTree, Piece
 from agentmem.blockpool.slots import Slots
+
 from agentmem.errors import Overloaded
 
 
@@ -59,13 +59,17 @@ class Pool:
         return tuple(self.slots.take(n))
 
     def _make_room(self, n: int) -> None:
-        idle = sorted((p for p in self._resident if self._evictable(p)), key=lambda p: (p.last_used, -p.start))
+        idle = sorted(
+            (p for p in self._resident if self._evictable(p)), key=lambda p: (p.last_used, -p.start)
+        )
         for page in idle:
             if self.slots.free >= n:
                 return
             self.evict(page)
         if self.slots.free < n:
-            raise Overloaded(f"{n} KV slots needed, {self.slots.free} free; the rest is in use or not yet on disk")
+            raise Overloaded(
+                f"{n} KV slots needed, {self.slots.free} free; the rest is in use or not yet on disk"
+            )
 
     def _evictable(self, page: Page) -> bool:
         return page.pins == 0 and (page.pieces is not None or self.lossy)
@@ -116,7 +120,9 @@ class Pool:
             top = top.parent
         return next(t for t in self._trees.values() if t.root is top)
 
-    def load(self, namespace: str, rows: list[tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]]) -> dict[int, Page]:
+    def load(
+        self, namespace: str, rows: list[tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]]
+    ) -> dict[int, Page]:
         """Build a namespace's tree from the index; returns pages by id. Rows come parents first."""
         tree = self.tree(namespace)
         pages: dict[int, Page] = {}

@@ -6,7 +6,6 @@ import sys
 from typing import Any, TextIO
 
 import click
-
 from agentmem.cli.output import (
     console,
     format_ago,
@@ -20,6 +19,7 @@ from agentmem.cli.output import (
     print_table,
 )
 from agentmem.cli.text_input import read_text
+
 from agentmem.client import AgentMemClient
 
 COLUMNS = ("AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST")

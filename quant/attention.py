@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-
 from agentmem.quant.rows import RowCodec
 
 
@@ -56,7 +55,9 @@ def reference_attention(
     all_keys = mx.concatenate([*(k[None] for k in old_keys), keys], axis=2) if old_keys else keys
     all_values = mx.concatenate([*(v[None] for v in old_values), values], axis=2) if old_values else values
     mask = "causal" if queries.shape[2] > 1 else None
-    return mx.fast.scaled_dot_product_attention(queries, all_keys, all_values, scale=scale, mask=mask, sinks=sinks)
+    return mx.fast.scaled_dot_product_attention(
+        queries, all_keys, all_values, scale=scale, mask=mask, sinks=sinks
+    )
 
 
 Attention = Callable[..., mx.array]

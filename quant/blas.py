@@ -41,7 +41,9 @@ def preload() -> str | None:
     if _loaded is None and wanted():
         _late = "mlx.core" in sys.modules
         if _late:
-            log.warning("mlx was imported before agentmem: prefill runs on the slow bundled BLAS in this process")
+            log.warning(
+                "mlx was imported before agentmem: prefill runs on the slow bundled BLAS in this process"
+            )
         _loaded = _load_system() or _load_wheel()
     return _loaded
 

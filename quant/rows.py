@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
-
 from agentmem.quant.format import Code, KVFormat, LayerShape
 
 
@@ -24,7 +23,13 @@ def _unpack(words: mx.array, code: Code, heads: int, dim: int, stored: mx.Dtype,
     """
     n, split = words.shape[0], code.code_words(heads, dim)
     codes = words[:, :split].reshape(n, heads, -1).transpose(1, 0, 2)
-    pairs = words[:, split:].view(stored).reshape(n, heads, dim // code.group, 2).transpose(1, 0, 2, 3).astype(out)
+    pairs = (
+        words[:, split:]
+        .view(stored)
+        .reshape(n, heads, dim // code.group, 2)
+        .transpose(1, 0, 2, 3)
+        .astype(out)
+    )
     return mx.dequantize(codes, pairs[..., 0], pairs[..., 1], group_size=code.group, bits=code.bits)
 
 

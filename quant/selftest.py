@@ -6,7 +6,6 @@ import logging
 
 import mlx.core as mx
 import numpy as np
-
 from agentmem.quant.attention import PATHS, Attention, dequantised_history, rotate
 from agentmem.quant.format import KVFormat, LayerShape
 from agentmem.quant.rows import RowCodec
@@ -67,12 +66,17 @@ def path_error(attend: Attention, codec: RowCodec, query_heads: int, dtype: mx.D
         return np.repeat(joined, repeat, axis=0).astype(np.float64)
 
     want = _numpy_attention(
-        np.array(q[0].astype(mx.float32)).astype(np.float64), widen(history[0], new_k), widen(history[1], new_v), scale
+        np.array(q[0].astype(mx.float32)).astype(np.float64),
+        widen(history[0], new_k),
+        widen(history[1], new_v),
+        scale,
     )
     return float(np.abs(np.array(out[0].astype(mx.float32)) - want).max())
 
 
-def self_test(format: KVFormat, shape: LayerShape, query_heads: int, dtype: mx.Dtype, stored: mx.Dtype) -> dict[str, object]:
+def self_test(
+    format: KVFormat, shape: LayerShape, query_heads: int, dtype: mx.Dtype, stored: mx.Dtype
+) -> dict[str, object]:
     """Run every path; returns `{"code_error", "paths": {name: {"error", "ok"}}}`. A path that is off is not offered.
 
     Raises RuntimeError when no path is right, since then no answer of this device could be trusted.
@@ -85,7 +89,9 @@ def self_test(format: KVFormat, shape: LayerShape, query_heads: int, dtype: mx.D
     )
     steps = code_error(codec, raw)
     if steps > 1.5:
-        raise RuntimeError(f"packing is broken on this device: an element is {steps:.2f} quantisation steps off")
+        raise RuntimeError(
+            f"packing is broken on this device: an element is {steps:.2f} quantisation steps off"
+        )
     paths: dict[str, dict[str, object]] = {}
     for name, attend in PATHS.items():
         error = path_error(attend, codec, query_heads, dtype)

@@ -30,16 +30,29 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name.")
-@click.option("--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b.")
-@click.option("--tokens", "lengths", default="1024", callback=_lengths, help="Context lengths, such as 1024,4096.")
+@click.option(
+    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
+)
+@click.option(
+    "--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b."
+)
+@click.option(
+    "--tokens", "lengths", default="1024", callback=_lengths, help="Context lengths, such as 1024,4096."
+)
 @click.option("--chunk", default=512, help="Prefill chunk in tokens.")
 @click.option("--repeats", default=3, help="Hot and warm turns per length; medians are reported.")
 @click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
 @click.option("--drop-cache", is_flag=True, help="Drop the page cache of the extents before every warm turn.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def restore(
-    model: str, shape: str | None, lengths: list[int], chunk: int, repeats: int, megabytes: int, drop_cache: bool, as_json: bool
+    model: str,
+    shape: str | None,
+    lengths: list[int],
+    chunk: int,
+    repeats: int,
+    megabytes: int,
+    drop_cache: bool,
+    as_json: bool,
 ) -> None:
     """Time to first token cold, hot and warm, restore bandwidth, and the same through stock mlx-lm."""
     from agentmem.bench.restore import run
@@ -65,7 +78,10 @@ def _table(result: dict[str, Any]) -> str:
             f"{r['tokens']:6d} {r['cold_ttft_ms']:9.0f} {r['hot_ttft_ms']:9.1f} {r['warm_ttft_ms']:9.1f} "
             f"{r['speedup_warm']:8.1f}x {r['bytes_ratio']:11.3f} {q4['warm_ms']:12.1f} {q4['speedup']:14.1f}x"
         )
-    lines += [f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})" for c in result["checks"]]
+    lines += [
+        f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})"
+        for c in result["checks"]
+    ]
     return "\n".join(lines)
 
 

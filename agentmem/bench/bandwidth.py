@@ -36,7 +36,9 @@ def _fill(pool: Pool, memory: Memory, pages: int) -> Page:
     rng = np.random.default_rng(0)
     for _ in range(pages):
         slots = pool.take(1)
-        rows = [mx.array(rng.integers(0, 1 << 32, (g.page_tokens, w), dtype=np.uint32)) for w in g.packed_words]
+        rows = [
+            mx.array(rng.integers(0, 1 << 32, (g.page_tokens, w), dtype=np.uint32)) for w in g.packed_words
+        ]
         mx.eval(rows)
         pool.arena.write_packed(slots, rows)
         page = pool.tree("bench").add(head, rng.integers(0, 1000, g.page_tokens), raw=False)
@@ -85,7 +87,9 @@ def _restore(recall: Recall, store: Store, chain: list[Page]) -> float:
     return time.perf_counter() - start
 
 
-def measure(geometry: Geometry, tokenizer: Tokenizer, folder: Path, megabytes: int, repeats: int) -> dict[str, Any]:
+def measure(
+    geometry: Geometry, tokenizer: Tokenizer, folder: Path, megabytes: int, repeats: int
+) -> dict[str, Any]:
     """Medians of `repeats` rounds, each of which restores, preads and loads the same file; GB/s of 10^9 bytes."""
     pages = max(2, (megabytes << 20) // geometry.slot_bytes)
     pool = Pool(geometry, (pages + 8) * geometry.slot_bytes, "bench")

@@ -57,8 +57,17 @@ def _turn(runtime: Runtime, agent: str, messages: list[dict[str, Any]], reply: i
 class RestoreBench:
     """Measures one model at several context lengths. Each figure comes from this one run."""
 
-    def __init__(self, model: LoadedModel, folder: Path, *, chunk: int, repeats: int, drop_cache: bool, say: Say) -> None:
-        self.model, self.folder, self.chunk, self.repeats, self.drop, self.say = model, folder, chunk, repeats, drop_cache, say
+    def __init__(
+        self, model: LoadedModel, folder: Path, *, chunk: int, repeats: int, drop_cache: bool, say: Say
+    ) -> None:
+        self.model, self.folder, self.chunk, self.repeats, self.drop, self.say = (
+            model,
+            folder,
+            chunk,
+            repeats,
+            drop_cache,
+            say,
+        )
         seam.install(model.model)
         mx.eval(model.model.parameters())
 
@@ -66,7 +75,9 @@ class RestoreBench:
         shapes, _, _ = seam.probe(self.model.model)
         row = sum(s.heads * (s.key_dim + s.value_dim) * 2 for s in shapes)
         budget = max(64 << 20, int(1.5 * row * (0.3 * tokens + 400)))
-        return Runtime.open(Settings(home=home, ram_budget=ByteSize(budget), chunk_tokens=self.chunk), lambda: self.model)
+        return Runtime.open(
+            Settings(home=home, ram_budget=ByteSize(budget), chunk_tokens=self.chunk), lambda: self.model
+        )
 
     def measure(self, tokens: int) -> dict[str, Any]:
         """All figures at one context length."""
@@ -87,7 +98,9 @@ class RestoreBench:
         self.say(f"{tokens} tokens: stock mlx-lm")
         ids = self.model.tokenizer.encode(self.model.tokenizer.render(first))
         suffix = ids[: warm[-1].usage["agentmem"]["prefilled_tokens"]]
-        peer = stock.measure(self.model.model, ids, suffix, self.folder, chunk=self.chunk, repeats=self.repeats)
+        peer = stock.measure(
+            self.model.model, ids, suffix, self.folder, chunk=self.chunk, repeats=self.repeats
+        )
         return self._row(tokens, cold, hot, warm, info, peer)
 
     def _follow(
@@ -95,13 +108,19 @@ class RestoreBench:
     ) -> tuple[list[Finished], list[dict[str, Any]]]:
         turns: list[Finished] = []
         for n in range(self.repeats):
-            messages = [*messages, {"role": "assistant", "content": last.text}, {"role": "user", "content": f"And {n}?"}]
+            messages = [
+                *messages,
+                {"role": "assistant", "content": last.text},
+                {"role": "user", "content": f"And {n}?"},
+            ]
             before()
             last = _turn(runtime, "bench", messages, 2)
             turns.append(last)
         return turns, messages
 
-    def _warm(self, home: Path, tokens: int, messages: list[dict[str, Any]], last: Finished) -> list[Finished]:
+    def _warm(
+        self, home: Path, tokens: int, messages: list[dict[str, Any]], last: Finished
+    ) -> list[Finished]:
         """Each turn from a new process state: nothing of the agent in RAM."""
         turns: list[Finished] = []
         for _ in range(self.repeats):
@@ -109,8 +128,14 @@ class RestoreBench:
                 drop_page_cache(home)
             runtime = self.open(home, tokens)
             try:
-                _turn(runtime, "compile", [{"role": "user", "content": f"warm the kernels up, {len(turns)}"}], 2)
-                messages = [*messages, {"role": "assistant", "content": last.text}, {"role": "user", "content": "And now?"}]
+                _turn(
+                    runtime, "compile", [{"role": "user", "content": f"warm the kernels up, {len(turns)}"}], 2
+                )
+                messages = [
+                    *messages,
+                    {"role": "assistant", "content": last.text},
+                    {"role": "user", "content": "And now?"},
+                ]
                 last = _turn(runtime, "bench", messages, 2)
                 assert last.usage["agentmem"]["state_before"] == "warm"
                 turns.append(last)
@@ -119,7 +144,13 @@ class RestoreBench:
         return turns
 
     def _row(
-        self, tokens: int, cold: Finished, hot: list[Finished], warm: list[Finished], info: Any, peer: dict[str, Any]
+        self,
+        tokens: int,
+        cold: Finished,
+        hot: list[Finished],
+        warm: list[Finished],
+        info: Any,
+        peer: dict[str, Any],
     ) -> dict[str, Any]:
         def median(turns: list[Finished], key: str) -> float:
             return statistics.median(float(t.usage["agentmem"][key]) for t in turns)
@@ -143,7 +174,14 @@ class RestoreBench:
 
 
 def run(
-    model: LoadedModel, lengths: list[int], *, chunk: int, repeats: int, drop_cache: bool, megabytes: int, say: Say
+    model: LoadedModel,
+    lengths: list[int],
+    *,
+    chunk: int,
+    repeats: int,
+    drop_cache: bool,
+    megabytes: int,
+    say: Say,
 ) -> dict[str, Any]:
     """The whole benchmark: rows per length, bandwidth, and the checks that this machine can make."""
     with tempfile.TemporaryDirectory(prefix="agentmem-bench-") as name:
@@ -170,7 +208,13 @@ def run(
 
 def check(name: str, value: float, bound: float, unit: str, at_most: bool) -> dict[str, Any]:
     """One promised figure and whether it holds."""
-    return {"name": name, "value": value, "bound": bound, "unit": unit, "holds": value <= bound if at_most else value >= bound}
+    return {
+        "name": name,
+        "value": value,
+        "bound": bound,
+        "unit": unit,
+        "holds": value <= bound if at_most else value >= bound,
+    }
 
 
 def checks(rows: list[dict[str, Any]], speed: dict[str, Any], sealed: float) -> list[dict[str, Any]]:
@@ -188,13 +232,23 @@ def checks(rows: list[dict[str, Any]], speed: dict[str, Any], sealed: float) -> 
         if n >= 1024 and not cuda:
             out.append(check(f"warm / cold TTFT at {n}", 1 / row["speedup_warm"], 1 / 15, "ratio", True))
         if n >= 1024:
-            out.append(check(f"warm TTFT at {n} against 1.5 hot + read time", row["warm_ttft_ms"], limit, "ms", True))
+            out.append(
+                check(f"warm TTFT at {n} against 1.5 hot + read time", row["warm_ttft_ms"], limit, "ms", True)
+            )
         if cuda and n in (4096, 32768):
             bound = 9.0 if n == 4096 else 17.0
             out.append(check(f"cold / warm TTFT at {n}", row["speedup_warm"], bound, "ratio", False))
         if cuda:
             stock_ratio = row["stock"]["q4"]["speedup"]
-            out.append(check(f"cold / warm TTFT at {n} against stock's Q4 file", row["speedup_warm"], stock_ratio, "ratio", False))
+            out.append(
+                check(
+                    f"cold / warm TTFT at {n} against stock's Q4 file",
+                    row["speedup_warm"],
+                    stock_ratio,
+                    "ratio",
+                    False,
+                )
+            )
     if cuda:
         out.append(check("restore / bare mx.load", speed["restore_over_mx_load"], 0.95, "ratio", False))
     else:

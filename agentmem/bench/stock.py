@@ -10,7 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import (
+    KVCache,
+    QuantizedKVCache,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+)
 
 
 def _forward(model: nn.Module, ids: list[int], caches: list[Any]) -> int:
@@ -45,7 +51,9 @@ def _first_token(model: nn.Module, path: Path, suffix: list[int], unpack: bool) 
     return _forward(model, suffix, _dequantised(caches) if unpack else caches)
 
 
-def measure(model: nn.Module, ids: list[int], suffix: list[int], folder: Path, *, chunk: int, repeats: int) -> dict[str, Any]:
+def measure(
+    model: nn.Module, ids: list[int], suffix: list[int], folder: Path, *, chunk: int, repeats: int
+) -> dict[str, Any]:
     """Cold prefill of `ids`, then load + first token behind `suffix` from a 16-bit (or float32) file and from a 4-bit file."""
     caches = make_prompt_cache(model)
 

@@ -93,7 +93,9 @@ class Conversation:
 
     def _clean(self, text: str, at: int) -> bool:
         """True where tokenisation can start afresh: a special token begins or ends at `at`."""
-        return any(text.startswith(s, at) or text.endswith(s, 0, at) for s in self._tokenizer.special.values())
+        return any(
+            text.startswith(s, at) or text.endswith(s, 0, at) for s in self._tokenizer.special.values()
+        )
 
     def _anchor(self, span: Span, text: str, at: int) -> tuple[int, int] | None:
         """(tokens, characters) of the span up to the end of its last special token that `text` shares; None without one."""
@@ -151,7 +153,10 @@ class Conversation:
             keep_tokens=keep,
             keep_messages=kept,
             ids=np.array([t for s in spans for t in s.ids], dtype=np.int32),
-            spans=[[s.kind, len(s.ids), None if self._tokenizer.decode(s.ids) == s.text else s.text] for s in spans],
+            spans=[
+                [s.kind, len(s.ids), None if self._tokenizer.decode(s.ids) == s.text else s.text]
+                for s in spans
+            ],
             messages=messages[kept:],
             stats={},
             created=0.0,

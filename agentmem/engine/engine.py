@@ -30,6 +30,7 @@ Outcome = tuple[Sequence, int | None]
 
 MAX_ACTIVE = 4
 
+
 class Engine:
     """Runs sequences. Other threads use `submit` and `call` only; everything else happens on the engine thread.
 

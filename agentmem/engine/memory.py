@@ -218,7 +218,15 @@ class Memory:
     def _superseded(self, session: Session, head: Page | None) -> list[Page]:
         """The stored tail page that `head` has taken over, when nobody else ends in it."""
         old = session.stored_head
-        if old is None or old.id is None or old is head or old.heads or old.children or old.pins or old.parent is None:
+        if (
+            old is None
+            or old.id is None
+            or old is head
+            or old.heads
+            or old.children
+            or old.pins
+            or old.parent is None
+        ):
             return []
         return [old] if old.raw and old.rows < self.pool.geometry.page_tokens else []
 
@@ -244,7 +252,12 @@ class Memory:
 
     def lose(self, bad: dict[int, str]) -> None:
         """Extents turned out damaged: put them aside, drop the pages whose rows were in them, shorten the sessions' state."""
-        hit = [p for t in self.pool.trees() for p in t.pages() if p.pieces and any(x.extent in bad for x in p.pieces)]
+        hit = [
+            p
+            for t in self.pool.trees()
+            for p in t.pages()
+            if p.pieces and any(x.extent in bad for x in p.pieces)
+        ]
         bare = [p.id for p in hit if p.slots is not None and p.id is not None]
         lost: dict[Page, None] = {}
         for page in hit:
@@ -321,7 +334,9 @@ class _Rows:
         collect = pool.arena.collect(np.array(self._packed, np.int64), np.array(self._raw, np.int64))
         tokens = np.array(self._packed_tokens + self._raw_tokens, np.int32)
         own = self.extent.id
-        records = [self._record(p, pieces, own, names) for p, pieces in zip(self._pages, self.pieces, strict=True)]
+        records = [
+            self._record(p, pieces, own, names) for p, pieces in zip(self._pages, self.pieces, strict=True)
+        ]
 
         def data() -> ExtentData:
             packed, raw = collect()

@@ -20,7 +20,9 @@ from agentmem.model.chat import ChatTokenizer
 class Planner:
     """Plans one request at a time. Engine thread only."""
 
-    def __init__(self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, *, max_context: int, max_reply: int) -> None:
+    def __init__(
+        self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, *, max_context: int, max_reply: int
+    ) -> None:
         self._memory = memory
         self._pool = pool
         self._tokenizer = tokenizer
@@ -65,7 +67,9 @@ class Planner:
             raise BadRequest("the messages hold no text", param="messages")
         self._fit(sequence)
         if any(not 0 <= token < self._tokenizer.vocab_size for token in request.sampling.logit_bias):
-            raise BadRequest(f"logit_bias names token ids from 0 to {self._tokenizer.vocab_size - 1}", param="logit_bias")
+            raise BadRequest(
+                f"logit_bias names token ids from 0 to {self._tokenizer.vocab_size - 1}", param="logit_bias"
+            )
         if sequence.generate:
             sequence.reply = Reply(self._tokenizer.detokenizer(), request.stop)
             sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62))
@@ -73,7 +77,9 @@ class Planner:
     def _fit(self, sequence: Sequence) -> None:
         prompt, asked = len(sequence.ids), sequence.request.max_tokens
         room = self._max_context - prompt
-        wanted = (asked if asked is not None else min(self._max_reply, max(room, 1))) if sequence.generate else 0
+        wanted = (
+            (asked if asked is not None else min(self._max_reply, max(room, 1))) if sequence.generate else 0
+        )
         if wanted > room:
             raise ContextOverflow(
                 f"the prompt has {prompt} tokens and the reply may have {wanted}; the context holds {self._max_context}. "
@@ -164,12 +170,18 @@ class Planner:
             "finish": sequence.finish,
             "prompt_tokens": len(sequence.ids),
             "completion_tokens": usage["completion_tokens"],
-            **{k: v for k, v in usage["agentmem"].items() if k not in ("agent", "session", "bytes_written", "committed")},
+            **{
+                k: v
+                for k, v in usage["agentmem"].items()
+                if k not in ("agent", "session", "bytes_written", "committed")
+            },
         }
 
     @staticmethod
     def _count(sequence: Sequence, totals: dict[str, Any]) -> None:
-        for name, value in (("turns", 1), ("prompt_tokens", len(sequence.ids)), ("cached_tokens", sequence.reused)):
+        for name, value in (
+            ("turns", 1),
+            ("prompt_tokens", len(sequence.ids)),
+            ("cached_tokens", sequence.reused),
+        ):
             totals[name] = totals.get(name, 0) + value
-
-

@@ -40,7 +40,9 @@ class Sampler:
 
     def _penalised(self, logits: mx.array) -> mx.array:
         s = self._s
-        change = {t: bias for t, bias in s.logit_bias.items() if 0 <= t < logits.shape[0]}  # MLX checks no bounds
+        change = {
+            t: bias for t, bias in s.logit_bias.items() if 0 <= t < logits.shape[0]
+        }  # MLX checks no bounds
         if s.frequency_penalty or s.presence_penalty:
             for token, n in self._counts.items():
                 change[token] = change.get(token, 0.0) - s.frequency_penalty * n - s.presence_penalty

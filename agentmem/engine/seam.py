@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -55,7 +54,9 @@ def install(model: nn.Module) -> None:
             setattr(module, NAME, _dispatch)
             patched = True
     if not patched:
-        raise ModelUnavailable(f"models of type {type(model).__module__} bypass mlx-lm's attention; they are not supported")
+        raise ModelUnavailable(
+            f"models of type {type(model).__module__} bypass mlx-lm's attention; they are not supported"
+        )
 
 
 class _Probe:
@@ -87,12 +88,14 @@ def probe(model: nn.Module) -> tuple[list[LayerShape], int, mx.Dtype]:
     """
     kinds = {type(c).__name__ for c in make_prompt_cache(model)}
     if kinds != {KVCache.__name__}:
-        raise ModelUnavailable(f"this model keeps state of the kinds {sorted(kinds)}; only full attention is supported so far")
+        raise ModelUnavailable(
+            f"this model keeps state of the kinds {sorted(kinds)}; only full attention is supported so far"
+        )
     probes = [_Probe() for _ in make_prompt_cache(model)]
     mx.eval(model(mx.array([[0]]), cache=probes))
     shapes = [p.shape for p in probes]
     if any(s is None or p.query_heads == 0 for s, p in zip(shapes, probes, strict=True)):
-        raise ModelUnavailable("a layer of this model does not go through mlx-lm's attention; it is not supported")
+        raise ModelUnavailable(
+            "a layer of this model does not go through mlx-lm's attention; it is not supported"
+        )
     return [s for s in shapes if s is not None], probes[0].query_heads, probes[0].dtype
-
-

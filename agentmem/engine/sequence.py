@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
 from agentmem.blockpool.page import Match, Page
 from agentmem.engine.conversation import Alignment, Span
 from agentmem.engine.memory import Agent, Session
@@ -112,5 +111,3 @@ class Sequence:
             "prompt_tokens_details": {"cached_tokens": self.reused},
             "agentmem": dict(memory),
         }
-
-

@@ -1,7 +1,7 @@
 """The page table of one running sequence, and how the model's layers see it.
 
-    | page 0, raw | packed | packed | ... (a cut page keeps its first rows) | tail: raw rows, < page_tokens |
-      blocks, in the arena                                                   MLX arrays of the sequence
+| page 0, raw | packed | packed | ... (a cut page keeps its first rows) | tail: raw rows, < page_tokens |
+  blocks, in the arena                                                   MLX arrays of the sequence
 """
 
 from __future__ import annotations
@@ -101,7 +101,11 @@ class Table:
         kinds = [self._raw_page(len(self.blocks) + i) for i in range(full)]
         slots = self._take_pages(kinds)
         lead = kinds.index(False) if False in kinds else full
-        packed = [c.pack(r[lead * p : full * p]) for c, r in zip(g.codecs, rows, strict=True)] if full > lead else []
+        packed = (
+            [c.pack(r[lead * p : full * p]) for c, r in zip(g.codecs, rows, strict=True)]
+            if full > lead
+            else []
+        )
         raw = [[r[i * p : (i + 1) * p] for r in rows] for i in range(lead)]
         tail = [r[full * p :] for r in rows]
 
@@ -148,7 +152,9 @@ class Table:
     def _cut_block(self, block: Block, rows: int) -> None:
         if block.raw:
             slots = mx.array(block.slots)
-            self.tail = [self.pool.arena.raw(layer, slots, rows) for layer in range(self.pool.geometry.layers)]
+            self.tail = [
+                self.pool.arena.raw(layer, slots, rows) for layer in range(self.pool.geometry.layers)
+            ]
             mx.eval(self.tail)
             self.tail_tokens = [int(t) for t in block.tokens[:rows]]
             self.tail_origin = (block.page, rows) if block.page else _clip(block.origin, rows)
@@ -277,7 +283,14 @@ class LayerView:
         return "causal" if n > 1 else None
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
     ) -> mx.array:
         """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
         rotation = self._codec.format.rotation

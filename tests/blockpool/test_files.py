@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from agentmem.blockpool import files as files_module
 from agentmem.blockpool.files import Files
 

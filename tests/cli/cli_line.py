@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from click.testing import CliRunner, Result
-
 from agentmem.cli.main import cli
+from click.testing import CliRunner, Result
 
 
 def invoke(*args: str, stdin: str = "") -> Result:

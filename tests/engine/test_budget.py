@@ -22,9 +22,7 @@ AGENTS, TURNS = 10, 50
 def visit(runtime: Runtime, observe) -> list[str]:
     """Fifty turns, round-robin over ten agents; returns the replies."""
     rng = random.Random(5)
-    histories = [
-        [{"role": "system", "content": f"Agent {a}: {words(rng, 120)}"}] for a in range(AGENTS)
-    ]
+    histories = [[{"role": "system", "content": f"Agent {a}: {words(rng, 120)}"}] for a in range(AGENTS)]
     replies = []
     for n in range(TURNS):
         history = histories[n % AGENTS]
@@ -65,7 +63,9 @@ def test_ten_agents_in_a_fifth_of_their_state(tmp_path: Path) -> None:
 
 def test_what_can_never_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     """A request beyond the RAM budget or the context gets a 400 that says so; the agent does not come into being."""
-    runtime = Runtime.open(Settings(home=tmp_path, ram_budget="512KiB"), lambda: random_model("llama", seed=0))
+    runtime = Runtime.open(
+        Settings(home=tmp_path, ram_budget="512KiB"), lambda: random_model("llama", seed=0)
+    )
     for message, limit in ((words(random.Random(1), 600), 4), ("hi", 5000), ("hi", 1_000_000)):
         with pytest.raises(ContextOverflow, match="tokens"):
             say(runtime, ChatRequest("big", [{"role": "user", "content": message}], max_tokens=limit))
@@ -94,7 +94,10 @@ def test_bytes_on_disk(tmp_path: Path, architecture: str) -> None:
     row = runtime.store()["row_bytes"]
     assert row["packed"] / row["fp16"] <= 0.285
     for n in range(8):
-        messages += [{"role": "assistant", "content": turn.text}, {"role": "user", "content": "y" * (3 + 11 * n)}]
+        messages += [
+            {"role": "assistant", "content": turn.text},
+            {"role": "user", "content": "y" * (3 + 11 * n)},
+        ]
         before = _du(tmp_path / "store")
         turn = say(runtime, ChatRequest(agent, messages, max_tokens=4))
         new = turn.memory["prefilled_tokens"] + turn.usage["completion_tokens"]

@@ -8,17 +8,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
-
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
+from agentmem.quant.attention import reference_attention
+from agentmem.quant.format import LayerShape, kv_format
+from agentmem.quant.rows import RowCodec
+from mlx_lm.models.cache import make_prompt_cache
+
 from agentmem.engine import seam
 from agentmem.engine.table import Table
 from agentmem.errors import ModelUnavailable
 from agentmem.model.random import random_model
-from agentmem.quant.attention import reference_attention
-from agentmem.quant.format import LayerShape, kv_format
-from agentmem.quant.rows import RowCodec
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

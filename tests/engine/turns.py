@@ -10,10 +10,43 @@ from typing import Any
 from agentmem.engine.request import ChatRequest, Delta, Event, Failed, Finished, Started
 from agentmem.runtime import Runtime
 
-WORDS = (
-    "the lamp oil tide harbour ledger winter bread seed wheel 42 2026 night river who why keeps counts writes under "
-    "over never always north copper glass letters (see) [note] don't ümlaut 漢字 🙂 x=1; return"
-).split()  # noqa: SIM905
+WORDS = [
+    "the",
+    "lamp",
+    "oil",
+    "tide",
+    "harbour",
+    "ledger",
+    "winter",
+    "bread",
+    "seed",
+    "wheel",
+    "42",
+    "2026",
+    "night",
+    "river",
+    "who",
+    "why",
+    "keeps",
+    "counts",
+    "writes",
+    "under",
+    "over",
+    "never",
+    "always",
+    "north",
+    "copper",
+    "glass",
+    "letters",
+    "(see)",
+    "[note]",
+    "don't",
+    "ümlaut",
+    "漢字",
+    "🙂",
+    "x=1;",
+    "return",
+]
 
 
 @dataclass
@@ -56,5 +89,11 @@ def words(rng: random.Random, n: int) -> str:
 
 def script(rng: random.Random, *, turns: int, longest: int) -> list[tuple[str, int]]:
     """User messages and reply limits of one conversation: lengths from one word to `longest` words."""
-    sizes = [1, 2, rng.randrange(3, 20), rng.randrange(20, max(21, longest // 3)), rng.randrange(longest // 2, longest)]
+    sizes = [
+        1,
+        2,
+        rng.randrange(3, 20),
+        rng.randrange(20, max(21, longest // 3)),
+        rng.randrange(longest // 2, longest),
+    ]
     return [(words(rng, rng.choice(sizes)), rng.choice([1, 2, 3, 7, 12])) for _ in range(turns)]

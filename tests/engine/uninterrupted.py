@@ -7,17 +7,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
+from agentmem.quant.attention import reference_attention
+from agentmem.quant.format import kv_format, stored_dtype
+from agentmem.quant.rows import RowCodec
+
 from agentmem.engine import seam
 from agentmem.engine.conversation import Conversation, Span
 from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
-from agentmem.quant.attention import reference_attention
-from agentmem.quant.format import kv_format, stored_dtype
-from agentmem.quant.rows import RowCodec
 
 
 class Recorder(nn.Module):
@@ -41,7 +41,9 @@ class Recorder(nn.Module):
 class Uninterrupted:
     """Greedy turns of one conversation on one thread. `turn` returns (reply text, logits that chose its first token)."""
 
-    def __init__(self, model: LoadedModel, *, format: str = "q4-plain", page_tokens: int = 64, chunk_tokens: int = 512) -> None:
+    def __init__(
+        self, model: LoadedModel, *, format: str = "q4-plain", page_tokens: int = 64, chunk_tokens: int = 512
+    ) -> None:
         self.model, self.chunk_tokens = model, chunk_tokens
         seam.install(model.model)
         shapes, _, dtype = seam.probe(model.model)
@@ -89,6 +91,7 @@ class Uninterrupted:
         out += decoder.finish()
         if reply:
             self.conversation.spans.insert(
-                len(self.conversation.spans) - int(self.conversation.spans[-1].kind == "end"), Span("reply", out, reply)
+                len(self.conversation.spans) - int(self.conversation.spans[-1].kind == "end"),
+                Span("reply", out, reply),
             )
         return out, first, prefilled
