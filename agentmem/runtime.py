@@ -141,6 +141,11 @@ class Runtime:
         self._engine.close()
         self._thread.join()
 
+    @property
+    def geometry(self) -> Geometry:
+        """How rows lie in slots."""
+        return self._pool.geometry
+
     def chat(self, request: ChatRequest, sink: Callable[[Event], None]) -> Ticket:
         """Run one turn. Events reach `sink` from other threads, in order: Started, Delta*, then Finished or Failed.
 

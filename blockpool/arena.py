@@ -116,25 +116,9 @@ class DeviceArena(Arena):
         whole = _packed_rows(slots, 0, len(slots) * g.page_tokens, g.page_tokens)
         self._scatter(mx.array(whole), images)
 
-    def write_packed_rows(self, first: int, rows: list[mx.array]) -> None:
-        """Put packed rows of every layer at arena rows (slot * page_tokens + row) from `first` on."""
-        for layer, new in zip(self._layers, rows, strict=True):
-            layer[first : first + new.shape[0]] = new
-        mx.eval(self._layers)
-
-    def write_raw_rows(self, slot: int, first: int, rows: list[mx.array]) -> None:
-        """Put raw rows of every layer into one slot, from its raw row `first` on; they fit into it."""
-        g = self.geometry
-        begin, end = slot * g.page_tokens, (slot + 1) * g.page_tokens
-        images = [mx.contiguous(a[begin:end].reshape(-1)) for a in self._layers]
-        mx.eval(images)
-        for image, new in zip(images, rows, strict=True):
-            at = first * new.shape[1]
-            image[at : at + new.size] = new.reshape(-1)
-        mx.eval(images)
-        for layer, image, words in zip(self._layers, images, g.packed_words, strict=True):
-            layer[begin:end] = image.reshape(-1, words)
-        mx.eval(self._layers)
+    def write_rows(self, where: np.ndarray, rows: list[mx.array]) -> None:
+        """Put rows of every layer, uint32 [n, packed_words], at the arena rows `where` (slot * page_tokens + row)."""
+        self._scatter(mx.array(where.astype(np.int32)), rows)
 
     def _scatter(self, where: mx.array, rows: list[mx.array]) -> None:
         mx.eval(rows)

@@ -5,7 +5,7 @@
 
 A *stripe* is up to `stripe_rows` rows of one layer; `checks` holds its XXH3-64: packed stripes layer by layer, then raw ones.
 The file is named after the SHA-256 of its header, the header holds the hash of `checks` and `tokens`, `checks` covers the rest:
-no byte of the file goes unchecked. A nonce in the header keeps the names of equal commits apart. The file's rows are never rewritten.
+no byte of the file goes unchecked. The file's rows are never rewritten.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import math
 import os
 import secrets
 import struct
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +91,6 @@ def _header(data: ExtentData, tensors: list[tuple[str, str, np.ndarray]]) -> byt
         "agentmem": FORMAT_VERSION,
         "fingerprint": data.fingerprint,
         "namespace": data.namespace,
-        "nonce": uuid.uuid4().hex,
         "nonce": secrets.token_hex(8),  # two agents may come to the very same rows; each turn owns its file
         "pages": json.dumps(data.pages, separators=(",", ":")),
         "sum": f"{xxhash.xxh3_64_intdigest(tensors[0][2].tobytes() + tensors[1][2].tobytes()):016x}",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -101,40 +101,65 @@ class Reader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def read(
-        self, plan: RestorePlan, names: Mapping[int, str], views: Sequence[np.ndarray] | None
-    ) -> tuple[list[np.ndarray], dict[int, str]]:
-        """Fill the plan's destinations; returns (scratch rows per layer, {extent id: what is wrong with it}).
+        self, plan: RestorePlan, names: Mapping[int, str], views: Sequence[np.ndarray] | None, keep: Set[int] = frozenset()
+    ) -> Read:
+        """Read and check every run of the plan. Blocks the calling thread, which must not be the engine's.
 
-        `views` are the arena's slots per layer, uint32 [slots, slot_words]; with None the bytes are only checked.
-        Blocks the calling thread, which must not be the engine's.
+        With `views`, the arena's slots per layer (uint32 [slots, slot_words]), rows go where the plan says. Without, they
+        are only checked; rows of the extents in `keep` are returned in `Read.kept`.
         """
-        g = plan.geometry
-        scratch = [np.empty((plan.scratch_rows, w), np.uint32) for w in g.raw_words]
-        bad: dict[int, str] = {}
+        scratch = [np.empty((plan.scratch_rows, w), np.uint32) for w in plan.geometry.raw_words]
+        result = Read(scratch, {}, {})
         opened: dict[int, Extent] = {}
         try:
             for extent in {e for e, _ in plan.runs}:
                 try:
                     opened[extent] = Extent(self.folder / names[extent])
                 except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
-                    bad[extent] = f"{type(e).__name__}: {e}"
-            jobs: list[tuple[int, Future[None]]] = []
-            for (extent, raw), runs in plan.runs.items():
-                if extent in bad:
-                    continue
-                for layer in range(g.layers):
-                    targets = Targets(g, layer, views[layer] if views is not None else None, scratch[layer])
-                    job = self._pool.submit(_read_layer, opened[extent], raw, layer, runs, targets)
-                    jobs.append((extent, job))
+                    result.bad[extent] = f"{type(e).__name__}: {e}"
+            jobs = [
+                (key[0], self._pool.submit(_read_layer, opened[key[0]], key[1], layer, runs, targets))
+                for key in plan.runs if key[0] not in result.bad
+                for layer, runs, targets in self._targets(plan, key, views, keep, result)
+            ]  # fmt: skip
             for extent, job in jobs:
                 try:
                     job.result()
                 except (OSError, ExtentCorrupt, ValueError) as e:
-                    bad[extent] = f"{type(e).__name__}: {e}"
+                    result.bad[extent] = f"{type(e).__name__}: {e}"
         finally:
             for e in opened.values():
                 e.close()
-        return scratch, bad
+        return result
+
+    @staticmethod
+    def _targets(
+        plan: RestorePlan, key: tuple[int, bool], views: Sequence[np.ndarray] | None, keep: Set[int], result: Read
+    ) -> Iterator[tuple[int, list[Run], Targets]]:
+        """(layer, runs, where they go) for one extent's raw or packed rows."""
+        g, runs = plan.geometry, plan.runs[key]
+        if views is not None or key[0] not in keep:
+            for layer in range(g.layers):
+                yield layer, runs, Targets(g, layer, views[layer] if views is not None else None, result.scratch[layer])
+            return
+        words = g.raw_words if key[1] else g.packed_words
+        ends = np.cumsum([r.rows for r in runs])
+        moved = [r._replace(to="scratch", at=int(end) - r.rows) for r, end in zip(runs, ends, strict=True)]
+        rows = int(ends[-1])
+        result.kept[key] = flat = np.empty(rows * sum(words), np.uint32)
+        at = 0
+        for layer, w in enumerate(words):
+            yield layer, moved, Targets(g, layer, None, flat[at : at + rows * w].reshape(rows, w))
+            at += rows * w
+
+
+class Read(NamedTuple):
+    """Outcome of a read: scratch rows per layer; {extent id: what is wrong with it}; rows that were asked to be kept, as
+    {(extent id, raw): uint32, layer by layer, each [rows of the runs in order, words]}."""
+
+    scratch: list[np.ndarray]
+    bad: dict[int, str]
+    kept: dict[tuple[int, bool], np.ndarray]
 
 
 @dataclass(slots=True)

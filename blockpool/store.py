@@ -10,8 +10,7 @@ import logging
 import queue
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
-from agentmem.blockpool.restore import Reader, RestorePlan
+from agentmem.blockpool.restore import Read, Reader, RestorePlan
 
 log = logging.getLogger(__name__)
 
@@ -180,19 +179,18 @@ class Store:
         self,
         plan: RestorePlan,
         views: Sequence[np.ndarray] | None,
-        done: Callable[[list[np.ndarray], dict[int, str], float], None],
+        done: Callable[[Read], None],
+        keep: Set[int] = frozenset(),
     ) -> None:
-        """Read a plan on the reader threads; `done(scratch, bad extents, seconds)` is a completion."""
+        """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
 
         def job() -> None:
-            start = time.perf_counter()
             try:
-                scratch, bad = self._reader.read(plan, self.names, views)
+                result = self._reader.read(plan, self.names, views, keep)
             except Exception as e:  # without an outcome the request would wait for ever
                 log.exception("a restore failed")
-                scratch, bad = [], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs}
-            seconds = time.perf_counter() - start
-            self._complete(lambda: done(scratch, bad, seconds))
+                result = Read([], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs}, {})
+            self._complete(lambda: done(result))
 
         self._restores.submit(job)
 

@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from agentmem.blockpool import arena
+from agentmem.engine import recall
 from agentmem.engine.request import ChatRequest
 from agentmem.home import default_home
 from agentmem.model.loaded import LoadedModel, load
@@ -90,6 +92,16 @@ def test_tiny_traces(tmp_path: Path, group: int) -> None:
             tmp_path / str(i), lambda a=architecture, s=seed: random_model(a, seed=s), rng, f"agent-{i}",
             longest=60, page_tokens=page, format=format,
         )  # fmt: skip
+
+
+def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the arena of a discrete GPU, which MLX itself loads and updates; half the extents count as large."""
+    monkeypatch.setattr(arena, "unified_memory", lambda: False)
+    monkeypatch.setattr(recall, "SMALL", 100_000)
+    for i in range(PER_TEST):
+        rng = random.Random(900_000 + i)
+        model = random_model("llama", seed=i)
+        check_trace(tmp_path / str(i), lambda m=model: m, rng, "gpu", longest=60, page_tokens=32, format="q4-plain")
 
 
 @pytest.fixture(scope="module")
