@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class AgentMemError(Exception):
-    """Base: `message` says what is wrong and what to do. `status` is the HTTP status, `type`/`code`/`param` the envelope's fields."""
+    """Base: `message` says what is wrong and what to do.
+
+    `status` is the HTTP status, `type`/`code`/`param` the envelope's fields.
+    """
 
     status = 500
     type = "server_error"

@@ -28,7 +28,10 @@ class Piece(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Page:
-    """Up to `page_tokens` tokens behind a left context (`parent`). A page with `slots` is in RAM, one with `pieces` is on disk."""
+    """Up to `page_tokens` tokens behind a left context (`parent`).
+
+    A page with `slots` is in RAM, one with `pieces` is on disk.
+    """
 
     parent: Page | None
     tokens: Tokens

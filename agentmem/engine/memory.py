@@ -288,7 +288,10 @@ def _log_bytes(turn: TurnRow) -> int:
 
 
 class _Rows:
-    """Which rows of new pages one commit writes, and where they will lie. Rows that another page's pieces hold are not written again."""
+    """Which rows of new pages one commit writes, and where they will lie.
+
+    Rows that another page's pieces hold are not written again.
+    """
 
     def __init__(self, memory: Memory, pages: list[Page]) -> None:
         self._memory, self._pages = memory, pages

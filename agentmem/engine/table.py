@@ -22,7 +22,10 @@ Origin = tuple[Page, int]
 
 @dataclass(slots=True)
 class Block:
-    """A page of the table. `page` is its node in the tree, or None while it is new; `origin` the page whose first rows it took over."""
+    """A page of the table.
+
+    `page` is its node in the tree, or None while it is new; `origin` the page whose first rows it took over.
+    """
 
     slots: tuple[int, ...]
     raw: bool
