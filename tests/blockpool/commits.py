@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from agentmem.blockpool.index import AgentRow, ExtentRow, SessionRow, TurnCommit, TurnRow
 from agentmem.blockpool.page import Page, PageTree, Piece
 

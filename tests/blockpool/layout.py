@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+
 from agentmem.blockpool.extent import ExtentData
 from agentmem.blockpool.geometry import Geometry
 from agentmem.quant.format import LayerShape, kv_format

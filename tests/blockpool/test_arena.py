@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from agentmem.blockpool.arena import HostArena, make_arena
 from agentmem.blockpool.geometry import Geometry
 from agentmem.quant.format import LayerShape
-
 from tests.blockpool.layout import PAGE, geometry, packed_rows, raw_rows
 
 

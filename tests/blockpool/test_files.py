@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from agentmem.blockpool import files as files_module
 from agentmem.blockpool.files import Files
 

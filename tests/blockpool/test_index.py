@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from agentmem.blockpool.index import SCHEMA_VERSION, Index, TurnRow
 from agentmem.blockpool.page import Piece
-
 from agentmem.errors import StoreError
 from tests.blockpool.commits import Author
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from agentmem.blockpool.page import Page, PageTree, Piece, common_prefix, match_chain, page_key, root_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from agentmem.blockpool.page import Page, PageTree, Piece, common_prefix, match_chain, page_key, root_key
 
 HELD = (0,)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from agentmem.blockpool.slots import Slots
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from agentmem.blockpool.slots import Slots
 from agentmem.errors import Overloaded
 
 COUNT = 12

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+
 from agentmem.quant import attention, rows, selftest
 from agentmem.quant.attention import PATHS, reference_attention
 from agentmem.quant.format import FORMATS, LayerShape, kv_format

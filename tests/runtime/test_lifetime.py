@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ByteSize
 
 from agentmem.errors import ModelUnavailable, NotFound
 from agentmem.model.random import random_model
@@ -255,7 +256,7 @@ def test_another_model_or_format_sees_words_but_no_state(tmp_path: Path) -> None
     runtime = open_runtime(tmp_path)
     first = turn(runtime, "ada", LONG)
     runtime.close()
-    settings = Settings(home=tmp_path, ram_budget=BUDGET)
+    settings = Settings(home=tmp_path, ram_budget=ByteSize(BUDGET))
     openings: list[Callable[[], Runtime]] = [
         lambda: Runtime.open(settings, lambda: random_model("llama", seed=1)),
         lambda: open_runtime(tmp_path, kv_format="q8-plain"),

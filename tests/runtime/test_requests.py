@@ -24,7 +24,14 @@ def gate() -> threading.Event:
 
 def hold(runtime: Runtime, gate: threading.Event) -> None:
     """Keep the engine thread busy until `gate` is set, so that what is submitted now starts together."""
-    runtime._engine.post(lambda: gate.wait(60))
+    started = threading.Event()
+
+    def wait() -> None:
+        started.set()
+        gate.wait(60)
+
+    runtime._engine.post(wait)
+    assert started.wait(60)
 
 
 def cancel_at(kind: type[Event], count: int = 1) -> tuple[Callable[[Event], None], Callable[[Running], None]]:
@@ -83,7 +90,7 @@ def test_cancelled_prefill_keeps_the_chunks_that_ran(tmp_path: Path) -> None:
             running.ticket.cancel()
         return run(*args)
 
-    engine.run = count  # type: ignore[method-assign]
+    engine.run = count  # type: ignore
     gate.set()
     stopped = running.end()
     assert stopped.finish_reason == "cancelled"
@@ -211,9 +218,7 @@ def test_turns_of_one_session_run_one_after_the_other(tmp_path: Path, gate: thre
 
 def test_a_full_queue_refuses_at_once(tmp_path: Path, gate: threading.Event) -> None:
     runtime = open_runtime(tmp_path, queue_limit=3)
-    started = threading.Event()
-    runtime._engine.post(lambda: (started.set(), gate.wait(60)))
-    assert started.wait(60)
+    hold(runtime, gate)
     running = [Running(runtime, ask(f"a{i}", "hello")) for i in range(3)]
     with pytest.raises(Overloaded, match="3 requests are waiting"):
         runtime.chat(ask("late", "hello"), lambda _: None)
