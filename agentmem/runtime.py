@@ -26,9 +26,9 @@ from agentmem.engine.sequence import Sequence
 from agentmem.errors import AgentMemError, ModelUnavailable, NotFound, Overloaded, StoreError
 from agentmem.model.loaded import LoadedModel, load
 from agentmem.quant import blas
-from agentmem.quant.attention import PATHS, Attention
 from agentmem.quant.device import backend, leave_thread
 from agentmem.quant.format import KVFormat, kv_format, stored_dtype
+from agentmem.quant.paths import chosen
 from agentmem.quant.rows import RowCodec
 from agentmem.quant.selftest import self_test
 from agentmem.settings import Settings
@@ -127,14 +127,9 @@ class Runtime:
             self._memory, self._pool, model.tokenizer, max_context=self.max_context, max_reply=settings.max_reply
         )
         self._engine = Engine(
-            model, self._memory, self._pool, self._store, planner, self._path(),
+            model, self._memory, self._pool, self._store, planner, chosen(self._self_test),
             chunk_tokens=settings.chunk_tokens, queue_limit=settings.queue_limit, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
-
-    def _path(self) -> Attention:
-        paths = self._self_test["paths"]
-        assert isinstance(paths, dict)
-        return next(PATHS[name] for name, result in paths.items() if result["ok"])
 
     def close(self) -> None:
         """End running replies (they are kept), finish writing, stop the engine."""

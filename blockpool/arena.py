@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
-
 from agentmem.blockpool.geometry import Geometry
 from agentmem.quant.device import unified_memory
 
@@ -26,6 +25,10 @@ class Arena(ABC):
         self.slots = slots
         self._layers = [mx.zeros((slots * geometry.page_tokens, w), dtype=mx.uint32) for w in geometry.packed_words]
         mx.eval(self._layers)
+
+    def layer(self, layer: int) -> mx.array:
+        """All rows of one layer, uint32 [slots * page_tokens, packed_words]. To be read in the current step only."""
+        return self._layers[layer]
 
     def packed(self, layer: int, slots: mx.array) -> mx.array:
         """Packed rows of whole slots, lazily: int32 [n] -> uint32 [n * page_tokens, packed_words]."""

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-
 from agentmem.blockpool.files import Files
 
 FORMAT_VERSION = "1"

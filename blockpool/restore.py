@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
-
 from agentmem.blockpool.extent import Extent, ExtentCorrupt, stripe_rows
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page

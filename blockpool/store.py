@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 from agentmem.quant.rows import RowCodec
@@ -37,6 +38,49 @@ def dequantised_history(
     return keys, values
 
 
+class StoredRows(Protocol):
+    """The remembered rows of one layer of one sequence, as the paths read them.
+
+    `offsets` uint32 [packed + raw]: the first word of each stored row in `arena` (uint32 [rows, packed_words]), packed rows
+    first; None when nothing is stored. `tail` uint32 [t, raw_words]: rows that are not in the arena yet.
+    """
+
+    arena: mx.array
+    offsets: mx.array | None
+    packed: int
+    raw: int
+    tail: mx.array
+
+    def packed_rows(self) -> mx.array | None:
+        """The packed rows, uint32 [packed, packed_words]."""
+        ...
+
+    def raw_blocks(self) -> list[mx.array]:
+        """The raw rows and the tail, uint32 [n, raw_words] each."""
+        ...
+
+
+class Path(Protocol):
+    """One way to attend: (output [1, H, n, D], the chunk's raw rows uint32 [n, raw_words]).
+
+    queries [1, H, n, D], keys and values [1, H_kv, n, D] of the chunk in model precision, keys and queries rotated as the
+    format says. Causal: every stored row is visible to every query.
+    """
+
+    def __call__(
+        self, codec: RowCodec, stored: StoredRows, queries: mx.array, keys: mx.array, values: mx.array, *,
+        scale: float, sinks: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]: ...  # fmt: skip
+
+
+def whole_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, sinks: mx.array | None = None
+) -> mx.array:
+    """Fused SDPA over whole keys and values with the chunk's rows last; no score matrix is kept."""
+    mask = "causal" if queries.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
 def reference_attention(
     queries: mx.array,
     keys: mx.array,
@@ -49,16 +93,19 @@ def reference_attention(
     """Causal attention of one sequence's chunk over its history and itself.
 
     queries [1, H, n, D]; keys, values [1, H_kv, n, D] of the chunk, in model precision; history as given by
-    `dequantised_history`. Every history row is visible to every query. Fused SDPA: no score matrix is kept.
+    `dequantised_history`.
     """
     old_keys, old_values = history
     all_keys = mx.concatenate([*(k[None] for k in old_keys), keys], axis=2) if old_keys else keys
     all_values = mx.concatenate([*(v[None] for v in old_values), values], axis=2) if old_values else values
-    mask = "causal" if queries.shape[2] > 1 else None
-    return mx.fast.scaled_dot_product_attention(
-        queries, all_keys, all_values, scale=scale, mask=mask, sinks=sinks
-    )
+    return whole_attention(queries, all_keys, all_values, scale=scale, sinks=sinks)
 
 
-Attention = Callable[..., mx.array]
-PATHS: dict[str, Attention] = {"reference": reference_attention}
+def reference_path(
+    codec: RowCodec, stored: StoredRows, queries: mx.array, keys: mx.array, values: mx.array, *,
+    scale: float, sinks: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    """Attention over dequantised rows, in plain MLX operations: right on any backend."""
+    history = dequantised_history(codec, stored.raw_blocks(), stored.packed_rows(), keys.dtype)
+    rows = codec.raw(keys[0], values[0])
+    return reference_attention(queries, keys, values, history, scale=scale, sinks=sinks), rows

@@ -86,7 +86,8 @@ class RestoreBench:
         runtime = self.open(home, tokens)
         try:
             self.say(f"{tokens} tokens: cold")
-            _turn(runtime, "compile", [{"role": "user", "content": prompt(self.model, min(tokens, 700))}], 2)
+            compiled = min(tokens, 200) if backend() == "cpu" else tokens
+            _turn(runtime, "compile", [{"role": "user", "content": prompt(self.model, compiled)}], 2)
             runtime.forget("compile")
             messages, cold = first, _turn(runtime, "bench", first, 4)
             hot, messages = self._follow(runtime, messages, cold, lambda: None)

@@ -21,7 +21,7 @@ from agentmem.engine.sequence import Finish, Sequence
 from agentmem.engine.table import Table
 from agentmem.errors import AgentMemError, Overloaded, StoreError
 from agentmem.model.loaded import LoadedModel
-from agentmem.quant.attention import Attention
+from agentmem.quant.attention import Path
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: LoadedModel, memory: Memory, pool: Pool, store: Store, planner: Planner, attend: Attention, *,
+        self, model: LoadedModel, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path, *,
         chunk_tokens: int, queue_limit: int, wait_for_commit: bool,
     ) -> None:  # fmt: skip
         self.model, self.memory, self.pool, self.store, self.planner = model, memory, pool, store, planner
         self.recall = Recall(pool, store)
-        self.attend = attend
+        self.path = path
         self.chunk_tokens, self.queue_limit, self.wait_for_commit = chunk_tokens, queue_limit, wait_for_commit
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
@@ -202,7 +202,7 @@ class Engine:
         assert sequence.match is not None
         if sequence.phase == "done":
             return
-        table = Table(self.pool, self.model.dtype, self.attend)
+        table = Table(self.pool, self.path)
         table.load(sequence.match, sequence.reused)
         sequence.table = table
         self.planner.unpin(sequence)

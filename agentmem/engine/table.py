@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import numpy as np
 
 from agentmem.blockpool.page import Match, Page
 from agentmem.blockpool.pool import Pool
-from agentmem.quant.attention import Attention, dequantised_history, rotate
+from agentmem.quant.attention import Path, rotate
 
 Origin = tuple[Page, int]
 
@@ -44,10 +44,9 @@ class Table:
     Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it.
     """
 
-    def __init__(self, pool: Pool, dtype: mx.Dtype, attend: Attention) -> None:
+    def __init__(self, pool: Pool, path: Path) -> None:
         self.pool = pool
-        self.dtype = dtype
-        self.attend = attend
+        self.path = path
         self.blocks: list[Block] = []
         self.tail: list[mx.array] = [mx.zeros((0, w), mx.uint32) for w in pool.geometry.raw_words]
         self.tail_tokens: list[int] = []
@@ -235,34 +234,71 @@ def _clip(origin: Origin | None, rows: int) -> Origin | None:
     return (origin[0], min(origin[1], rows)) if origin and rows else None
 
 
-@dataclass(slots=True)
 class History:
-    """Index arrays of a table's blocks, made once per forward pass and shared by all layers."""
+    """Where a table's stored rows lie: index arrays that are made once per forward pass and shared by all layers."""
 
-    table: Table
-    raw_pages: list[tuple[mx.array, int]] = field(default_factory=list)
-    packed_slots: mx.array | None = None
-    packed_rows: mx.array | None = None
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        g = table.pool.geometry
+        self._raw_pages = [(mx.array(b.slots), b) for b in table.blocks if b.raw]
+        packed = [b for b in table.blocks if not b.raw]
+        self._packed_slots = mx.array([b.slots[0] for b in packed]) if packed else None
+        rows = [np.arange(b.rows) + i * g.page_tokens for i, b in enumerate(packed)]
+        short = any(b.rows < g.page_tokens for b in packed)
+        self._packed_rows = mx.array(np.concatenate(rows)) if short else None
+        self._row_ids = np.concatenate(
+            [np.arange(b.rows) + b.slots[0] * g.page_tokens for b in packed] or [np.zeros(0, np.int64)]
+        )
+        self.packed = len(self._row_ids)
+        self.raw = sum(b.rows for _, b in self._raw_pages)
+        self._offsets: dict[tuple[int, int], mx.array] = {}
 
-    def __post_init__(self) -> None:
-        page_tokens = self.table.pool.geometry.page_tokens
-        packed = [b for b in self.table.blocks if not b.raw]
-        self.raw_pages = [(mx.array(b.slots), b.rows) for b in self.table.blocks if b.raw]
-        if packed:
-            self.packed_slots = mx.array([b.slots[0] for b in packed])
-        if any(b.rows < page_tokens for b in packed):
-            rows = [np.arange(b.rows) + i * page_tokens for i, b in enumerate(packed)]
-            self.packed_rows = mx.array(np.concatenate(rows))
+    def packed_rows(self, layer: int) -> mx.array | None:
+        """The packed rows of one layer, lazily."""
+        if self._packed_slots is None:
+            return None
+        rows = self.table.pool.arena.packed(layer, self._packed_slots)
+        return rows if self._packed_rows is None else rows[self._packed_rows]
 
-    def layer(self, layer: int) -> tuple[list[mx.array], mx.array | None]:
-        """(blocks of raw rows, packed rows or None) of one layer, lazily."""
+    def raw_blocks(self, layer: int) -> list[mx.array]:
+        """The raw pages of one layer and the tail, lazily."""
         arena = self.table.pool.arena
-        raw = [arena.raw(layer, slots, rows) for slots, rows in self.raw_pages]
-        raw.append(self.table.tail[layer])
-        if self.packed_slots is None:
-            return raw, None
-        packed = arena.packed(layer, self.packed_slots)
-        return raw, packed if self.packed_rows is None else packed[self.packed_rows]
+        return [*(arena.raw(layer, slots, b.rows) for slots, b in self._raw_pages), self.table.tail[layer]]
+
+    def offsets(self, layer: int) -> mx.array | None:
+        """First word of each stored row in the layer's arena, packed rows first; layers of equal geometry share it."""
+        g = self.table.pool.geometry
+        if not self.packed and not self.raw:
+            return None
+        key = g.packed_words[layer], g.raw_words[layer]
+        if key not in self._offsets:
+            parts = [self._row_ids * key[0]]
+            for _, block in self._raw_pages:
+                at = np.arange(block.rows)
+                slots = np.asarray(block.slots)[at // g.raw_per_slot]
+                parts.append(slots * g.slot_words[layer] + at % g.raw_per_slot * key[1])
+            self._offsets[key] = mx.array(np.concatenate(parts).astype(np.uint32))
+        return self._offsets[key]
+
+
+class LayerRows:
+    """One layer's stored rows; see `agentmem.quant.attention.StoredRows`."""
+
+    def __init__(self, history: History, layer: int) -> None:
+        self._history, self._layer = history, layer
+        self.packed, self.raw = history.packed, history.raw
+        self.arena = history.table.pool.arena.layer(layer)
+        self.tail = history.table.tail[layer]
+
+    @property
+    def offsets(self) -> mx.array | None:
+        return self._history.offsets(self._layer)
+
+    def packed_rows(self) -> mx.array | None:
+        return self._history.packed_rows(self._layer)
+
+    def raw_blocks(self) -> list[mx.array]:
+        return self._history.raw_blocks(self._layer)
 
 
 class LayerView:
@@ -271,8 +307,7 @@ class LayerView:
     def __init__(self, table: Table, history: History, layer: int) -> None:
         self.offset = len(table)
         self._table = table
-        self._history = history
-        self._layer = layer
+        self._stored = LayerRows(history, layer)
         self._codec = table.pool.geometry.codecs[layer]
         self._rows: mx.array | None = None
 
@@ -286,22 +321,13 @@ class LayerView:
         return "causal" if n > 1 else None
 
     def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
         """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
         rotation = self._codec.format.rotation
-        keys = rotate(keys, rotation)
-        self._rows = self._codec.raw(keys[0], values[0])
-        raw, packed = self._history.layer(self._layer)
-        history = dequantised_history(self._codec, raw, packed, self._table.dtype)
-        return self._table.attend(rotate(queries, rotation), keys, values, history, scale=scale, sinks=sinks)
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        out, self._rows = self._table.path(self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks)
+        return out
 
     def raw_rows(self) -> mx.array:
         """The chunk's rows, 16-bit: uint32 [n, raw_words]. Precondition: the model ran."""

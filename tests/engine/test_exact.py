@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from agentmem.blockpool import arena
+
 from agentmem.engine import recall
 from agentmem.engine.request import ChatRequest
 from agentmem.home import default_home

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
-from agentmem.quant.attention import reference_attention
+from agentmem.quant.attention import reference_path
 from agentmem.quant.format import LayerShape, kv_format
 from agentmem.quant.rows import RowCodec
 from mlx_lm.models.cache import make_prompt_cache
@@ -50,7 +50,7 @@ def paged_logits(model: nn.Module, tokens: list[int], format: str) -> tuple[np.n
     shapes, _, dtype = seam.probe(model)
     codecs = tuple(RowCodec(s, kv_format(format).for_shape(s), mx.float16) for s in shapes)
     pool = Pool(Geometry(codecs, 64), 8 << 20, "fingerprint")
-    table, out, at = Table(pool, dtype, reference_attention), [], 0
+    table, out, at = Table(pool, reference_path), [], 0
     for n in CHUNKS:
         views = table.views()
         logits = model(mx.array([tokens[at : at + n]]), cache=views)

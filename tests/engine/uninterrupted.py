@@ -9,9 +9,10 @@ import mlx.nn as nn
 import numpy as np
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
-from agentmem.quant.attention import reference_attention
 from agentmem.quant.format import kv_format, stored_dtype
+from agentmem.quant.paths import chosen
 from agentmem.quant.rows import RowCodec
+from agentmem.quant.selftest import self_test
 
 from agentmem.engine import seam
 from agentmem.engine.conversation import Conversation, Span
@@ -46,12 +47,12 @@ class Uninterrupted:
     ) -> None:
         self.model, self.chunk_tokens = model, chunk_tokens
         seam.install(model.model)
-        shapes, _, dtype = seam.probe(model.model)
-        chosen = kv_format(format)
-        codecs = tuple(RowCodec(s, chosen.for_shape(s), stored_dtype(dtype)) for s in shapes)
+        shapes, heads, dtype = seam.probe(model.model)
+        chosen_format = kv_format(format)
+        codecs = tuple(RowCodec(s, chosen_format.for_shape(s), stored_dtype(dtype)) for s in shapes)
         geometry = Geometry(codecs, page_tokens)
         self.pool = Pool(geometry, 2000 * geometry.slot_bytes, "uninterrupted")
-        self.table = Table(self.pool, model.dtype, reference_attention)
+        self.table = Table(self.pool, chosen(self_test(chosen_format, shapes[0], heads, dtype, stored_dtype(dtype))))
         self.conversation = Conversation(model.tokenizer)
 
     def _feed(self, tokens: list[int]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from agentmem.quant.format import FORMATS, Code, LayerShape, kv_format
 
 

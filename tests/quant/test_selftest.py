@@ -6,10 +6,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-
-from agentmem.quant import attention, rows, selftest
-from agentmem.quant.attention import PATHS, reference_attention
+from agentmem.quant import rows, selftest
+from agentmem.quant.attention import dequantised_history, reference_attention, reference_path
 from agentmem.quant.format import FORMATS, LayerShape, kv_format
+from agentmem.quant.paths import PATHS
 
 SHAPE = LayerShape(2, 64, 64)
 
@@ -42,7 +42,30 @@ def sees_the_future(
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale)
 
 
-WRONG = [forgets_the_first_row, wrong_scale, sees_the_future]
+def as_path(attend: Any) -> Any:
+    """A path that attends with `attend` over dequantised rows."""
+
+    def path(codec: Any, stored: Any, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> Any:
+        history = dequantised_history(codec, stored.raw_blocks(), stored.packed_rows(), k.dtype)
+        return attend(q, k, v, history, **options), codec.raw(k[0], v[0])
+
+    return path
+
+
+def stores_other_rows(codec: Any, stored: Any, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> Any:
+    out, new_rows = reference_path(codec, stored, q, k, v, **options)
+    return out, new_rows + 1
+
+
+def does_not_run(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no such kernel")
+
+
+WRONG = [
+    *(as_path(f) for f in (forgets_the_first_row, wrong_scale, sees_the_future)),
+    stores_other_rows,
+    does_not_run,
+]
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -60,7 +83,7 @@ def test_reference_path_passes_in_16_bits(dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_path_is_refused_and_named(
-    wrong: attention.Attention, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    wrong: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(PATHS, "wrong", wrong)
     result = check()
@@ -71,7 +94,7 @@ def test_a_wrong_path_is_refused_and_named(
 
 def test_without_a_right_path_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(PATHS, "reference")
-    monkeypatch.setitem(PATHS, "wrong", wrong_scale)
+    monkeypatch.setitem(PATHS, "wrong", as_path(wrong_scale))
     with pytest.raises(RuntimeError, match="no attention path"):
         check()
 
