@@ -37,9 +37,9 @@ def demo_agents() -> list[DemoAgent]:
         ),
         _agent(
             "bakery",
-            "What is the sourdough starter called?",
             "Where does the bakery stand?",
             "When do the doors open?",
+            "What is the sourdough starter called?",
         ),
         _agent(
             "seedlibrary",
