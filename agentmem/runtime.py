@@ -45,7 +45,10 @@ def fingerprint(identity: dict[str, str], format: KVFormat, geometry: Geometry) 
     parts = {
         "model": identity,
         "format": format.identity(),
-        "layers": [[c.shape.heads, c.shape.key_dim, c.shape.value_dim, str(c.format.identity())] for c in geometry.codecs],
+        "layers": [
+            [c.shape.heads, c.shape.key_dim, c.shape.value_dim, str(c.format.identity())]
+            for c in geometry.codecs
+        ],
         "stored": str(geometry.codecs[0].stored),
         "page_tokens": geometry.page_tokens,
         "version": FORMAT_VERSION,
@@ -119,12 +122,19 @@ class Runtime:
             raise ModelUnavailable(str(error)) from error
         self._self_test = self_test(format, shapes[0], query_heads, dtype, stored_dtype(dtype))
         self._store = Store(
-            settings.paths.store, self._fingerprint, durable=settings.commit != "none", wake=lambda: self._engine.wake()
+            settings.paths.store,
+            self._fingerprint,
+            durable=settings.commit != "none",
+            wake=lambda: self._engine.wake(),
         )
         self._memory = Memory(self._store, self._pool, model.tokenizer)
         self._memory.load()
         planner = Planner(
-            self._memory, self._pool, model.tokenizer, max_context=self.max_context, max_reply=settings.max_reply
+            self._memory,
+            self._pool,
+            model.tokenizer,
+            max_context=self.max_context,
+            max_reply=settings.max_reply,
         )
         self._engine = Engine(
             model, self._memory, self._pool, self._store, planner, chosen(self._self_test),
@@ -203,7 +213,12 @@ class Runtime:
             agent = self._find(namespace, name)
             others = {p for a in self._memory.agents() if a is not agent for p in _chain_pages(a)}
             for page in _chain_pages(agent):
-                if page.slots is not None and page.pieces is not None and not page.pins and page not in others:
+                if (
+                    page.slots is not None
+                    and page.pieces is not None
+                    and not page.pins
+                    and page not in others
+                ):
                     self._pool.evict(page)
             return self._info(agent)
 
@@ -230,7 +245,9 @@ class Runtime:
 
         def explain() -> dict[str, Any]:
             sessions = self._find(namespace, name).sessions
-            wanted = [sessions[session]] if session in sessions else [] if session else list(sessions.values())
+            wanted = (
+                [sessions[session]] if session in sessions else [] if session else list(sessions.values())
+            )
             last = max((t for s in wanted for t in s.row.turns), key=lambda t: t.created, default=None)
             if last is None:
                 raise NotFound(f"agent {name!r} has no turn in session {session!r}")
@@ -277,7 +294,9 @@ class Runtime:
     def _find(self, namespace: str, name: str) -> Agent:
         agent = self._memory.agent(namespace, name)
         if agent is None:
-            raise NotFound(f"no agent {name!r} in namespace {namespace!r}; `agentmem agents` lists them", param="agent")
+            raise NotFound(
+                f"no agent {name!r} in namespace {namespace!r}; `agentmem agents` lists them", param="agent"
+            )
         return agent
 
     def _call(self, job: Callable[[], T]) -> T:
@@ -351,5 +370,3 @@ def _state(pages: list[Page]) -> State:
     if not pages:
         return "cold"
     return "hot" if all(p.slots is not None for p in pages) else "warm"
-
-

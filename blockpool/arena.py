@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
+
 from agentmem.blockpool.geometry import Geometry
 from agentmem.quant.device import unified_memory
 
@@ -23,7 +24,9 @@ class Arena(ABC):
     def __init__(self, geometry: Geometry, slots: int) -> None:
         self.geometry = geometry
         self.slots = slots
-        self._layers = [mx.zeros((slots * geometry.page_tokens, w), dtype=mx.uint32) for w in geometry.packed_words]
+        self._layers = [
+            mx.zeros((slots * geometry.page_tokens, w), dtype=mx.uint32) for w in geometry.packed_words
+        ]
         mx.eval(self._layers)
 
     def layer(self, layer: int) -> mx.array:
@@ -66,7 +69,10 @@ class HostArena(Arena):
     def __init__(self, geometry: Geometry, slots: int) -> None:
         super().__init__(geometry, slots)
         self._views = [np.array(a, copy=False).reshape(slots, -1) for a in self._layers]
-        assert all(np.shares_memory(v, np.array(a, copy=False)) for v, a in zip(self._views, self._layers, strict=True))
+        assert all(
+            np.shares_memory(v, np.array(a, copy=False))
+            for v, a in zip(self._views, self._layers, strict=True)
+        )
 
     def view(self, layer: int) -> np.ndarray:
         return self._views[layer]
@@ -80,7 +86,7 @@ class HostArena(Arena):
 
     def write_raw(self, slots: Sequence[int], rows: list[mx.array]) -> None:
         per = self.geometry.raw_per_slot
-        for view, words, new in zip(self._views, self.geometry.raw_words, rows, strict=True):
+        for view, new in zip(self._views, rows, strict=True):
             data = np.array(new, copy=False)
             for i, slot in enumerate(slots):
                 part = data[i * per : (i + 1) * per]
@@ -93,7 +99,9 @@ class HostArena(Arena):
         def copy() -> tuple[Rows, Rows]:
             out_packed = [v.reshape(-1, w)[packed] for v, w in zip(self._views, g.packed_words, strict=True)]
             out_raw = [
-                v[:, : per * w].reshape(-1, per, w)[raw // per, raw % per] if raw.size else np.zeros((0, w), np.uint32)
+                v[:, : per * w].reshape(-1, per, w)[raw // per, raw % per]
+                if raw.size
+                else np.zeros((0, w), np.uint32)
                 for v, w in zip(self._views, g.raw_words, strict=True)
             ]
             return out_packed, out_raw
@@ -131,7 +139,11 @@ class DeviceArena(Arena):
 
     def collect(self, packed: np.ndarray, raw: np.ndarray) -> Callable[[], tuple[Rows, Rows]]:
         g = self.geometry
-        packed_ids, slot_ids, row_ids = mx.array(packed), mx.array(raw // g.raw_per_slot), raw % g.raw_per_slot
+        packed_ids, slot_ids, row_ids = (
+            mx.array(packed),
+            mx.array(raw // g.raw_per_slot),
+            raw % g.raw_per_slot,
+        )
         out_packed, out_raw = [], []
         for layer, a in enumerate(self._layers):
             words, per = g.raw_words[layer], g.raw_per_slot
@@ -146,7 +158,9 @@ class DeviceArena(Arena):
 def _packed_rows(slots: Sequence[int], first_row: int, n: int, page_tokens: int) -> np.ndarray:
     """Row ids (slot * page_tokens + row) of `n` rows that start at `first_row` of the first slot."""
     at = np.arange(first_row, first_row + n)
-    return np.asarray(slots, dtype=np.int32)[at // page_tokens] * page_tokens + (at % page_tokens).astype(np.int32)
+    return np.asarray(slots, dtype=np.int32)[at // page_tokens] * page_tokens + (at % page_tokens).astype(
+        np.int32
+    )
 
 
 def make_arena(geometry: Geometry, budget_bytes: int) -> Arena:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
 from agentmem.blockpool.files import Files
 
 FORMAT_VERSION = "1"
@@ -75,7 +76,11 @@ def write_extent(folder: Path, data: ExtentData, files: Files) -> tuple[str, int
     ]
     header = _header(data, tensors)
     name = hashlib.sha256(header).hexdigest() + SUFFIX
-    buffers = [struct.pack("<Q", len(header)), header, *(memoryview(np.ascontiguousarray(a)).cast("B") for _, _, a in tensors if a.size)]
+    buffers = [
+        struct.pack("<Q", len(header)),
+        header,
+        *(memoryview(np.ascontiguousarray(a)).cast("B") for _, _, a in tensors if a.size),
+    ]
     files.write_durably(folder / name, buffers)
     return name, sum(len(b) for b in buffers)
 
@@ -84,7 +89,11 @@ def _header(data: ExtentData, tensors: list[tuple[str, str, np.ndarray]]) -> byt
     table: dict[str, Any] = {}
     offset = 0
     for name, dtype, array in tensors:
-        table[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        table[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
         offset += array.nbytes
     table["__metadata__"] = {
         "agentmem": FORMAT_VERSION,
@@ -131,7 +140,9 @@ class Extent:
         """Take in a header whose hash is right; its writer may still be another program."""
         self.meta: dict[str, str] = table.pop("__metadata__")
         if self.meta.get("agentmem") != FORMAT_VERSION:
-            raise ExtentCorrupt(f"format version {self.meta.get('agentmem')!r}, this release reads {FORMAT_VERSION!r}")
+            raise ExtentCorrupt(
+                f"format version {self.meta.get('agentmem')!r}, this release reads {FORMAT_VERSION!r}"
+            )
         self._at = {k: (start + v["data_offsets"][0], v["shape"]) for k, v in table.items()}
         for name, entry in table.items():
             a, b = entry["data_offsets"]

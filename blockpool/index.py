@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agentmem.blockpool.page import Page, Piece
 from sqlite_utils import Database
 
+from agentmem.blockpool.page import Page, Piece
 from agentmem.errors import StoreError
 
 SCHEMA_VERSION = 1

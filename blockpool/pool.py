@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 
 import numpy as np
+
 from agentmem.blockpool.arena import make_arena
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page, PageTree, Piece
 from agentmem.blockpool.slots import Slots
-
 from agentmem.errors import Overloaded
 
 

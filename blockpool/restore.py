@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
+
 from agentmem.blockpool.extent import Extent, ExtentCorrupt, stripe_rows
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page
@@ -53,7 +54,9 @@ class RestorePlan:
             runs = self.runs.setdefault((piece.extent, piece.raw), [])
             self.bytes += piece.rows * (g.raw_row_bytes if piece.raw else g.packed_row_bytes)
             if not piece.raw:
-                runs.append(Run(piece.extent_row, piece.rows, "packed", slots[0] * g.page_tokens + piece.page_row))
+                runs.append(
+                    Run(piece.extent_row, piece.rows, "packed", slots[0] * g.page_tokens + piece.page_row)
+                )
             elif page.raw:
                 runs.extend(self._raw_runs(piece.extent_row, piece.page_row, piece.rows, slots))
             else:
@@ -100,7 +103,11 @@ class Reader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def read(
-        self, plan: RestorePlan, names: Mapping[int, str], views: Sequence[np.ndarray] | None, keep: Set[int] = frozenset()
+        self,
+        plan: RestorePlan,
+        names: Mapping[int, str],
+        views: Sequence[np.ndarray] | None,
+        keep: Set[int] = frozenset(),
     ) -> Read:
         """Read and check every run of the plan. Blocks the calling thread, which must not be the engine's.
 
@@ -133,13 +140,21 @@ class Reader:
 
     @staticmethod
     def _targets(
-        plan: RestorePlan, key: tuple[int, bool], views: Sequence[np.ndarray] | None, keep: Set[int], result: Read
+        plan: RestorePlan,
+        key: tuple[int, bool],
+        views: Sequence[np.ndarray] | None,
+        keep: Set[int],
+        result: Read,
     ) -> Iterator[tuple[int, list[Run], Targets]]:
         """(layer, runs, where they go) for one extent's raw or packed rows."""
         g, runs = plan.geometry, plan.runs[key]
         if views is not None or key[0] not in keep:
             for layer in range(g.layers):
-                yield layer, runs, Targets(g, layer, views[layer] if views is not None else None, result.scratch[layer])
+                yield (
+                    layer,
+                    runs,
+                    Targets(g, layer, views[layer] if views is not None else None, result.scratch[layer]),
+                )
             return
         words = g.raw_words if key[1] else g.packed_words
         ends = np.cumsum([r.rows for r in runs])
@@ -175,7 +190,9 @@ class Targets:
         if run.to == "scratch":
             part = self.scratch[run.at + skip : run.at + skip + rows]
         elif self.view is None:
-            words = (self.geometry.packed_words if run.to == "packed" else self.geometry.raw_words)[self.layer]
+            words = (self.geometry.packed_words if run.to == "packed" else self.geometry.raw_words)[
+                self.layer
+            ]
             part = np.empty((rows, words), np.uint32)
         elif run.to == "packed":
             words = self.geometry.packed_words[self.layer]
@@ -192,7 +209,9 @@ def _read_layer(extent: Extent, raw: bool, layer: int, runs: list[Run], targets:
     step = stripe_rows(words) if words else 1
     if not runs or runs[-1].extent_row + runs[-1].rows > total:
         raise ExtentCorrupt(f"rows beyond the {total} rows of layer {layer}")
-    for stripe in sorted({s for r in runs for s in range(r.extent_row // step, (r.extent_row + r.rows - 1) // step + 1)}):
+    for stripe in sorted(
+        {s for r in runs for s in range(r.extent_row // step, (r.extent_row + r.rows - 1) // step + 1)}
+    ):
         first, last = stripe * step, min(total, (stripe + 1) * step)
         buffers = _stripe_buffers(runs, first, last, words, targets)
         extent.check(raw, layer, stripe, _read_and_hash(extent.fd, buffers, offset + first * words * 4))

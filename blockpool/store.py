@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
@@ -32,7 +33,9 @@ class Store:
     A failed fsync or write makes the store read-only: serving goes on from RAM and `problem` says why.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, *, durable: bool = True, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: str, *, durable: bool = True, wake: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = folder
         self.extents = folder / "extents"
         self.quarantine_folder = folder / "quarantine"
@@ -84,7 +87,10 @@ class Store:
                 log.warning("%s is left where it is: %s", path, e)
 
     def commit(
-        self, turn: TurnCommit, rows: Callable[[], ExtentData] | None, done: Callable[[int | None, Exception | None], None]
+        self,
+        turn: TurnCommit,
+        rows: Callable[[], ExtentData] | None,
+        done: Callable[[int | None, Exception | None], None],
     ) -> None:
         """Write a turn: extent first (when it has rows), then one transaction. `done(bytes written, error)` is a completion."""
 
@@ -153,11 +159,15 @@ class Store:
 
         self._jobs.put(job)
 
-    def quarantine(self, bad: dict[int, str], pages: list[int], bare: list[int], heads: dict[int, int | None]) -> None:
+    def quarantine(
+        self, bad: dict[int, str], pages: list[int], bare: list[int], heads: dict[int, int | None]
+    ) -> None:
         """Put damaged extents aside and forget the pages in them; see `Index.drop_pages`."""
         names = {e: self.names.get(e) for e in bad}
         for extent, reason in bad.items():
-            log.warning("extent %s quarantined: %s; its tokens will be prefilled", (names[extent] or "?")[:12], reason)
+            log.warning(
+                "extent %s quarantined: %s; its tokens will be prefilled", (names[extent] or "?")[:12], reason
+            )
         self.quarantined += len(bad)
 
         def job() -> None:

@@ -6,6 +6,7 @@ import sys
 from typing import Any, TextIO
 
 import click
+
 from agentmem.cli.output import (
     console,
     format_ago,
@@ -19,7 +20,6 @@ from agentmem.cli.output import (
     print_table,
 )
 from agentmem.cli.text_input import read_text
-
 from agentmem.client import AgentMemClient
 
 COLUMNS = ("AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST")

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agentmem.cli.output import format_bytes
-
 import agentmem
+from agentmem.cli.output import format_bytes
 from agentmem.client import AgentMemClient
 from agentmem.daemon import read_record
 from agentmem.errors import AgentMemError

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from agentmem.cli.demo_agents import demo_agents
 from agentmem.cli.demo_run import Outcome, run_demo, step_count
 from agentmem.cli.exits import Exit

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from agentmem.cli.daemon import Daemon, start_daemon
 from agentmem.cli.demo_agents import DemoAgent
-
 from agentmem.client import AgentMemClient
 from agentmem.home import Home, default_home
 

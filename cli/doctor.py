@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import click
+from rich.text import Text
+
 from agentmem.cli.checkup import Check, check_all
 from agentmem.cli.exits import Exit
 from agentmem.cli.output import console, json_option, print_json
-from rich.text import Text
-
 from agentmem.home import Home, default_home
 
 _MARKS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warning": ("!", "yellow"), "problem": ("✗", "red")}

@@ -7,8 +7,8 @@ from collections import deque
 from pathlib import Path
 
 import click
-from agentmem.cli.output import json_option, print_json
 
+from agentmem.cli.output import json_option, print_json
 from agentmem.errors import NotFound
 from agentmem.home import Home, default_home
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import psutil
+
 from agentmem.cli.daemon import (
     STOP_TIMEOUT_S,
     Progress,
@@ -26,7 +27,6 @@ from agentmem.cli.exits import Exit
 from agentmem.cli.output import format_ms, json_option, print_facts, print_json, say
 from agentmem.cli.progress import Steps
 from agentmem.cli.settings_options import settings_options
-
 from agentmem.client import AgentMemClient
 from agentmem.daemon import DaemonRecord, running_daemon
 from agentmem.errors import AlreadyRunning

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+import agentmem
 from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, talk
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.output import print_json
-
-import agentmem
 from agentmem.errors import AgentMemError
 
 

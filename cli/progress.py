@@ -6,8 +6,9 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from agentmem.cli.output import console, say
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from agentmem.cli.output import console, say
 
 
 class Steps:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
 from agentmem.cli.output import format_count, format_ms, json_option, print_json, say
 from agentmem.cli.text_input import read_text
-
 from agentmem.client import AgentMemClient, ChatResult, ChatStream
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
+
 from agentmem.quant.rows import RowCodec
 
 

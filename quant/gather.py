@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+
 from agentmem.quant.attention import StoredRows, whole_attention
 from agentmem.quant.device import backend
 from agentmem.quant.rows import RowCodec
@@ -114,10 +115,14 @@ def supported(codec: RowCodec) -> bool:
 @cache
 def _kernel(device: str) -> Callable[..., Any]:
     make, header = (mx.fast.metal_kernel, _METAL) if device == "metal" else (mx.fast.cuda_kernel, _CUDA)
-    return make(name="gathered_rows", input_names=INPUTS, output_names=OUTPUTS, source=_BODY, header=header + _COMMON)
+    return make(
+        name="gathered_rows", input_names=INPUTS, output_names=OUTPUTS, source=_BODY, header=header + _COMMON
+    )
 
 
-def gather(codec: RowCodec, stored: StoredRows, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def gather(
+    codec: RowCodec, stored: StoredRows, keys: mx.array, values: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
     """Whole keys [1, heads, S, key_dim] and values [1, heads, S, value_dim], and the chunk's raw rows uint32 [n, raw_words].
 
     keys, values [1, heads, n, dim] of the chunk, in model precision. Precondition: `supported(codec)`.
@@ -144,7 +149,11 @@ def gather(codec: RowCodec, stored: StoredRows, keys: mx.array, values: mx.array
         ],
         grid=(units * total * shape.heads, 1, 1),
         threadgroup=(256, 1, 1),
-        output_shapes=[(1, shape.heads, total, shape.key_dim), (1, shape.heads, total, shape.value_dim), (fresh, codec.raw_words)],
+        output_shapes=[
+            (1, shape.heads, total, shape.key_dim),
+            (1, shape.heads, total, shape.value_dim),
+            (fresh, codec.raw_words),
+        ],
         output_dtypes=[keys.dtype, values.dtype, mx.uint32],
     )  # fmt: skip
     return whole_keys, whole_values, rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+
 from agentmem.quant.format import Code, KVFormat, LayerShape
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+
 from agentmem.quant.attention import Path, dequantised_history, rotate
 from agentmem.quant.format import KVFormat, LayerShape
 from agentmem.quant.paths import candidates

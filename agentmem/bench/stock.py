@@ -18,6 +18,8 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 
+from agentmem.quant.device import backend
+
 
 def _forward(model: nn.Module, ids: list[int], caches: list[Any]) -> int:
     """Feed `ids` in one pass; the greedy next token."""
@@ -58,6 +60,7 @@ def measure(
 
     On a GPU the prefill runs once before it is timed, so that kernels are compiled.
     """
+
     def prefill(caches: list[Any]) -> int:
         for at in range(0, len(ids) - 1, chunk):
             model(mx.array([ids[at : min(at + chunk, len(ids) - 1)]]), cache=caches)

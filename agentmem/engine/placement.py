@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,7 +26,9 @@ def load_files(plan: RestorePlan, paths: Mapping[int, Path]) -> Loaded:
         for (extent, raw), runs in plan.runs.items():
             if extent in files:
                 name = "raw" if raw else "packed"
-                rows[extent, raw] = [_take(files[extent][f"{name}.{i}"], runs) for i in range(plan.geometry.layers)]
+                rows[extent, raw] = [
+                    _take(files[extent][f"{name}.{i}"], runs) for i in range(plan.geometry.layers)
+                ]
         mx.eval(*rows.values())
     except (OSError, KeyError, RuntimeError, ValueError):
         return {}
@@ -35,7 +38,7 @@ def load_files(plan: RestorePlan, paths: Mapping[int, Path]) -> Loaded:
 def _take(rows: mx.array, runs: list[Run]) -> mx.array:
     """The rows of `runs`, one after the other; the array itself when they are all of it in order."""
     total = sum(r.rows for r in runs)
-    if total == rows.shape[0] and all(a.extent_row + a.rows == b.extent_row for a, b in zip(runs, runs[1:], strict=False)):
+    if total == rows.shape[0] and all(a.extent_row + a.rows == b.extent_row for a, b in pairwise(runs)):
         return rows
     return rows[mx.array(np.concatenate([np.arange(r.extent_row, r.extent_row + r.rows) for r in runs]))]
 

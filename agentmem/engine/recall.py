@@ -71,6 +71,8 @@ class Recall:
     def _repack(self, plan: RestorePlan, scratch: list[mx.array]) -> None:
         """Pack rows that lay raw on disk in pages that are packed in RAM. Row-wise, so the bits are those of the first time."""
         for slots, page_row, at, rows in plan.repack:
-            packed = [c.pack(a[at : at + rows]) for c, a in zip(self._pool.geometry.codecs, scratch, strict=True)]
+            packed = [
+                c.pack(a[at : at + rows]) for c, a in zip(self._pool.geometry.codecs, scratch, strict=True)
+            ]
             mx.eval(packed)
             self._pool.arena.write_packed(slots, packed, page_row)

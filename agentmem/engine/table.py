@@ -321,12 +321,21 @@ class LayerView:
         return "causal" if n > 1 else None
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
     ) -> mx.array:
         """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
         rotation = self._codec.format.rotation
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        out, self._rows = self._table.path(self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks)
+        out, self._rows = self._table.path(
+            self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks
+        )
         return out
 
     def raw_rows(self) -> mx.array:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from agentmem.cli.main import cli
 from click.testing import CliRunner, Result
+
+from agentmem.cli.main import cli
 
 
 def invoke(*args: str, stdin: str = "") -> Result:

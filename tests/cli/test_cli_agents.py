@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from agentmem.cli.exits import Exit
 
+from agentmem.cli.exits import Exit
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import click
 import pytest
+
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.main import cli
-
 from agentmem.daemon import DaemonNotRunning
 from agentmem.errors import AlreadyRunning, BadRequest, Forbidden, ModelUnavailable, NotFound, StoreError
 from agentmem.home import Home

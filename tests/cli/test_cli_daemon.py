@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from agentmem.cli import daemon as life
 from agentmem.cli.exits import Exit
-
 from agentmem.daemon import running_daemon
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
+
 from agentmem.cli.demo_agents import demo_agents
 from agentmem.cli.demo_run import Conversation, Outcome, Turn
 from agentmem.cli.exits import Exit
-
 from tests.cli.cli_line import invoke
 
 FIELDS = {

@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
+
 from agentmem.cli import checkup
 from agentmem.cli.exits import Exit
-
 from agentmem.daemon import DaemonRecord
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse

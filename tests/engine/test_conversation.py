@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agentmem.blockpool.index import TurnRow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmem.blockpool.index import TurnRow
 from agentmem.engine.conversation import Conversation, Span
 from agentmem.model.random import END, START, byte_tokenizer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from agentmem.blockpool import arena
 
+from agentmem.blockpool import arena
 from agentmem.engine import recall
 from agentmem.engine.request import ChatRequest
 from agentmem.home import default_home
@@ -28,14 +28,23 @@ PER_TEST = 12
 def recorded(model: LoadedModel, keep: list[np.ndarray]) -> LoadedModel:
     """The same model, noting its logits."""
     return LoadedModel(
-        model.name, Recorder(model.model, keep), model.tokenizer, model.identity, model.dtype, model.max_context
+        model.name,
+        Recorder(model.model, keep),
+        model.tokenizer,
+        model.identity,
+        model.dtype,
+        model.max_context,
     )
 
 
-def check_trace(home: Path, model, rng: random.Random, agent: str, *, longest: int, page_tokens: int, format: str) -> None:
+def check_trace(
+    home: Path, model, rng: random.Random, agent: str, *, longest: int, page_tokens: int, format: str
+) -> None:
     """One random conversation, its state hot, evicted or restarted between turns, against the uninterrupted run."""
     logits: list[np.ndarray] = []
-    settings = Settings(home=home, ram_budget="48MiB", page_tokens=page_tokens, chunk_tokens=128, kv_format=format)
+    settings = Settings(
+        home=home, ram_budget="48MiB", page_tokens=page_tokens, chunk_tokens=128, kv_format=format
+    )
     reference = Uninterrupted(model(), format=format, page_tokens=page_tokens, chunk_tokens=128)
     runtime = Runtime.open(settings, lambda: recorded(model(), logits))
     messages = [{"role": "system", "content": f"You are {agent}."}]
@@ -80,7 +89,9 @@ def _prefill_passes(fed: int, start: int, chunk: int = 128, last: int = 32) -> i
     return passes
 
 
-@pytest.mark.parametrize("group", [pytest.param(g, marks=pytest.mark.slow if g > 1 else ()) for g in range(TRACES // PER_TEST)])
+@pytest.mark.parametrize(
+    "group", [pytest.param(g, marks=pytest.mark.slow if g > 1 else ()) for g in range(TRACES // PER_TEST)]
+)
 def test_tiny_traces(tmp_path: Path, group: int) -> None:
     """Random conversations on tiny random models; text, logits and fed tokens equal the uninterrupted run's."""
     for i in range(PER_TEST):
@@ -101,7 +112,9 @@ def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     for i in range(PER_TEST):
         rng = random.Random(900_000 + i)
         model = random_model("llama", seed=i)
-        check_trace(tmp_path / str(i), lambda m=model: m, rng, "gpu", longest=60, page_tokens=32, format="q4-plain")
+        check_trace(
+            tmp_path / str(i), lambda m=model: m, rng, "gpu", longest=60, page_tokens=32, format="q4-plain"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +138,12 @@ def test_diverged_history_reuses_the_common_prefix(tmp_path: Path, edit: str) ->
     """A history that differs reuses exactly the tokens it shares, and the answer is that of a home that only saw the new one."""
     model = random_model("llama", seed=3)
     rng = random.Random(11)
-    runtime = Runtime.open(Settings(home=tmp_path / "a", ram_budget="48MiB", page_tokens=16, kv_format="fp16"), lambda: model)
+    runtime = Runtime.open(
+        Settings(home=tmp_path / "a", ram_budget="48MiB", page_tokens=16, kv_format="fp16"), lambda: model
+    )
     messages = [{"role": "system", "content": "You are a clerk of the tide office."}]
     ids: list[int] = []
-    for n in range(3):
+    for _ in range(3):
         messages.append({"role": "user", "content": words(rng, 12)})
         text = say(runtime, ChatRequest("clerk", messages, max_tokens=9)).text
         messages.append({"role": "assistant", "content": text})
@@ -144,14 +159,27 @@ def test_diverged_history_reuses_the_common_prefix(tmp_path: Path, edit: str) ->
         asked[0]["content"] = "You are a clerk of the land office."
     else:
         asked = asked[:-2]
-    asked.append({"role": "user", "content": "And now?"}) if edit != "regenerate" else asked.append(dict(messages[-2]))
+    asked.append({"role": "user", "content": "And now?"}) if edit != "regenerate" else asked.append(
+        dict(messages[-2])
+    )
     new = model.tokenizer.encode(model.tokenizer.render(asked))
-    shared = next((i for i, (a, b) in enumerate(zip(ids, new, strict=False)) if a != b), min(len(ids), len(new)))
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(ids, new, strict=False)) if a != b), min(len(ids), len(new))
+    )
     turn = say(runtime, ChatRequest("clerk", asked, max_tokens=9))
     assert turn.usage["prompt_tokens_details"]["cached_tokens"] == min(shared, len(new) - 1)
-    again = say(runtime, ChatRequest("clerk", [*asked, {"role": "assistant", "content": turn.text}, {"role": "user", "content": "So?"}], max_tokens=4))
+    again = say(
+        runtime,
+        ChatRequest(
+            "clerk",
+            [*asked, {"role": "assistant", "content": turn.text}, {"role": "user", "content": "So?"}],
+            max_tokens=4,
+        ),
+    )
     assert again.memory["exact_tokens"] >= len(new) + len(turn.text) - 1
     runtime.close()
-    fresh = Runtime.open(Settings(home=tmp_path / "b", ram_budget="48MiB", page_tokens=16, kv_format="fp16"), lambda: model)
+    fresh = Runtime.open(
+        Settings(home=tmp_path / "b", ram_budget="48MiB", page_tokens=16, kv_format="fp16"), lambda: model
+    )
     assert say(fresh, ChatRequest("clerk", asked, max_tokens=9)).text == turn.text
     fresh.close()

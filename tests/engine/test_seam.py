@@ -8,17 +8,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from agentmem.blockpool.geometry import Geometry
-from agentmem.blockpool.pool import Pool
-from agentmem.quant.attention import reference_path
-from agentmem.quant.format import LayerShape, kv_format
-from agentmem.quant.rows import RowCodec
 from mlx_lm.models.cache import make_prompt_cache
 
+from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.pool import Pool
 from agentmem.engine import seam
 from agentmem.engine.table import Table
 from agentmem.errors import ModelUnavailable
 from agentmem.model.random import random_model
+from agentmem.quant.attention import reference_path
+from agentmem.quant.format import LayerShape, kv_format
+from agentmem.quant.rows import RowCodec
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -47,7 +47,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 def paged_logits(model: nn.Module, tokens: list[int], format: str) -> tuple[np.ndarray, Pool]:
     """Logits of every token, fed chunk by chunk through a table of our pool."""
     seam.install(model)
-    shapes, _, dtype = seam.probe(model)
+    shapes, _, _ = seam.probe(model)
     codecs = tuple(RowCodec(s, kv_format(format).for_shape(s), mx.float16) for s in shapes)
     pool = Pool(Geometry(codecs, 64), 8 << 20, "fingerprint")
     table, out, at = Table(pool, reference_path), [], 0

@@ -7,18 +7,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
-from agentmem.quant.format import kv_format, stored_dtype
-from agentmem.quant.paths import chosen
-from agentmem.quant.rows import RowCodec
-from agentmem.quant.selftest import self_test
-
 from agentmem.engine import seam
 from agentmem.engine.conversation import Conversation, Span
 from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
+from agentmem.quant.format import kv_format, stored_dtype
+from agentmem.quant.paths import chosen
+from agentmem.quant.rows import RowCodec
+from agentmem.quant.selftest import self_test
 
 
 class Recorder(nn.Module):
@@ -52,7 +52,9 @@ class Uninterrupted:
         codecs = tuple(RowCodec(s, chosen_format.for_shape(s), stored_dtype(dtype)) for s in shapes)
         geometry = Geometry(codecs, page_tokens)
         self.pool = Pool(geometry, 2000 * geometry.slot_bytes, "uninterrupted")
-        self.table = Table(self.pool, chosen(self_test(chosen_format, shapes[0], heads, dtype, stored_dtype(dtype))))
+        self.table = Table(
+            self.pool, chosen(self_test(chosen_format, shapes[0], heads, dtype, stored_dtype(dtype)))
+        )
         self.conversation = Conversation(model.tokenizer)
 
     def _feed(self, tokens: list[int]) -> np.ndarray:

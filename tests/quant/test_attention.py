@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from agentmem.quant.attention import dequantised_history, reference_attention, rotate
 from agentmem.quant.format import LayerShape, kv_format
 from agentmem.quant.rows import RowCodec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from agentmem.quant.format import FORMATS, Code, LayerShape, kv_format
 
 

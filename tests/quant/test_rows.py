@@ -7,11 +7,12 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from agentmem.quant.format import FORMATS, LayerShape, kv_format, stored_dtype
 from agentmem.quant.rows import RowCodec
 from agentmem.quant.selftest import code_error
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PACKING = sorted(name for name, f in FORMATS.items() if f.packs)
 SHAPES = [LayerShape(2, 64, 64), LayerShape(1, 128, 64), LayerShape(3, 32, 96), LayerShape(8, 128, 128)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+
 from agentmem.quant import rows, selftest
 from agentmem.quant.attention import dequantised_history, reference_attention, reference_path
 from agentmem.quant.format import FORMATS, LayerShape, kv_format
