@@ -121,8 +121,8 @@ class DeviceArena(Arena):
         per, n = g.raw_per_slot, rows[0].shape[0]
         images = []
         for slot_words, words, new in zip(g.slot_words, g.raw_words, rows, strict=True):
-            padded = mx.pad(new, ((0, len(slots) * per - n), (0, 0))).reshape(len(slots), per * words)
-            image = mx.pad(padded, ((0, 0), (0, slot_words - per * words)))
+            padded = mx.pad(new, [(0, len(slots) * per - n), (0, 0)]).reshape(len(slots), per * words)
+            image = mx.pad(padded, [(0, 0), (0, slot_words - per * words)])
             images.append(image.reshape(len(slots) * g.page_tokens, -1))
         whole = _packed_rows(slots, 0, len(slots) * g.page_tokens, g.page_tokens)
         self._scatter(mx.array(whole), images)

@@ -76,7 +76,7 @@ def write_extent(folder: Path, data: ExtentData, files: Files) -> tuple[str, int
     ]
     header = _header(data, tensors)
     name = hashlib.sha256(header).hexdigest() + SUFFIX
-    buffers = [
+    buffers: list[bytes | memoryview] = [
         struct.pack("<Q", len(header)),
         header,
         *(memoryview(np.ascontiguousarray(a)).cast("B") for _, _, a in tensors if a.size),

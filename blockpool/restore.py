@@ -134,8 +134,8 @@ class Reader:
                 except (OSError, ExtentCorrupt, ValueError) as e:
                     result.bad[extent] = f"{type(e).__name__}: {e}"
         finally:
-            for e in opened.values():
-                e.close()
+            for opened_extent in opened.values():
+                opened_extent.close()
         return result
 
     @staticmethod

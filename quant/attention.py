@@ -47,10 +47,12 @@ class StoredRows(Protocol):
     """
 
     arena: mx.array
-    offsets: mx.array | None
     packed: int
     raw: int
     tail: mx.array
+
+    @property
+    def offsets(self) -> mx.array | None: ...
 
     def packed_rows(self) -> mx.array | None:
         """The packed rows, uint32 [packed, packed_words]."""

@@ -231,7 +231,7 @@ class Engine:
             return None
         if sequence.phase == "prefill":
             sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
-        return sequence, int(token.item()) if token is not None else None
+        return sequence, None if token is None else int(token.item())  # type: ignore[arg-type]
 
     def _token(self, sequence: Sequence, logits: mx.array, fed: int) -> mx.array | None:
         """The next token, lazily; None while the prompt is not all fed, and where no reply is wanted."""

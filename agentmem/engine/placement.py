@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,7 @@ def load_files(plan: RestorePlan, paths: Mapping[int, Path]) -> Loaded:
     """
     rows: Loaded = {}
     try:
-        files = {e: mx.load(str(path)) for e, path in paths.items()}
+        files: dict[int, Any] = {e: mx.load(str(path)) for e, path in paths.items()}
         for (extent, raw), runs in plan.runs.items():
             if extent in files:
                 name = "raw" if raw else "packed"
