@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
+import json
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ Status = Literal["ok", "note", "warning", "problem"]
 
 FREE_DISK_WANTED = 5 * 10**9
 HEALTH_TIMEOUT_S = 10.0
-OPENBLAS = "libopenblas.so.0"
-OPENBLAS_HINT = "install it (apt install libopenblas0-pthread), then restart the daemon"
+OPENBLAS_HINT = (
+    "apt install libopenblas0-pthread, or pip install faiss-cpu, which brings one; then restart the daemon"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +126,20 @@ def check_blas(health: dict[str, Any]) -> Check:
         return Check("blas", "ok", "MLX brings its own fast kernels on this platform")
     if blas["loaded"]:
         return Check("blas", "ok", f"{blas['loaded']} is {'in use' if health else 'installed'}")
-    cost = f"{OPENBLAS} is missing: MLX uses a reference BLAS, and prefill is about 90 times slower"
+    cost = "there is no OpenBLAS: MLX uses a reference BLAS, whose matrix products are about 90 times slower"
     return Check("blas", "warning", cost, OPENBLAS_HINT)
 
 
 def _local_blas() -> dict[str, Any]:
-    if sys.platform != "linux":
-        return {"wanted": False, "loaded": None}
-    try:
-        importlib.metadata.version("mlx-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return {"wanted": False, "loaded": None}
-    try:
-        ctypes.CDLL(OPENBLAS)
-    except OSError:
-        return {"wanted": True, "loaded": None}
-    return {"wanted": True, "loaded": OPENBLAS}
+    """What the next daemon would find, asked of a process of its own."""
+    code = "import json; from agentmem.quant import blas; print(json.dumps(blas.status()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    found: dict[str, Any] = (
+        json.loads(done.stdout) if done.returncode == 0 else {"wanted": True, "loaded": None}
+    )
+    return found
 
 
 def check_health(health: dict[str, Any]) -> Iterator[Check]:

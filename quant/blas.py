@@ -1,6 +1,6 @@
 """OpenBLAS in front of MLX's Linux CPU backend.
 
-The Linux wheel of MLX bundles the reference BLAS, which makes prefill about ten times slower. Symbols that are already in
+The Linux wheel of MLX bundles the reference BLAS, whose matrix products take about 90 times as long. Symbols that are already in
 the process win, so loading OpenBLAS with RTLD_GLOBAL before `mlx.core` is enough. The system's library is preferred; the
 wheel of `faiss-cpu` (MIT) carries one with plain symbol names too, and is never imported.
 """

@@ -114,11 +114,12 @@ def supported(codec: RowCodec) -> bool:
 
 @cache
 def _kernel(device: str) -> Callable[..., Any]:
-    make: Callable[..., Any]
-    make, header = (mx.fast.metal_kernel, _METAL) if device == "metal" else (mx.fast.cuda_kernel, _CUDA)
-    return make(
+    fast: Any = mx.fast
+    make, header = (fast.metal_kernel, _METAL) if device == "metal" else (fast.cuda_kernel, _CUDA)
+    kernel: Callable[..., Any] = make(
         name="gathered_rows", input_names=INPUTS, output_names=OUTPUTS, source=_BODY, header=header + _COMMON
     )
+    return kernel
 
 
 def gather(

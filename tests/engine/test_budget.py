@@ -34,6 +34,7 @@ def visit(runtime: Runtime, observe) -> list[str]:
     return replies
 
 
+@pytest.mark.slow
 def test_ten_agents_in_a_fifth_of_their_state(tmp_path: Path) -> None:
     """Resident state stays within the budget, and every answer is that of the run without a limit."""
     model = random_model("llama", seed=9, num_hidden_layers=4)
@@ -74,6 +75,7 @@ def test_what_can_never_fit_is_refused_and_changes_nothing(tmp_path: Path) -> No
     runtime.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_bytes_on_disk(tmp_path: Path, architecture: str) -> None:
     """Bytes of a committed turn against fp16 KV, everything included, and what one more turn adds."""

@@ -176,7 +176,7 @@ def test_limits_of_the_reply(daemon) -> None:
 def test_a_seed_repeats_a_sampled_reply(daemon) -> None:
     def reply(seed: int) -> str:
         who = {"agent": f"seed-{seed}", "namespace": f"seed-{time.monotonic_ns()}"}
-        fields = {"temperature": 1.2, "seed": seed, "max_tokens": 12, "agentmem": who}
+        fields = {"temperature": 1.2, "seed": seed, "max_tokens": 6, "agentmem": who}
         return daemon.chat("seed", "Invent a name.", **fields)["choices"][0]["message"]["content"]
 
     first = reply(7)
