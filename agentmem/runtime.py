@@ -353,11 +353,26 @@ class Runtime:
         )
 
     def _disk_bytes(self, agent: Agent, pages: list[Page]) -> int:
-        """Whole extents that the agent's pages lie in, plus its token log and its rows in the index of pages."""
-        extents = {x.extent for p in pages for x in p.pieces or ()}
+        """The agent's share of the extents that its pages lie in, by rows, plus its token log and its rows in the index.
+
+        Rows that several agents use are charged in equal parts of what all of them use; rows that no session uses any more
+        fall to those who use the rest of their extent.
+        """
+        used = self._extent_use(self._memory.agents())
+        mine = self._extent_use([agent])
+        share = sum(self._store.size_of(e) * n / used[e] for e, n in mine.items())
         index_rows = sum(4 * p.rows + 64 + 32 * len(p.pieces or ()) for p in pages)
         logs = sum(s.log_bytes for s in agent.sessions.values())
-        return sum(self._store.size_of(e) for e in extents) + index_rows + logs
+        return round(share) + index_rows + logs
+
+    def _extent_use(self, agents: list[Agent]) -> dict[int, int]:
+        """Bytes of rows that each agent's pages have in each extent, added up over the agents."""
+        g = self._pool.geometry
+        use: dict[int, int] = {}
+        for piece in (x for a in agents for p in _chain_pages(a) for x in p.pieces or ()):
+            row = g.raw_row_bytes if piece.raw else g.packed_row_bytes
+            use[piece.extent] = use.get(piece.extent, 0) + piece.rows * row
+        return use
 
 
 def _chain_pages(agent: Agent) -> list[Page]:

@@ -7,7 +7,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
+from agentmem.quant.device import backend
 from agentmem.quant.rows import RowCodec
+
+SHORT_FROM, SHORT_TO = 2, 64
+"""Chunk lengths that `short_attention` serves on CUDA; a single query has a fused kernel without a plan."""
 
 
 def rotate(x: mx.array, rotation: str) -> mx.array:
@@ -79,9 +83,28 @@ class Path(Protocol):
 def whole_attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, sinks: mx.array | None = None
 ) -> mx.array:
-    """Fused SDPA over whole keys and values with the chunk's rows last; no score matrix is kept."""
-    mask = "causal" if queries.shape[2] > 1 else None
+    """Causal attention over whole keys and values with the chunk's rows last.
+
+    Fused SDPA, which keeps no score matrix. On CUDA it builds a plan for every new pair of lengths, about 40 ms on an
+    H200, so that a short chunk behind a remembered history costs more to plan than to run: those go through `short_attention`.
+    """
+    n = queries.shape[2]
+    if SHORT_FROM <= n <= SHORT_TO and sinks is None and backend() == "cuda":
+        return short_attention(queries, keys, values, scale=scale)
+    mask = "causal" if n > 1 else None
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+
+
+def short_attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) -> mx.array:
+    """The same for a short chunk, as two products in float32. The score matrix has heads x n x S elements, n <= 64."""
+    _, heads, n, dim = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    grouped = (queries.astype(mx.float32) * scale).reshape(1, kv_heads, -1, dim)
+    scores = (grouped @ keys.astype(mx.float32).swapaxes(-1, -2)).reshape(1, kv_heads, -1, n, total)
+    hidden = mx.arange(total)[None] > mx.arange(total - n, total)[:, None]
+    weights = mx.softmax(mx.where(hidden, -mx.inf, scores), axis=-1).reshape(1, kv_heads, -1, total)
+    out = weights @ values.astype(mx.float32)
+    return out.reshape(1, heads, n, -1).astype(queries.dtype)
 
 
 def reference_attention(

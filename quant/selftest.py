@@ -15,7 +15,8 @@ from agentmem.quant.rows import RowCodec
 
 log = logging.getLogger(__name__)
 
-RAW_ROWS, PACKED_ROWS, TAIL_ROWS, CHUNK = 5, 70, 4, 3
+RAW_ROWS, PACKED_ROWS, TAIL_ROWS = 5, 70, 4
+CHUNKS = (1, 3, 40, 70)
 
 
 def _numpy_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> np.ndarray:
@@ -76,7 +77,7 @@ class _Stored:
         return [self.rows[: self.raw], self.tail]
 
 
-def path_error(path: Path, codec: RowCodec, query_heads: int, dtype: mx.Dtype) -> float:
+def path_error(path: Path, codec: RowCodec, query_heads: int, dtype: mx.Dtype, chunk: int) -> float:
     """Largest deviation of one path from float64 arithmetic over the same stored rows; infinite when it stores other rows."""
     shape, rotation = codec.shape, codec.format.rotation
     parts = mx.random.split(mx.random.key(7), 5)
@@ -85,9 +86,9 @@ def path_error(path: Path, codec: RowCodec, query_heads: int, dtype: mx.Dtype) -
     def normal(key: mx.array, *dims: int) -> mx.array:
         return mx.random.normal(dims, key=key).astype(dtype)
 
-    q = rotate(normal(parts[0], 1, query_heads, CHUNK, shape.key_dim), rotation)
-    new_k = rotate(normal(parts[1], 1, shape.heads, CHUNK, shape.key_dim), rotation)
-    new_v = normal(parts[2], 1, shape.heads, CHUNK, shape.value_dim)
+    q = rotate(normal(parts[0], 1, query_heads, chunk, shape.key_dim), rotation)
+    new_k = rotate(normal(parts[1], 1, shape.heads, chunk, shape.key_dim), rotation)
+    new_v = normal(parts[2], 1, shape.heads, chunk, shape.value_dim)
     old_k = rotate(normal(parts[3], shape.heads, total, shape.key_dim), rotation)
     rows = codec.raw(old_k, normal(parts[4], shape.heads, total, shape.value_dim))
     stored = _Stored(codec, rows[:-TAIL_ROWS], rows[-TAIL_ROWS:])
@@ -111,7 +112,7 @@ def path_error(path: Path, codec: RowCodec, query_heads: int, dtype: mx.Dtype) -
 def _error_or_inf(name: str, path: Path, codec: RowCodec, query_heads: int, dtype: mx.Dtype) -> float:
     """A path that does not even run is as good as wrong: the next one serves."""
     try:
-        return path_error(path, codec, query_heads, dtype)
+        return max(path_error(path, codec, query_heads, dtype, chunk) for chunk in CHUNKS)
     except (RuntimeError, ValueError) as error:
         log.warning("attention path %s does not run here: %s", name, error)
         return float("inf")

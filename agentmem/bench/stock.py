@@ -53,10 +53,10 @@ def _first_token(model: nn.Module, path: Path, suffix: list[int], unpack: bool) 
     return _forward(model, suffix, _dequantised(caches) if unpack else caches)
 
 
-def measure(
-    model: nn.Module, ids: list[int], suffix: list[int], folder: Path, *, chunk: int, repeats: int
-) -> dict[str, Any]:
-    """Cold prefill of `ids`, then load + first token behind `suffix` from a 16-bit (or float32) file and from a 4-bit file.
+def measure(model: nn.Module, ids: list[int], folder: Path, *, chunk: int, repeats: int) -> dict[str, Any]:
+    """Cold prefill of `ids`, then load + first token from a 16-bit (or float32) file and from a 4-bit file.
+
+    The file holds all but the last token, which is fed after the load. The first load is reported on its own.
 
     On a GPU the prefill runs once before it is timed, so that kernels are compiled.
     """
@@ -78,13 +78,14 @@ def measure(
     for name, saved in (("full", caches), ("q4", quantised)):
         path = folder / f"stock-{name}.safetensors"
         save_prompt_cache(str(path), saved)
-        unpack = name == "q4" and not _runs(model, path, suffix)
-        load = partial(_first_token, model, path, suffix, unpack)
-        times = [_timed(load)[1] for _ in range(repeats)]
+        unpack = name == "q4" and not _runs(model, path, ids[-1:])
+        load = partial(_first_token, model, path, ids[-1:], unpack)
+        first, *times = [_timed(load)[1] for _ in range(repeats + 1)]
         warm = sorted(times)[len(times) // 2]
         out[name] = {
             "dtype": str(caches[0].keys.dtype).removeprefix("mlx.core.") if name == "full" else "q4",
             "bytes": path.stat().st_size,
+            "first_ms": first,
             "warm_ms": warm,
             "speedup": cold / warm,
             "attention": "dequantised first" if unpack else "stock",

@@ -70,16 +70,22 @@ class Stop:
             raise Interrupted
 
 
+def _announce(stage: str, fraction: float | None) -> None:
+    """A line that `up` and `demo` show as progress."""
+    print(f"agentmem progress {fraction or 0.0:.3f} {stage}", flush=True)
+
+
 def serve(settings: Settings) -> None:
     """Run until a signal. Raises AgentMemError when it cannot start, Interrupted when a signal came first."""
     stop = Stop()
     with held(settings.paths), closing(bind(settings)) as listener:
         token = load_token(settings.paths)
         # Imported here: loading MLX takes longer than finding out that this start must be refused.
+        from agentmem.model.loaded import load
         from agentmem.runtime import Runtime
 
         log.info("loading the model %s", settings.model)
-        with closing(Runtime.open(settings)) as runtime:
+        with closing(Runtime.open(settings, lambda: load(settings.model, settings.home, _announce))) as runtime:
             stop.at_once = False
             record = DaemonRecord(
                 pid=os.getpid(),
