@@ -127,15 +127,16 @@ class DeviceArena(Arena):
         whole = _packed_rows(slots, 0, len(slots) * g.page_tokens, g.page_tokens)
         self._scatter(mx.array(whole), images)
 
-    def write_rows(self, where: np.ndarray, rows: list[mx.array]) -> None:
-        """Put rows of every layer, uint32 [n, packed_words], at the arena rows `where` (slot * page_tokens + row)."""
-        self._scatter(mx.array(where.astype(np.int32)), rows)
+    def write_rows(self, where: np.ndarray, rows: list[mx.array], first_layer: int = 0) -> None:
+        """Put rows of consecutive layers, uint32 [n, packed_words], at the arena rows `where` (slot * page_tokens + row)."""
+        self._scatter(mx.array(where.astype(np.int32)), rows, first_layer)
 
-    def _scatter(self, where: mx.array, rows: list[mx.array]) -> None:
+    def _scatter(self, where: mx.array, rows: list[mx.array], first_layer: int = 0) -> None:
+        layers = self._layers[first_layer : first_layer + len(rows)]
         mx.eval(rows)
-        for layer, new in zip(self._layers, rows, strict=True):
+        for layer, new in zip(layers, rows, strict=True):
             layer[where] = new
-        mx.eval(self._layers)
+        mx.eval(layers)
 
     def collect(self, packed: np.ndarray, raw: np.ndarray) -> Callable[[], tuple[Rows, Rows]]:
         g = self.geometry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,73 +107,93 @@ class Reader:
         plan: RestorePlan,
         names: Mapping[int, str],
         views: Sequence[np.ndarray] | None,
-        keep: Set[int] = frozenset(),
+        stage: Stage | None = None,
     ) -> Read:
-        """Read and check every run of the plan. Blocks the calling thread, which must not be the engine's.
+        """Read and check the runs of the plan. Blocks the calling thread, which must not be the engine's.
 
-        With `views`, the arena's slots per layer (uint32 [slots, slot_words]), rows go where the plan says. Without, they
-        are only checked; rows of the extents in `keep` are returned in `Read.kept`.
+        With `views`, the arena's slots per layer (uint32 [slots, slot_words]), rows go where the plan says. With `stage`, the
+        rows of its layers go there, as `stage_layout` says. With neither they are only checked.
         """
         scratch = [np.empty((plan.scratch_rows, w), np.uint32) for w in plan.geometry.raw_words]
-        result = Read(scratch, {}, {})
+        bad: dict[int, str] = {}
         opened: dict[int, Extent] = {}
         try:
             for extent in {e for e, _ in plan.runs}:
                 try:
                     opened[extent] = Extent(self.folder / names[extent])
                 except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
-                    result.bad[extent] = f"{type(e).__name__}: {e}"
+                    bad[extent] = f"{type(e).__name__}: {e}"
             jobs = [
                 (key[0], self._pool.submit(_read_layer, opened[key[0]], key[1], layer, runs, targets))
-                for key in plan.runs if key[0] not in result.bad
-                for layer, runs, targets in self._targets(plan, key, views, keep, result)
-            ]  # fmt: skip
+                for key, layer, runs, targets in _targets(plan, views, scratch, stage)
+                if key[0] not in bad
+            ]
             for extent, job in jobs:
                 try:
                     job.result()
                 except (OSError, ExtentCorrupt, ValueError) as e:
-                    result.bad[extent] = f"{type(e).__name__}: {e}"
+                    bad[extent] = f"{type(e).__name__}: {e}"
         finally:
-            for opened_extent in opened.values():
-                opened_extent.close()
-        return result
-
-    @staticmethod
-    def _targets(
-        plan: RestorePlan,
-        key: tuple[int, bool],
-        views: Sequence[np.ndarray] | None,
-        keep: Set[int],
-        result: Read,
-    ) -> Iterator[tuple[int, list[Run], Targets]]:
-        """(layer, runs, where they go) for one extent's raw or packed rows."""
-        g, runs = plan.geometry, plan.runs[key]
-        if views is not None or key[0] not in keep:
-            for layer in range(g.layers):
-                yield (
-                    layer,
-                    runs,
-                    Targets(g, layer, views[layer] if views is not None else None, result.scratch[layer]),
-                )
-            return
-        words = g.raw_words if key[1] else g.packed_words
-        ends = np.cumsum([r.rows for r in runs])
-        moved = [r._replace(to="scratch", at=int(end) - r.rows) for r, end in zip(runs, ends, strict=True)]
-        rows = int(ends[-1])
-        result.kept[key] = flat = np.empty(rows * sum(words), np.uint32)
-        at = 0
-        for layer, w in enumerate(words):
-            yield layer, moved, Targets(g, layer, None, flat[at : at + rows * w].reshape(rows, w))
-            at += rows * w
+            for e in opened.values():
+                e.close()
+        return Read(scratch, bad)
 
 
 class Read(NamedTuple):
-    """Outcome of a read: scratch rows per layer; {extent id: what is wrong with it}; rows that were asked to be kept, as
-    {(extent id, raw): uint32, layer by layer, each [rows of the runs in order, words]}."""
+    """Outcome of a read: scratch rows per layer, uint32 [scratch rows, raw_words]; {extent id: what is wrong with it}."""
 
     scratch: list[np.ndarray]
     bad: dict[int, str]
-    kept: dict[tuple[int, bool], np.ndarray]
+
+
+class Stage(NamedTuple):
+    """Memory, uint32 [words], that the rows of some layers are read into."""
+
+    memory: np.ndarray
+    layers: range
+
+
+Key = tuple[int, bool]
+
+
+def stage_layout(plan: RestorePlan, layers: range) -> dict[tuple[Key, int], tuple[int, int, int]]:
+    """{((extent, raw), layer): (first word, rows, words per row)}: the rows of an extent's runs, one after the other."""
+    layout: dict[tuple[Key, int], tuple[int, int, int]] = {}
+    at = 0
+    for key, runs in plan.runs.items():
+        rows = sum(r.rows for r in runs)
+        for layer in layers:
+            words = (plan.geometry.raw_words if key[1] else plan.geometry.packed_words)[layer]
+            layout[key, layer] = (at, rows, words)
+            at += rows * words
+    return layout
+
+
+def _targets(
+    plan: RestorePlan, views: Sequence[np.ndarray] | None, scratch: list[np.ndarray], stage: Stage | None
+) -> Iterator[tuple[Key, int, list[Run], Targets]]:
+    """((extent, raw), layer, runs, where they go) for everything that is to be read."""
+    g = plan.geometry
+    if stage is None:
+        for key, runs in plan.runs.items():
+            for layer in range(g.layers):
+                yield (
+                    key,
+                    layer,
+                    runs,
+                    Targets(g, layer, views[layer] if views is not None else None, scratch[layer]),
+                )
+        return
+    for (key, layer), (at, rows, words) in stage_layout(plan, stage.layers).items():
+        runs = plan.runs[key]
+        ends = np.cumsum([r.rows for r in runs])
+        moved = [r._replace(to="scratch", at=int(end) - r.rows) for r, end in zip(runs, ends, strict=True)]
+        yield (
+            key,
+            layer,
+            moved,
+            Targets(g, layer, None, stage.memory[at : at + rows * words].reshape(rows, words)),
+        )
 
 
 @dataclass(slots=True)

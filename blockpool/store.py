@@ -10,7 +10,7 @@ import logging
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
-from agentmem.blockpool.restore import Read, Reader, RestorePlan
+from agentmem.blockpool.restore import Read, Reader, RestorePlan, Stage
 
 log = logging.getLogger(__name__)
 
@@ -189,16 +189,16 @@ class Store:
         plan: RestorePlan,
         views: Sequence[np.ndarray] | None,
         done: Callable[[Read], None],
-        keep: Set[int] = frozenset(),
+        stage: Stage | None = None,
     ) -> None:
         """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
 
         def job() -> None:
             try:
-                result = self._reader.read(plan, self.names, views, keep)
+                result = self._reader.read(plan, self.names, views, stage)
             except Exception as e:  # without an outcome the request would wait for ever
                 log.exception("a restore failed")
-                result = Read([], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs}, {})
+                result = Read([], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs})
             self._complete(lambda: done(result))
 
         self._restores.submit(job)

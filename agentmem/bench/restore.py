@@ -109,14 +109,20 @@ class RestoreBench:
         _turn(runtime, "compile", [{"role": "user", "content": prompt(self.model, tokens)}], 2)
         runtime.forget("compile")
 
-    def _warm(self, home: Path, tokens: int, messages: list[dict[str, Any]]) -> tuple[list[Finished], list[Finished]]:
+    def _warm(
+        self, home: Path, tokens: int, messages: list[dict[str, Any]]
+    ) -> tuple[list[Finished], list[Finished]]:
         """(first tokens from a new start, the first of them first; follow-up turns), all with nothing in RAM."""
         runtime = self.open(home, tokens)
         try:
             again = [self._from_disk(runtime, home, messages) for _ in range(self.repeats + 1)]
             follow, last = [], again[-1]
             for n in range(self.repeats):
-                messages = [*messages, {"role": "assistant", "content": last.text}, {"role": "user", "content": f"And {n}?"}]
+                messages = [
+                    *messages,
+                    {"role": "assistant", "content": last.text},
+                    {"role": "user", "content": f"And {n}?"},
+                ]
                 last = self._from_disk(runtime, home, messages)
                 follow.append(last)
         finally:
@@ -216,7 +222,9 @@ def checks(rows: list[dict[str, Any]], speed: dict[str, Any], sealed: float) -> 
         limit = 1.5 * row["hot_ttft_ms"] + row["bytes_disk"] / read / 1e6
         if n >= 1024 and not cuda:
             slowest = max(row["warm_ttft_ms"], row["follow_up_warm_ttft_ms"])
-            out.append(check(f"warm / cold TTFT at {n}", slowest / row["cold_ttft_ms"], 1 / 15, "ratio", True))
+            out.append(
+                check(f"warm / cold TTFT at {n}", slowest / row["cold_ttft_ms"], 1 / 15, "ratio", True)
+            )
         if n >= 1024:
             out.append(
                 check(f"warm TTFT at {n} against 1.5 hot + read time", row["warm_ttft_ms"], limit, "ms", True)

@@ -1,73 +1,52 @@
-"""Placement: rows that were read for a discrete GPU, put into the arena with one scatter per layer."""
+"""Placement: rows that were staged for a discrete GPU, put into the arena with one scatter per layer."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from agentmem.blockpool.arena import DeviceArena
-from agentmem.blockpool.restore import RestorePlan, Run
+from agentmem.blockpool.restore import RestorePlan, stage_layout
 
-Loaded = dict[tuple[int, bool], list[mx.array]]
-
-
-def load_files(plan: RestorePlan, paths: Mapping[int, Path]) -> Loaded:
-    """Rows of the plan's runs out of whole extents: {(extent, raw): per layer uint32 [rows of the runs in order, words]}.
-
-    A damaged file gives nothing here; the reader threads find the same damage and report it.
-    """
-    rows: Loaded = {}
-    try:
-        files: dict[int, Any] = {e: mx.load(str(path)) for e, path in paths.items()}
-        for (extent, raw), runs in plan.runs.items():
-            if extent in files:
-                name = "raw" if raw else "packed"
-                rows[extent, raw] = [
-                    _take(files[extent][f"{name}.{i}"], runs) for i in range(plan.geometry.layers)
-                ]
-        mx.eval(*rows.values())
-    except (OSError, KeyError, RuntimeError, ValueError):
-        return {}
-    return rows
+Pieces = list[mx.array]
 
 
-def _take(rows: mx.array, runs: list[Run]) -> mx.array:
-    """The rows of `runs`, one after the other; the array itself when they are all of it in order."""
-    total = sum(r.rows for r in runs)
-    if total == rows.shape[0] and all(a.extent_row + a.rows == b.extent_row for a, b in pairwise(runs)):
-        return rows
-    return rows[mx.array(np.concatenate([np.arange(r.extent_row, r.extent_row + r.rows) for r in runs]))]
-
-
-def from_host(plan: RestorePlan, kept: Mapping[tuple[int, bool], np.ndarray]) -> Loaded:
-    """The same for rows that host threads read: one copy to the device for each, then views."""
+def layer_groups(plan: RestorePlan, stage_words: int) -> list[range]:
+    """The layers in consecutive groups whose rows fit into `stage_words`, at least one layer each."""
     g = plan.geometry
-    rows: Loaded = {}
-    for (extent, raw), flat in kept.items():
-        words = g.raw_words if raw else g.packed_words
-        n = flat.size // sum(words)
-        splits = np.cumsum([n * w for w in words])[:-1].tolist()
-        rows[extent, raw] = [part.reshape(n, -1) for part in mx.split(mx.array(flat), splits)]
-    return rows
+    rows = {
+        raw: sum(r.rows for (_, kind), runs in plan.runs.items() if kind == raw for r in runs)
+        for raw in (False, True)
+    }
+    groups: list[range] = []
+    first, filled = 0, 0
+    for layer in range(g.layers):
+        need = rows[False] * g.packed_words[layer] + rows[True] * g.raw_words[layer]
+        if filled and filled + need > stage_words:
+            groups.append(range(first, layer))
+            first, filled = layer, 0
+        filled += need
+    return [*groups, range(first, g.layers)]
 
 
-def place(plan: RestorePlan, arena: DeviceArena, rows: Loaded) -> None:
-    """Write all rows of the plan into the arena; rows that lay raw and belong packed are packed on the way."""
+def stage_need(plan: RestorePlan, layers: range) -> int:
+    """Words that the rows of `layers` take in the stage."""
+    return sum(rows * words for _, rows, words in stage_layout(plan, layers).values())
+
+
+def place(plan: RestorePlan, arena: DeviceArena, stage: mx.array, layers: range) -> None:
+    """Write the staged rows of `layers` into the arena; rows that lay raw and belong packed are packed on the way."""
     g = plan.geometry
+    rows = {at: stage[a : a + n * w].reshape(n, w) for at, (a, n, w) in stage_layout(plan, layers).items()}
     where: list[np.ndarray] = []
-    parts: list[list[mx.array]] = [[] for _ in range(g.layers)]
-    repack: list[list[mx.array]] = [[] for _ in range(g.layers)]
-    raw: dict[int, list[tuple[int, list[mx.array]]]] = {}
+    parts: list[Pieces] = [[] for _ in layers]
+    repack: list[Pieces] = [[] for _ in layers]
+    raw: dict[int, list[tuple[int, Pieces]]] = {}
     scratch_rows: list[np.ndarray] = []
     for key, runs in plan.runs.items():
         at = 0
         for run in runs:
-            piece = [r[at : at + run.rows] for r in rows[key]]
+            piece = [rows[key, layer][at : at + run.rows] for layer in layers]
             at += run.rows
             if run.to == "packed":
                 where.append(np.arange(run.at, run.at + run.rows))
@@ -79,25 +58,27 @@ def place(plan: RestorePlan, arena: DeviceArena, rows: Loaded) -> None:
                 _extend(repack, piece)
     for slot, pieces in raw.items():
         where.append(np.arange(slot * g.page_tokens, (slot + 1) * g.page_tokens))
-        _extend(parts, _slot_image(plan, [p for _, p in sorted(pieces, key=lambda p: p[0])]))
+        _extend(parts, _slot_image(plan, [p for _, p in sorted(pieces, key=lambda p: p[0])], layers))
     if scratch_rows:
         where.append(_repack_targets(plan)[np.concatenate(scratch_rows)])
-        _extend(parts, [c.pack(mx.concatenate(r)) for c, r in zip(g.codecs, repack, strict=True)])
-    arena.write_rows(np.concatenate(where), [mx.concatenate(p) for p in parts])
+        _extend(
+            parts, [g.codecs[layer].pack(mx.concatenate(r)) for layer, r in zip(layers, repack, strict=True)]
+        )
+    arena.write_rows(np.concatenate(where), [mx.concatenate(p) for p in parts], layers.start)
 
 
-def _extend(lists: list[list[mx.array]], pieces: list[mx.array]) -> None:
+def _extend(lists: list[Pieces], pieces: Pieces) -> None:
     for target, piece in zip(lists, pieces, strict=True):
         target.append(piece)
 
 
-def _slot_image(plan: RestorePlan, pieces: list[list[mx.array]]) -> list[mx.array]:
+def _slot_image(plan: RestorePlan, pieces: list[Pieces], layers: range) -> Pieces:
     """One slot of a raw page per layer, as packed arena rows: its raw rows from row 0 on, then zeros."""
     g = plan.geometry
     images = []
-    for layer, (slot_words, words) in enumerate(zip(g.slot_words, g.packed_words, strict=True)):
-        flat = mx.concatenate([p[layer].reshape(-1) for p in pieces])
-        images.append(mx.pad(flat, (0, slot_words - flat.size)).reshape(-1, words))
+    for i, layer in enumerate(layers):
+        flat = mx.concatenate([p[i].reshape(-1) for p in pieces])
+        images.append(mx.pad(flat, (0, g.slot_words[layer] - flat.size)).reshape(-1, g.packed_words[layer]))
     return images
 
 

@@ -85,7 +85,9 @@ def serve(settings: Settings) -> None:
         from agentmem.runtime import Runtime
 
         log.info("loading the model %s", settings.model)
-        with closing(Runtime.open(settings, lambda: load(settings.model, settings.home, _announce))) as runtime:
+        with closing(
+            Runtime.open(settings, lambda: load(settings.model, settings.home, _announce))
+        ) as runtime:
             stop.at_once = False
             record = DaemonRecord(
                 pid=os.getpid(),

@@ -89,7 +89,7 @@ def read_all(
     views = [np.zeros((8, w), np.uint32) for w in g.slot_words]
     reader = Reader(path.parent, threads=2)
     try:
-        _, bad, _ = reader.read(RestorePlan(g, placed), {1: path.name}, views)
+        _, bad = reader.read(RestorePlan(g, placed), {1: path.name}, views)
     finally:
         reader.close()
     return views, bad
@@ -365,7 +365,7 @@ def test_one_bad_extent_does_not_hide_the_good_one(folder: Path, g: Geometry) ->
     ]
     reader = Reader(folder, threads=2)
     views = [np.zeros((3, w), np.uint32) for w in g.slot_words]
-    _, found, _ = reader.read(RestorePlan(g, pages), {1: good.name, 2: bad.name}, views)
+    _, found = reader.read(RestorePlan(g, pages), {1: good.name, 2: bad.name}, views)
     reader.close()
     assert set(found) == {2, 3}
     assert np.array_equal(views[0][0].reshape(PAGE, -1), extent_data(g, PACKED, RAW).packed[0][:PAGE])
@@ -390,7 +390,7 @@ def test_small_stripes_find_every_flip_in_the_rows_that_are_used(
                 flipped(path, offset + row * words * 4 + 3, 0x10),
                 closing(Reader(folder, threads=2)) as reader,
             ):
-                _, bad, _ = reader.read(RestorePlan(g, [(page, (1,))]), {1: path.name}, views)
+                _, bad = reader.read(RestorePlan(g, [(page, (1,))]), {1: path.name}, views)
             assert bool(bad) == (4 <= row < 12), row
             if not bad:
                 want = extent_data(g, PACKED, RAW).packed[0][5:11]

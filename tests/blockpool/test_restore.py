@@ -91,7 +91,7 @@ def test_raw_rows_packed_after_the_read_have_the_bits_of_the_first_time(tmp_path
     name, _ = write_extent(tmp_path, data := extent_data(g, 0, 9), Files())
     plan = RestorePlan(g, [(page(5, False, Piece(1, True, 3, 0, 5)), (2,))])
     with closing(Reader(tmp_path, threads=1)) as reader:
-        scratch, bad, _ = reader.read(plan, {1: name}, [np.zeros((4, w), np.uint32) for w in g.slot_words])
+        scratch, bad = reader.read(plan, {1: name}, [np.zeros((4, w), np.uint32) for w in g.slot_words])
     assert not bad
     for codec, rows, read in zip(g.codecs, data.raw, scratch, strict=True):
         assert np.array_equal(read, rows[3:8])
@@ -105,7 +105,7 @@ def test_only_the_wanted_rows_are_written(tmp_path: Path, g: Geometry) -> None:
     plan = RestorePlan(g, [(page(7, False, Piece(1, False, PAGE + 2, 0, 7)), (1,))])
     views = [np.full((3, w), 0xDEAD, np.uint32) for w in g.slot_words]
     with closing(Reader(tmp_path, threads=2)) as reader:
-        _, bad, _ = reader.read(plan, {1: name}, views)
+        _, bad = reader.read(plan, {1: name}, views)
     assert not bad
     for layer, view in enumerate(views):
         rows = view.reshape(3 * PAGE, -1)

@@ -112,6 +112,7 @@ def _du(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_eviction_frees_and_fills_ten_times_the_budget(tmp_path: Path) -> None:
     """Agents whose state is ten times the budget go through; the arena never grows."""
     model = random_model("llama", seed=2)

@@ -90,7 +90,7 @@ def _prefill_passes(fed: int, start: int, chunk: int = 128, last: int = 32) -> i
 
 
 @pytest.mark.parametrize(
-    "group", [pytest.param(g, marks=pytest.mark.slow if g > 1 else ()) for g in range(TRACES // PER_TEST)]
+    "group", [pytest.param(g, marks=pytest.mark.slow if g > 0 else ()) for g in range(TRACES // PER_TEST)]
 )
 def test_tiny_traces(tmp_path: Path, group: int) -> None:
     """Random conversations on tiny random models; text, logits and fed tokens equal the uninterrupted run's."""
@@ -106,9 +106,9 @@ def test_tiny_traces(tmp_path: Path, group: int) -> None:
 
 
 def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with the arena of a discrete GPU, which MLX itself loads and updates; half the extents count as large."""
+    """The same with the arena of a discrete GPU, which MLX itself loads and updates, and a stage that holds one layer at a time."""
     monkeypatch.setattr(arena, "unified_memory", lambda: False)
-    monkeypatch.setattr(recall, "SMALL", 100_000)
+    monkeypatch.setattr(recall, "STAGE_WORDS", 4096)
     for i in range(PER_TEST):
         rng = random.Random(900_000 + i)
         model = random_model("llama", seed=i)
