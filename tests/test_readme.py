@@ -107,6 +107,7 @@ def test_every_block_is_run_by_a_test() -> None:
     assert TEXT.count("```") == 2 * len(blocks())
 
 
+@pytest.mark.slow
 def test_the_tour_ends_as_it_says(tour: dict[str, str], tmp_path: Path) -> None:
     talk, client, restart = (block for block in blocks() if block.heading == TOUR)
 

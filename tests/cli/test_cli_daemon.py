@@ -123,6 +123,7 @@ def test_a_killed_daemon_is_noticed_and_started_again(home: Home) -> None:
     assert invoke("status").exit_code == Exit.NOT_RUNNING
 
 
+@pytest.mark.slow
 def test_serve_reports_as_json_and_ends_on_sigterm(home: Home) -> None:
     command = [sys.executable, "-c", "from agentmem.cli.main import main; main()", "serve", "--json"]
     with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:

@@ -87,6 +87,7 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
     index.close()
 
 
+@pytest.mark.slow
 def test_three_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     killed_again_and_again(tmp_path, kills=3, seed=1)
 

@@ -65,6 +65,7 @@ def test_bytes_are_their_own_ids() -> None:
     assert tokenizer.special == {256: "<|im_start|>", 257: "<|im_end|>"}
 
 
+@pytest.mark.slow
 def test_full_size_shape_is_repeatable_and_tame() -> None:
     made, same = shape_model("smollm2-135m"), shape_model("smollm2-135m")
     logits = made.model(TOKENS)
