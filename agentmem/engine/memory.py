@@ -120,8 +120,11 @@ class Memory:
 
     def match(self, namespace: str, session: Session, ids: list[int]) -> Match:
         """The longest prefix of `ids` with state: the session's own where it is as long as any other's of the namespace."""
-        own = match_chain(session.head, ids) if session.head is not None else Match([], 0, 0)
-        shared = self.pool.tree(namespace).match(ids)
+        wanted = np.asarray(ids, dtype=np.int32)
+        own = match_chain(session.head, wanted) if session.head is not None else Match([], 0, 0)
+        if own.tokens == len(wanted):
+            return own
+        shared = self.pool.tree(namespace).match(wanted)
         return own if own.tokens >= shared.tokens else shared
 
     def finish(self, agent: Agent, session: Session, turn: TurnRow, head: Page | None, done: Done) -> None:

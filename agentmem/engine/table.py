@@ -239,16 +239,17 @@ class History:
 
     def __init__(self, table: Table) -> None:
         self.table = table
+        self.length = len(table)
         g = table.pool.geometry
         self._raw_pages = [(mx.array(b.slots), b) for b in table.blocks if b.raw]
         packed = [b for b in table.blocks if not b.raw]
-        self._packed_slots = mx.array([b.slots[0] for b in packed]) if packed else None
-        rows = [np.arange(b.rows) + i * g.page_tokens for i, b in enumerate(packed)]
-        short = any(b.rows < g.page_tokens for b in packed)
-        self._packed_rows = mx.array(np.concatenate(rows)) if short else None
-        self._row_ids = np.concatenate(
-            [np.arange(b.rows) + b.slots[0] * g.page_tokens for b in packed] or [np.zeros(0, np.int64)]
-        )
+        slots = np.array([b.slots[0] for b in packed], dtype=np.int64)
+        self._packed_slots = mx.array(slots.astype(np.int32)) if packed else None
+        self._row_ids = (slots[:, None] * g.page_tokens + np.arange(g.page_tokens)).reshape(-1)
+        self._packed_rows: mx.array | None = None
+        if any(b.rows < g.page_tokens for b in packed):
+            rows = np.concatenate([np.arange(b.rows) + i * g.page_tokens for i, b in enumerate(packed)])
+            self._packed_rows, self._row_ids = mx.array(rows), self._row_ids[rows]
         self.packed = len(self._row_ids)
         self.raw = sum(b.rows for _, b in self._raw_pages)
         self._offsets: dict[tuple[int, int], mx.array] = {}
@@ -305,7 +306,7 @@ class LayerView:
     """What one layer of an mlx-lm model gets as its cache for one forward pass over one sequence."""
 
     def __init__(self, table: Table, history: History, layer: int) -> None:
-        self.offset = len(table)
+        self.offset = history.length
         self._table = table
         self._stored = LayerRows(history, layer)
         self._codec = table.pool.geometry.codecs[layer]
