@@ -61,8 +61,8 @@ class Daemon:
         self.process = spawn(home, model, *flags)
         self.log = log_of(home)
         assert self.process.stdout is not None
-        ready = self.process.stdout.readline()
-        assert ready.startswith(READY), f"the daemon did not start: {self.log.read_text()[-3000:]}"
+        ready = next((line for line in self.process.stdout if line.startswith(READY)), "")
+        assert ready, f"the daemon did not start: {self.log.read_text()[-3000:]}"
         token = (home / "token").read_text().strip()
         self.http = httpx.Client(
             base_url=ready.removeprefix(READY).strip(),

@@ -46,7 +46,7 @@ class Daemon:
         messages = [
             {"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(texts)
         ]
-        body = {"messages": messages, "max_tokens": 8, "agentmem": {"agent": agent}, **fields}
+        body = {"messages": messages, "max_tokens": 4, "agentmem": {"agent": agent}, **fields}
         response = self.http.post("/v1/chat/completions", json=body)
         assert response.status_code == 200, response.text
         return response.json()
@@ -100,8 +100,8 @@ def start(launch: Launch) -> Iterator[Start]:
         log = home.with_name(f"{home.name}.log")
         process = launch(home, *flags, log=log)
         assert process.stdout is not None
-        ready = process.stdout.readline()
-        assert ready.startswith(READY), f"not ready: {ready!r}\n{log.read_text()}"
+        ready = next((line for line in process.stdout if line.startswith(READY)), "")
+        assert ready, f"ended with {process.wait()} before it was ready\n{log.read_text()}"
         token = (home / "token").read_text().strip()
         daemon = Daemon(home, process, ready.removeprefix(READY).strip(), token, log)
         started.append(daemon)

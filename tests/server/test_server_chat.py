@@ -50,13 +50,13 @@ def test_stream_says_the_same_as_the_whole_reply(daemon) -> None:
     client = daemon.openai()
     messages = [user("Name three colours.")]
     whole = client.chat.completions.create(
-        model="default", messages=messages, max_tokens=16, temperature=0, extra_headers=alone("a")
+        model="default", messages=messages, max_tokens=8, temperature=0, extra_headers=alone("a")
     )
     chunks = list(
         client.chat.completions.create(
             model="default",
             messages=messages,
-            max_tokens=16,
+            max_tokens=8,
             temperature=0,
             stream=True,
             extra_headers=alone("b"),
