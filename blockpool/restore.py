@@ -134,8 +134,8 @@ class Reader:
                 except (OSError, ExtentCorrupt, ValueError) as e:
                     bad[extent] = f"{type(e).__name__}: {e}"
         finally:
-            for e in opened.values():
-                e.close()
+            for extent_file in opened.values():
+                extent_file.close()
         return Read(scratch, bad)
 
 

@@ -106,7 +106,7 @@ def test_tiny_traces(tmp_path: Path, group: int) -> None:
 
 
 def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with the arena of a discrete GPU, which MLX itself loads and updates, and a stage that holds one layer at a time."""
+    """The same with the arena of a discrete GPU, which MLX updates, and a stage that holds one layer at a time."""
     monkeypatch.setattr(arena, "unified_memory", lambda: False)
     monkeypatch.setattr(recall, "STAGE_WORDS", 4096)
     for i in range(PER_TEST):
