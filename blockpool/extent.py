@@ -10,6 +10,7 @@ no byte of the file goes unchecked. The file's rows are never rewritten.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -115,8 +116,9 @@ class Extent:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.fd = _open(path)
         try:
+            self._state = _state(self.fd)
             self._read_header()
         except BaseException:
             os.close(self.fd)
@@ -189,5 +191,24 @@ class Extent:
         if int(self._checks[self._first_check[name] + stripe]) != digest:
             raise ExtentCorrupt(f"checksum of {name} stripe {stripe} does not match")
 
+    def again(self) -> Extent:
+        """The same extent opened anew; its header is not read again while the file has not been touched."""
+        other = copy.copy(self)
+        other.fd = _open(self.path)
+        if _state(other.fd) == self._state:
+            return other
+        os.close(other.fd)
+        return Extent(self.path)
+
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _state(fd: int) -> tuple[int, int, int]:
+    """What tells that a file was touched: its inode, size and time of change."""
+    s = os.fstat(fd)
+    return s.st_ino, s.st_size, s.st_ctime_ns

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page
 
 IOV_MAX = 1024
+HEADERS = 256
 
 
 class Run(NamedTuple):
@@ -97,7 +100,20 @@ class Reader:
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self.folder = folder
+        self._headers: OrderedDict[str, Extent] = OrderedDict()
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 2), thread_name_prefix="restore")
+
+    def _open(self, name: str) -> Extent:
+        """An extent, by the header that was read last time where there is one: a long header takes milliseconds."""
+        with self._lock:
+            known = self._headers.pop(name, None)
+        extent = known.again() if known is not None else Extent(self.folder / name)
+        with self._lock:
+            self._headers[name] = extent
+            while len(self._headers) > HEADERS:
+                self._headers.popitem(last=False)
+        return extent
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -120,7 +136,7 @@ class Reader:
         try:
             for extent in {e for e, _ in plan.runs}:
                 try:
-                    opened[extent] = Extent(self.folder / names[extent])
+                    opened[extent] = self._open(names[extent])
                 except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
                     bad[extent] = f"{type(e).__name__}: {e}"
             jobs = [

@@ -18,13 +18,13 @@ from agentmem.engine.placement import layer_groups, place, stage_need
 
 Recalled = Callable[[dict[int, str], float], None]
 
-STAGE_WORDS = 24 << 20
+STAGE_WORDS = 64 << 20
 
 
 class Recall:
     """Restores pages. Engine thread only.
 
-    Where the arena is host memory, reader threads fill it. For a discrete GPU they fill stages, memory that host and device
+    Where the arena is host memory, reader threads fill it. For a discrete GPU they fill a stage, memory that host and device
     both address, a group of layers at a time; MLX scatters each group into the arena. One pass reads and checks the bytes,
     faster than MLX's own file loader.
     """
@@ -32,7 +32,7 @@ class Recall:
     def __init__(self, pool: Pool, store: Store) -> None:
         self._pool = pool
         self._store = store
-        self._stages: list[mx.array] = []
+        self._stage: mx.array | None = None
         self._waiting: deque[Callable[[], None]] = deque()
         self.running = 0
 
@@ -65,7 +65,7 @@ class Recall:
             return
         assert isinstance(arena, DeviceArena)
         groups = layer_groups(plan, STAGE_WORDS)
-        if self.running > 1:  # there is one pair of stages
+        if self.running > 1:  # there is one stage
             self._waiting.append(lambda: self._staged(plan, arena, groups, finish))
         else:
             self._staged(plan, arena, groups, finish)
@@ -94,31 +94,29 @@ class Recall:
         groups: list[range],
         finish: Callable[[dict[int, str]], None],
     ) -> None:
-        """Reader threads fill one stage with a group of layers while MLX places the group before from the other."""
-        stages = self._stages_of(max(stage_need(plan, layers) for layers in groups))
+        """Reader threads fill the stage with the first group of layers, MLX places it, then the next group.
 
-        def submit(number: int) -> None:
-            memory = np.array(stages[number % 2], copy=False)
-            self._store.restore(
-                plan, None, lambda outcome: read(outcome, number), Stage(memory, groups[number])
-            )
+        One after the other: host writes and device reads of the same kind of memory slow each other down.
+        """
+        layers, *rest = groups
+        stage = self._stage_of(stage_need(plan, layers))
 
-        def read(outcome: Read, number: int) -> None:
+        def read(outcome: Read) -> None:
             if outcome.bad:
                 finish(outcome.bad)
                 return
-            if number + 1 < len(groups):
-                submit(number + 1)
-            place(plan, arena, stages[number % 2], groups[number])
-            if number + 1 == len(groups):
+            place(plan, arena, stage, layers)
+            if rest:
+                self._staged(plan, arena, rest, finish)
+            else:
                 finish({})
 
-        submit(0)
+        self._store.restore(plan, None, read, Stage(np.array(stage, copy=False), layers))
 
-    def _stages_of(self, words: int) -> list[mx.array]:
-        """Two stages, made on the CPU stream so that the host may write to them; kept, because new memory is slow at first."""
-        if not self._stages or self._stages[0].size < words:
-            size = max(words, min(STAGE_WORDS, self._pool.capacity_bytes // 8))
-            self._stages = [mx.zeros((size,), mx.uint32, stream=mx.cpu) for _ in range(2)]
-            mx.eval(self._stages)
-        return self._stages
+    def _stage_of(self, words: int) -> mx.array:
+        """The stage, made on the CPU stream so that the host may write to it; kept, because new memory is slow at first."""
+        if self._stage is None or self._stage.size < words:
+            size = max(words, min(STAGE_WORDS, self._pool.capacity_bytes // 4))
+            self._stage = mx.zeros((size,), mx.uint32, stream=mx.cpu)
+            mx.eval(self._stage)
+        return self._stage
