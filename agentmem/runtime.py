@@ -24,7 +24,7 @@ from agentmem.engine.planner import Planner
 from agentmem.engine.request import AgentInfo, ChatRequest, Event, Failed, Finished, State, Ticket
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import AgentMemError, ModelUnavailable, NotFound, Overloaded, StoreError
-from agentmem.model.loaded import LoadedModel, load
+from agentmem.model.loaded import LoadedModel, Progress, load
 from agentmem.quant import blas
 from agentmem.quant.device import backend, leave_thread
 from agentmem.quant.format import KVFormat, kv_format, stored_dtype
@@ -62,21 +62,28 @@ class Runtime:
     model_name: str
     max_context: int
 
-    def __init__(self, settings: Settings, model: Callable[[], LoadedModel] | None) -> None:
+    def __init__(
+        self, settings: Settings, model: Callable[[], LoadedModel] | None, progress: Progress | None
+    ) -> None:
         self._settings = settings
-        self._make_model = model or (lambda: load(settings.model, settings.home))
+        self._make_model = model or (lambda: load(settings.model, settings.home, progress))
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._started = time.time()
 
     @classmethod
-    def open(cls, settings: Settings, model: Callable[[], LoadedModel] | None = None) -> Runtime:
-        """Load the model on the engine thread, open the store, start the engine.
+    def open(
+        cls,
+        settings: Settings,
+        model: Callable[[], LoadedModel] | None = None,
+        progress: Progress | None = None,
+    ) -> Runtime:
+        """Load the model on the engine thread, open the store, start the engine. `progress` hears of downloads and conversions.
 
         Precondition: the caller holds the home's lock. Raises ModelUnavailable or StoreError.
         """
         settings.paths.prepare()
-        runtime = cls(settings, model)
+        runtime = cls(settings, model, progress)
         runtime._thread.start()
         runtime._ready.result()
         return runtime

@@ -81,13 +81,10 @@ def serve(settings: Settings) -> None:
     with held(settings.paths), closing(bind(settings)) as listener:
         token = load_token(settings.paths)
         # Imported here: loading MLX takes longer than finding out that this start must be refused.
-        from agentmem.model.loaded import load
         from agentmem.runtime import Runtime
 
         log.info("loading the model %s", settings.model)
-        with closing(
-            Runtime.open(settings, lambda: load(settings.model, settings.home, _announce))
-        ) as runtime:
+        with closing(Runtime.open(settings, progress=_announce)) as runtime:
             stop.at_once = False
             record = DaemonRecord(
                 pid=os.getpid(),
