@@ -103,6 +103,7 @@ def test_token_and_logs(daemon: Home) -> None:
     assert token not in "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_a_killed_daemon_is_noticed_and_started_again(home: Home) -> None:
     first = parse(invoke("up", "--port", "0", "--json"))
     assert first["status"] == "started"

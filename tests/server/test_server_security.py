@@ -172,6 +172,7 @@ def test_body_limit(relaxed) -> None:
     assert undeclared.status_code == 413
 
 
+@pytest.mark.slow
 def test_full_queue_says_when_to_come_back(relaxed) -> None:
     async def burst() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=relaxed.url, timeout=300, trust_env=False) as client:
