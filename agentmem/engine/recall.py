@@ -96,7 +96,7 @@ class Recall:
     ) -> None:
         """Reader threads fill the stage with the first group of layers, MLX places it, then the next group.
 
-        One after the other: host writes and device reads of the same kind of memory slow each other down.
+        One after the other: reading into a second, smaller stage meanwhile took longer on an H200 (430 against 263 ms for 1.2 GB).
         """
         layers, *rest = groups
         stage = self._stage_of(stage_need(plan, layers))
