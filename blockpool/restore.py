@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +22,7 @@ from agentmem.blockpool.page import Page
 
 IOV_MAX = 1024
 HEADERS = 256
+JOB_STRIPES = 4
 
 
 class Run(NamedTuple):
@@ -123,7 +126,7 @@ class Reader:
         plan: RestorePlan,
         names: Mapping[int, str],
         views: Sequence[np.ndarray] | None,
-        stage: Stage | None = None,
+        stage: Staged | None = None,
     ) -> Read:
         """Read and check the runs of the plan. Blocks the calling thread, which must not be the engine's.
 
@@ -140,9 +143,10 @@ class Reader:
                 except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
                     bad[extent] = f"{type(e).__name__}: {e}"
             jobs = [
-                (key[0], self._pool.submit(_read_layer, opened[key[0]], key[1], layer, runs, targets))
+                (key[0], self._pool.submit(_read_stripes, opened[key[0]], key[1], layer, part, runs, targets))
                 for key, layer, runs, targets in _targets(plan, views, scratch, stage)
                 if key[0] not in bad
+                for part in _parts(opened[key[0]], key[1], layer, runs)
             ]
             for extent, job in jobs:
                 try:
@@ -162,7 +166,7 @@ class Read(NamedTuple):
     bad: dict[int, str]
 
 
-class Stage(NamedTuple):
+class Staged(NamedTuple):
     """Memory, uint32 [words], that the rows of some layers are read into."""
 
     memory: np.ndarray
@@ -186,7 +190,7 @@ def stage_layout(plan: RestorePlan, layers: range) -> dict[tuple[Key, int], tupl
 
 
 def _targets(
-    plan: RestorePlan, views: Sequence[np.ndarray] | None, scratch: list[np.ndarray], stage: Stage | None
+    plan: RestorePlan, views: Sequence[np.ndarray] | None, scratch: list[np.ndarray], stage: Staged | None
 ) -> Iterator[tuple[Key, int, list[Run], Targets]]:
     """((extent, raw), layer, runs, where they go) for everything that is to be read."""
     g = plan.geometry
@@ -200,16 +204,18 @@ def _targets(
                     Targets(g, layer, views[layer] if views is not None else None, scratch[layer]),
                 )
         return
+    moved = {key: _one_after_the_other(runs) for key, runs in plan.runs.items()}
     for (key, layer), (at, rows, words) in stage_layout(plan, stage.layers).items():
-        runs = plan.runs[key]
-        ends = np.cumsum([r.rows for r in runs])
-        moved = [r._replace(to="scratch", at=int(end) - r.rows) for r, end in zip(runs, ends, strict=True)]
-        yield (
-            key,
-            layer,
-            moved,
-            Targets(g, layer, None, stage.memory[at : at + rows * words].reshape(rows, words)),
-        )
+        memory = stage.memory[at : at + rows * words].reshape(rows, words)
+        yield key, layer, moved[key], Targets(g, layer, None, memory)
+
+
+def _one_after_the_other(runs: list[Run]) -> list[Run]:
+    """The runs with the rows of a stage as their target; those that follow each other on disk are one."""
+    ends = np.cumsum([r.rows for r in runs])
+    return _coalesce(
+        [Run(r.extent_row, r.rows, "scratch", int(e) - r.rows) for r, e in zip(runs, ends, strict=True)]
+    )
 
 
 @dataclass(slots=True)
@@ -239,15 +245,25 @@ class Targets:
         return memoryview(part).cast("B")
 
 
-def _read_layer(extent: Extent, raw: bool, layer: int, runs: list[Run], targets: Targets) -> None:
-    """Read the stripes that hold `runs`, wanted rows into place and the others into a throw-away buffer; check each stripe."""
-    offset, total, words = extent.locate(raw, layer)
+def _parts(extent: Extent, raw: bool, layer: int, runs: list[Run]) -> list[list[int]]:
+    """The stripes that hold `runs`, in parts of one job each."""
+    _, _, words = extent.locate(raw, layer)
     step = stripe_rows(words) if words else 1
-    if not runs or runs[-1].extent_row + runs[-1].rows > total:
-        raise ExtentCorrupt(f"rows beyond the {total} rows of layer {layer}")
-    for stripe in sorted(
+    needed = sorted(
         {s for r in runs for s in range(r.extent_row // step, (r.extent_row + r.rows - 1) // step + 1)}
-    ):
+    )
+    return [needed[i : i + JOB_STRIPES] for i in range(0, len(needed), JOB_STRIPES)]
+
+
+def _read_stripes(
+    extent: Extent, raw: bool, layer: int, stripes: Sequence[int], runs: list[Run], targets: Targets
+) -> None:
+    """Read whole stripes, the rows of `runs` into place and the others into a throw-away buffer; check each stripe."""
+    offset, total, words = extent.locate(raw, layer)
+    if runs[-1].extent_row + runs[-1].rows > total:
+        raise ExtentCorrupt(f"rows beyond the {total} rows of layer {layer}")
+    step = stripe_rows(words)
+    for stripe in stripes:
         first, last = stripe * step, min(total, (stripe + 1) * step)
         buffers = _stripe_buffers(runs, first, last, words, targets)
         extent.check(raw, layer, stripe, _read_and_hash(extent.fd, buffers, offset + first * words * 4))
@@ -255,10 +271,11 @@ def _read_layer(extent: Extent, raw: bool, layer: int, runs: list[Run], targets:
 
 def _stripe_buffers(runs: list[Run], first: int, last: int, words: int, targets: Targets) -> list[memoryview]:
     buffers, at = [], first
-    for run in runs:
+    start = bisect_right(runs, first, key=lambda r: r.extent_row + r.rows)
+    for run in islice(runs, start, None):
         a, b = max(run.extent_row, first), min(run.extent_row + run.rows, last)
-        if a >= b:
-            continue
+        if a >= last:
+            break
         if a > at:
             buffers.append(memoryview(bytearray((a - at) * words * 4)))
         buffers.append(targets.buffer(run, a - run.extent_row, b - a))

@@ -20,7 +20,7 @@ import numpy as np
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
-from agentmem.blockpool.restore import Read, Reader, RestorePlan, Stage
+from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class Store:
         plan: RestorePlan,
         views: Sequence[np.ndarray] | None,
         done: Callable[[Read], None],
-        stage: Stage | None = None,
+        stage: Staged | None = None,
     ) -> None:
         """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
 

@@ -7,32 +7,32 @@ from collections import deque
 from collections.abc import Callable
 
 import mlx.core as mx
-import numpy as np
 
 from agentmem.blockpool.arena import DeviceArena, HostArena
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
-from agentmem.blockpool.restore import Read, RestorePlan, Stage
+from agentmem.blockpool.restore import Read, RestorePlan, Staged
+from agentmem.blockpool.stage import Stage, make_stage
 from agentmem.blockpool.store import Store
 from agentmem.engine.placement import layer_groups, place, stage_need
 
 Recalled = Callable[[dict[int, str], float], None]
 
-STAGE_WORDS = 64 << 20
+STAGE_WORDS = 32 << 20
+"""Words of each of the two stages: 128 MiB."""
 
 
 class Recall:
     """Restores pages. Engine thread only.
 
-    Where the arena is host memory, reader threads fill it. For a discrete GPU they fill a stage, memory that host and device
-    both address, a group of layers at a time; MLX scatters each group into the arena. One pass reads and checks the bytes,
-    faster than MLX's own file loader.
+    Where the arena is host memory, reader threads fill it. For a discrete GPU they fill a stage a group of layers at a time,
+    and MLX scatters each group into the arena. One pass reads and checks the bytes, faster than MLX's own file loader.
     """
 
     def __init__(self, pool: Pool, store: Store) -> None:
         self._pool = pool
         self._store = store
-        self._stage: mx.array | None = None
+        self._stages: tuple[Stage, Stage] | None = None
         self._waiting: deque[Callable[[], None]] = deque()
         self.running = 0
 
@@ -64,11 +64,10 @@ class Recall:
             self._direct(plan, arena, finish)
             return
         assert isinstance(arena, DeviceArena)
-        groups = layer_groups(plan, STAGE_WORDS)
-        if self.running > 1:  # there is one stage
-            self._waiting.append(lambda: self._staged(plan, arena, groups, finish))
+        if self.running > 1:  # the stages serve one restore at a time
+            self._waiting.append(lambda: self._staged(plan, arena, finish))
         else:
-            self._staged(plan, arena, groups, finish)
+            self._staged(plan, arena, finish)
 
     def _direct(self, plan: RestorePlan, arena: HostArena, finish: Callable[[dict[int, str]], None]) -> None:
         """Reader threads fill the arena."""
@@ -91,33 +90,34 @@ class Recall:
         self,
         plan: RestorePlan,
         arena: DeviceArena,
-        groups: list[range],
         finish: Callable[[dict[int, str]], None],
     ) -> None:
-        """Reader threads fill the stage with the first group of layers, MLX places it, then the next group.
+        """Reader threads fill one stage with a group of layers while MLX places the group before it out of the other."""
+        stages = self._stages_for(plan)
+        groups = layer_groups(plan, stages[0].words)
 
-        One after the other: with a second, smaller stage filled meanwhile an H200 took longer
-        (430 against 263 ms for 1.2 GB).
-        """
-        layers, *rest = groups
-        stage = self._stage_of(stage_need(plan, layers))
+        def read(group: int) -> None:
+            staged = Staged(stages[group % 2].memory, groups[group])
+            self._store.restore(plan, None, lambda outcome: arrived(group, outcome), staged)
 
-        def read(outcome: Read) -> None:
+        def arrived(group: int, outcome: Read) -> None:
             if outcome.bad:
                 finish(outcome.bad)
                 return
-            place(plan, arena, stage, layers)
-            if rest:
-                self._staged(plan, arena, rest, finish)
-            else:
+            last = group + 1 == len(groups)
+            if not last:
+                read(group + 1)
+            stage = stages[group % 2]
+            place(plan, arena, stage.load(stage_need(plan, groups[group])), groups[group])
+            if last:
                 finish({})
 
-        self._store.restore(plan, None, read, Stage(np.array(stage, copy=False), layers))
+        read(0)
 
-    def _stage_of(self, words: int) -> mx.array:
-        """The stage, made on the CPU stream so that the host may write to it; kept, because new memory is slow at first."""
-        if self._stage is None or self._stage.size < words:
-            size = max(words, min(STAGE_WORDS, self._pool.capacity_bytes // 4))
-            self._stage = mx.zeros((size,), mx.uint32, stream=mx.cpu)
-            mx.eval(self._stage)
-        return self._stage
+    def _stages_for(self, plan: RestorePlan) -> tuple[Stage, Stage]:
+        """Two stages that hold at least one layer of the plan each; kept, because new memory is slow at first."""
+        least = max(stage_need(plan, range(i, i + 1)) for i in range(plan.geometry.layers))
+        if self._stages is None or self._stages[0].words < least:
+            words = max(least, min(STAGE_WORDS, self._pool.capacity_bytes // 16))
+            self._stages = make_stage(words), make_stage(words)
+        return self._stages
