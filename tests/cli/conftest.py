@@ -1,9 +1,10 @@
-"""A home per test, and one real daemon on the embedded model for all tests that only need some daemon."""
+"""A home per test, and real daemons that several tests share: on the tiny model, and on the embedded one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -37,17 +38,34 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     invoke("down")
 
 
-@pytest.fixture(scope="session")
-def daemon_home(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Home]:
-    """The home of the daemon that the session shares."""
-    folder = Home(tmp_path_factory.mktemp("daemon") / "home")
+@contextmanager
+def served(root: Path, models: Path, *flags: str) -> Iterator[Home]:
+    """The home of a daemon, which is stopped in the end."""
+    folder = Home(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AGENTMEM_MODELS", str(models))
-        patch.setenv("AGENTMEM_HOME", str(folder.root))
-        result = invoke("up", "--port", "0", "--json")
+        patch.setenv("AGENTMEM_HOME", str(root))
+        result = invoke("up", "--port", "0", "--json", *flags)
         assert result.exit_code == 0, result.stderr
+    try:
         yield folder
-        invoke("down")
+    finally:
+        invoke("--home", str(root), "down")
+
+
+@pytest.fixture(scope="package")
+def daemon_home(tmp_path_factory: pytest.TempPathFactory, models: Path, tiny_model: Path) -> Iterator[Home]:
+    """The home of the daemon that most tests share."""
+    flags = ("--model", str(tiny_model), "--ram-budget", "64MiB")
+    with served(tmp_path_factory.mktemp("daemon") / "home", models, *flags) as home:
+        yield home
+
+
+@pytest.fixture(scope="module")
+def embedded_home(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Home]:
+    """The home of a daemon with default settings; it takes memory, so it ends with the module."""
+    with served(tmp_path_factory.mktemp("embedded") / "home", models) as home:
+        yield home
 
 
 @pytest.fixture

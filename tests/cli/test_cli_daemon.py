@@ -104,8 +104,9 @@ def test_token_and_logs(daemon: Home) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_daemon_is_noticed_and_started_again(home: Home) -> None:
-    first = parse(invoke("up", "--port", "0", "--json"))
+def test_a_killed_daemon_is_noticed_and_started_again(home: Home, tiny_model: Path) -> None:
+    line = ("up", "--port", "0", "--model", str(tiny_model), "--json")
+    first = parse(invoke(*line))
     assert first["status"] == "started"
     os.kill(first["pid"], signal.SIGKILL)
     psutil.Process(first["pid"]).wait(10)
@@ -115,7 +116,7 @@ def test_a_killed_daemon_is_noticed_and_started_again(home: Home) -> None:
     checks = {check["name"]: check for check in parse(invoke("doctor", "--json"))["checks"]}
     assert "killed" in checks["daemon"]["message"]
 
-    second = parse(invoke("up", "--port", "0", "--json"))
+    second = parse(invoke(*line))
     assert second["status"] == "started"
     assert second["pid"] != first["pid"]
     stopped = parse(invoke("down", "--json"))
@@ -125,9 +126,10 @@ def test_a_killed_daemon_is_noticed_and_started_again(home: Home) -> None:
 
 
 @pytest.mark.slow
-def test_serve_reports_as_json_and_ends_on_sigterm(home: Home) -> None:
+def test_serve_reports_as_json_and_ends_on_sigterm(home: Home, tiny_model: Path) -> None:
     command = [sys.executable, "-c", "from agentmem.cli.main import main; main()", "serve", "--json"]
-    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
+    command += ["--port", "0", "--model", str(tiny_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         events = []
         for line in process.stdout:

@@ -17,6 +17,14 @@ from tests.cli.cli_line import invoke, parse
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+@pytest.fixture(params=["daemon_home", pytest.param("embedded_home", marks=pytest.mark.slow)])
+def daemon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home with a daemon, made the default home: on the tiny model, and on one that knows words."""
+    home: Home = request.getfixturevalue(request.param)
+    monkeypatch.setenv("AGENTMEM_HOME", str(home.root))
+    return home
+
+
 def run(name: str) -> str:
     command = ["sh"] if name.endswith(".sh") else [sys.executable]
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,23 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
-from agentmem.model.random import TINY, random_model
 
 READY = "agentmem ready "
-
-
-def save_model(folder: Path) -> Path:
-    """A tiny model as an MLX folder."""
-    folder.mkdir()
-    made = random_model("llama", seed=0)
-    weights: Any = dict(tree_flatten(made.model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    (folder / "config.json").write_text(json.dumps(TINY | {"model_type": "llama"}))
-    made.tokenizer._tokenizer.save_pretrained(folder)
-    return folder
 
 
 def log_of(home: Path) -> Path:

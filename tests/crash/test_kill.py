@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from agentmem.blockpool.index import Index
-from tests.crash.daemon import Daemon, save_model, spawn
+from tests.crash.daemon import Daemon, spawn
+from tests.tiny_model import save_model
 
 AGENTS = ("ada", "bob", "cleo")
 WORDS = ["oil", "lamp", "tide", "ledger", "winter", "bread", "seed", "wheel"]

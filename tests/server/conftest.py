@@ -1,4 +1,4 @@
-"""Real daemons on the embedded model, as processes of their own."""
+"""Real daemons as processes of their own: on the tiny model, and on the embedded one where text must make sense."""
 
 from __future__ import annotations
 
@@ -80,13 +80,21 @@ Start = Callable[..., Daemon]
 
 
 @pytest.fixture(scope="session")
-def launch(environment: dict[str, str]) -> Launch:
+def launch(environment: dict[str, str], tiny_model: Path) -> Launch:
     """Run `python -m agentmem.server` with flags, without waiting for anything."""
 
-    def run(home: Path, *flags: str, log: Path | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "agentmem.server", "--home", str(home), "--port", "0", *flags]
+    def run(
+        home: Path, *flags: str, model: str = str(tiny_model), log: Path | None = None
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "agentmem.server", "--home", str(home), "--port", "0"]
         stderr = log.open("w") if log else subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        return subprocess.Popen(
+            [*command, "--model", model, "--ram-budget", "64MiB", *flags],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
 
     return run
 
@@ -96,9 +104,9 @@ def start(launch: Launch) -> Iterator[Start]:
     """Start a daemon on a home and wait until it says that it is ready."""
     started: list[Daemon] = []
 
-    def run(home: Path, *flags: str) -> Daemon:
+    def run(home: Path, *flags: str, **options: Any) -> Daemon:
         log = home.with_name(f"{home.name}.log")
-        process = launch(home, *flags, log=log)
+        process = launch(home, *flags, log=log, **options)
         assert process.stdout is not None
         ready = next((line for line in process.stdout if line.startswith(READY)), "")
         assert ready, f"ended with {process.wait()} before it was ready\n{log.read_text()}"
@@ -113,12 +121,27 @@ def start(launch: Launch) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="session")
-def daemon(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Daemon:
-    """The daemon that most tests share, with default settings."""
+def tiny_daemon(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Daemon:
+    """The daemon that most tests share."""
     return start(tmp_path_factory.mktemp("server") / "home")
 
 
 @pytest.fixture(scope="session")
+def daemon(tiny_daemon: Daemon) -> Daemon:
+    """A daemon like any other. A module may put its own in its place."""
+    return tiny_daemon
+
+
+@pytest.fixture(scope="module")
+def embedded_daemon(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One on the embedded model, with default settings; it takes memory, so it ends with the module."""
+    home = tmp_path_factory.mktemp("embedded") / "home"
+    daemon = start(home, "--ram-budget", "1GiB", model="embedded")
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture(scope="module")
 def record(daemon: Daemon) -> dict[str, Any]:
-    """What the shared daemon wrote about itself."""
+    """What the daemon wrote about itself."""
     return json.loads((daemon.home / "daemon.json").read_text())

@@ -10,6 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.tiny_model import END_TOKEN
+
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1, "user": "security"}
 CHAT = "/v1/chat/completions"
 
@@ -172,11 +174,10 @@ def test_body_limit(relaxed) -> None:
     assert undeclared.status_code == 413
 
 
-@pytest.mark.slow
 def test_full_queue_says_when_to_come_back(relaxed) -> None:
     async def burst() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=relaxed.url, timeout=300, trust_env=False) as client:
-            body = {**HELLO, "max_tokens": 24, "logit_bias": {"0": -100, "2": -100}}
+            body = {**HELLO, "max_tokens": 150, "logit_bias": {str(END_TOKEN): -100}}
             return await asyncio.gather(*(client.post(CHAT, json=body) for _ in range(8)))
 
     answers = asyncio.run(burst())
