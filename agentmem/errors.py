@@ -35,6 +35,12 @@ class ContextOverflow(BadRequest):
     code = "context_length_exceeded"
 
 
+class BadArchive(BadRequest):
+    """A file to import is not what `export` writes. `code` names the way it is bad."""
+
+    code = "archive_invalid"
+
+
 class Unauthorized(AgentMemError):
     """No token, or a wrong one."""
 
@@ -93,3 +99,11 @@ class AlreadyRunning(AgentMemError):
     status = 409
     type = "conflict_error"
     code = "already_running"
+
+
+class AlreadyExists(AgentMemError):
+    """An agent of this name is there already."""
+
+    status = 409
+    type = "conflict_error"
+    code = "already_exists"

@@ -12,7 +12,9 @@ import httpx
 from agentmem.daemon import DaemonNotRunning, Endpoint
 from agentmem.errors import (
     AgentMemError,
+    AlreadyExists,
     AlreadyRunning,
+    BadArchive,
     BadRequest,
     ContextOverflow,
     Forbidden,
@@ -110,6 +112,7 @@ def explain_call(agent: str, namespace: str, session: str | None) -> Call:
 
 _KINDS: tuple[type[AgentMemError], ...] = (
     BadRequest,
+    BadArchive,
     ContextOverflow,
     Unauthorized,
     Forbidden,
@@ -117,11 +120,13 @@ _KINDS: tuple[type[AgentMemError], ...] = (
     Overloaded,
     ModelUnavailable,
     StoreError,
+    AlreadyExists,
     AlreadyRunning,
 )
 _BY_CODE = {str(kind.code): kind for kind in _KINDS}
-_BY_TYPE = {kind.type: kind for kind in _KINDS if kind is not ContextOverflow}
-_BY_STATUS = {kind.status: kind for kind in _KINDS if kind is not ContextOverflow and kind.status != 503}
+_GENERAL = [kind for kind in _KINDS if not issubclass(kind, ContextOverflow | BadArchive)]
+_BY_TYPE = {kind.type: kind for kind in _GENERAL}
+_BY_STATUS = {kind.status: kind for kind in _GENERAL if kind.status != 503}
 
 
 def error_from(status: int | None, body: Any, retry_after_ms: str | None = None) -> AgentMemError:
@@ -132,7 +137,13 @@ def error_from(status: int | None, body: Any, retry_after_ms: str | None = None)
     envelope = body.get("error") if isinstance(body, dict) else None
     envelope = envelope if isinstance(envelope, dict) else {}
     code, type_ = str(envelope.get("code")), str(envelope.get("type"))
-    kind = _BY_CODE.get(code) or _BY_STATUS.get(status or 0) or _BY_TYPE.get(type_) or AgentMemError
+    kind = (
+        (BadArchive if code.startswith("archive_") else None)
+        or _BY_CODE.get(code)
+        or _BY_STATUS.get(status or 0)
+        or _BY_TYPE.get(type_)
+        or AgentMemError
+    )
     error = kind(str(envelope.get("message") or f"the daemon answered with status {status}"))
     error.status = status or error.status
     error.type = envelope.get("type") or error.type

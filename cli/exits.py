@@ -7,7 +7,9 @@ from enum import IntEnum
 from agentmem.daemon import DaemonNotRunning
 from agentmem.errors import (
     AgentMemError,
+    AlreadyExists,
     AlreadyRunning,
+    BadArchive,
     BadRequest,
     ContextOverflow,
     Forbidden,
@@ -36,11 +38,13 @@ class Exit(IntEnum):
 _CODES: tuple[tuple[type[AgentMemError], Exit], ...] = (
     (DaemonNotRunning, Exit.NOT_RUNNING),
     (ContextOverflow, Exit.REFUSED),
+    (BadArchive, Exit.INTEGRITY),
     (BadRequest, Exit.USAGE),
     (NotFound, Exit.NOT_FOUND),
     (Unauthorized, Exit.REFUSED),
     (Forbidden, Exit.REFUSED),
     (Overloaded, Exit.REFUSED),
+    (AlreadyExists, Exit.REFUSED),
     (AlreadyRunning, Exit.REFUSED),
     (StoreError, Exit.INTEGRITY),
 )
