@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from agentmem.quant.attention import Path, dequantised_history, rotate
+from agentmem.quant.device import backend
 from agentmem.quant.format import KVFormat, LayerShape
 from agentmem.quant.paths import candidates
 from agentmem.quant.rows import RowCodec
@@ -118,6 +119,13 @@ def _error_or_inf(name: str, path: Path, codec: RowCodec, query_heads: int, dtyp
         return float("inf")
 
 
+def _bound(dtype: mx.Dtype) -> float:
+    """Largest deviation that rounding explains: CUDA multiplies float32 as TF32, which has float16's mantissa."""
+    if dtype != mx.float32:
+        return 4e-2
+    return 4e-3 if backend() == "cuda" else 1e-4
+
+
 def self_test(
     format: KVFormat, shape: LayerShape, query_heads: int, dtype: mx.Dtype, stored: mx.Dtype
 ) -> dict[str, object]:
@@ -126,7 +134,7 @@ def self_test(
     Raises RuntimeError when no path is right, since then no answer of this device could be trusted.
     """
     codec = RowCodec(shape, format.for_shape(shape), stored)
-    bound = 1e-4 if dtype == mx.float32 else 4e-2
+    bound = _bound(dtype)
     raw = codec.raw(
         mx.random.normal((shape.heads, PACKED_ROWS, shape.key_dim), key=mx.random.key(1)),
         mx.random.normal((shape.heads, PACKED_ROWS, shape.value_dim), key=mx.random.key(2)),
