@@ -5,138 +5,52 @@ All writes happen on the writer thread, one transaction per commit, after the ex
 
 from __future__ import annotations
 
-import json
-import sqlite3
-import sys
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlite_utils import Database
 
 from agentmem.blockpool.page import Page, Piece
-from agentmem.errors import StoreError
+from agentmem.blockpool.rows import (
+    AgentRow,
+    ExtentRow,
+    SessionRow,
+    TurnCommit,
+    TurnRow,
+    agent_columns,
+    agent_row,
+    pack,
+    page_sum,
+    piece_sum,
+    row_sum,
+    turn_columns,
+    turn_row,
+)
+from agentmem.blockpool.schema import SCHEMA_VERSION, connect
 
-SCHEMA_VERSION = 1
+__all__ = ["SCHEMA_VERSION", "AgentRow", "ExtentRow", "Index", "SessionRow", "TurnCommit", "TurnRow"]
 
-_SCHEMA = """
-create table spaces (id integer primary key, fingerprint text not null, namespace text not null, unique (fingerprint, namespace));
-create table extents (id integer primary key, name text not null unique, space integer not null references spaces,
-    bytes integer not null, created real not null);
-create table pages (id integer primary key, space integer not null references spaces, parent integer references pages,
-    raw integer not null, tokens blob not null);
-create index pages_parent on pages (parent);
-create table pieces (page integer not null references pages on delete cascade, page_row integer not null,
-    extent integer not null references extents, raw integer not null, extent_row integer not null, rows integer not null,
-    primary key (page, page_row)) without rowid;
-create index pieces_extent on pieces (extent);
-create table agents (id integer primary key, namespace text not null, name text not null, created real not null,
-    last_used real not null, totals text not null default '{}', unique (namespace, name));
-create table sessions (id integer primary key, agent integer not null references agents on delete cascade, name text not null,
-    space integer not null references spaces, head integer references pages on delete set null, unique (agent, name));
-create table turns (session integer not null references sessions on delete cascade, n integer not null,
-    keep_tokens integer not null, keep_messages integer not null,
-    ids blob not null, spans text not null, messages text not null, stats text not null, created real not null,
-    primary key (session, n)) without rowid;
-"""
-
-
-@dataclass(slots=True)
-class TurnRow:
-    """One entry of the token log: what this turn kept of the session before it, and what it added."""
-
-    n: int
-    keep_tokens: int
-    keep_messages: int
-    ids: np.ndarray
-    spans: list[Any]
-    messages: list[dict[str, Any]]
-    stats: dict[str, Any]
-    created: float
-
-
-@dataclass(slots=True)
-class SessionRow:
-    """A session as the index knows it. `head` is the id of the last page of its state, or None."""
-
-    id: int
-    agent: int
-    name: str
-    head: int | None
-    turns: list[TurnRow] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class AgentRow:
-    """An agent as the index knows it. `totals` are counters over its life."""
-
-    id: int
-    namespace: str
-    name: str
-    created: float
-    last_used: float
-    totals: dict[str, Any]
-
-
-@dataclass(slots=True)
-class ExtentRow:
-    id: int
-    name: str
-    bytes: int
-
-
-@dataclass(slots=True)
-class TurnCommit:
-    """Everything that one turn changes, for one transaction. Page and extent ids are assigned beforehand.
-
-    `earlier` are turns of the session before this one that could not be written when they ended.
-    """
-
-    agent: AgentRow
-    session: SessionRow
-    turn: TurnRow
-    head: Page | None
-    pages: list[tuple[Page, tuple[Piece, ...]]]
-    dropped: list[int]
-    extent: ExtentRow | None = None
-    earlier: list[TurnRow] = field(default_factory=list)
-
-
-def connect(path: Path, durable: bool) -> Database:
-    """Open (or create) the index in WAL mode; raises StoreError when the file is no index of ours."""
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    try:
-        for pragma in (
-            "journal_mode=wal",
-            f"synchronous={'full' if durable else 'off'}",
-            "foreign_keys=on",
-            "secure_delete=on",
-            *(("fullfsync=1", "checkpoint_fullfsync=1") if sys.platform == "darwin" else ()),
-        ):
-            connection.execute(f"pragma {pragma}")
-        version = connection.execute("pragma user_version").fetchone()[0]
-        if version == 0:
-            connection.executescript(f"begin; {_SCHEMA} pragma user_version={SCHEMA_VERSION}; commit;")
-        elif version != SCHEMA_VERSION:
-            raise StoreError(
-                f"{path} has index version {version}; this release reads {SCHEMA_VERSION}. Use the release that wrote it."
-            )
-    except sqlite3.DatabaseError as e:
-        connection.close()
-        raise StoreError(
-            f"{path} is not a readable index ({e}); move it away to start with an empty memory"
-        ) from e
-    return Database(connection, execute_plugins=False)
+PageColumns = tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]
 
 
 class Index:
-    """The rows of one fingerprint. Reads happen at start, writes on the writer thread."""
+    """The rows of one fingerprint. Reads happen at start, writes on the writer thread.
 
-    def __init__(self, path: Path, fingerprint: str, *, durable: bool = True) -> None:
+    Readers leave out rows whose checksum is wrong and what depends on them, and count them in `damaged`. `text_identity` is
+    the hash of tokenizer and chat template.
+    """
+
+    def __init__(
+        self, path: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True
+    ) -> None:
         self.db = connect(path, durable)
         self.fingerprint = fingerprint
+        self.text_identity = text_identity
+        self.damaged = 0
         self._spaces: dict[str, int] = {}
 
     def close(self) -> None:
@@ -153,108 +67,243 @@ class Index:
         rows = self.db.query("select namespace from spaces where fingerprint = ?", [self.fingerprint])
         return [r["namespace"] for r in rows]
 
+    def _sound(self, table: str, columns: tuple[Any, ...], total: int) -> bool:
+        if row_sum(table, columns) == total:
+            return True
+        self.damaged += 1
+        return False
+
     def extents(self) -> Iterator[ExtentRow]:
         """All extents, those of other fingerprints too."""
-        for r in self.db.query("select id, name, bytes from extents"):
-            yield ExtentRow(r["id"], r["name"], r["bytes"])
+        for *columns, total in self.db.execute("select id, name, space, bytes, created, sum from extents"):
+            if self._sound("extents", tuple(columns), total):
+                yield ExtentRow(columns[0], columns[1], columns[3])
 
-    def pages(self, namespace: str) -> Iterator[tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]]:
+    def pages(self, namespace: str) -> Iterator[PageColumns]:
         """(id, parent id, raw, tokens, pieces) of a namespace, parents before children (ids grow)."""
-        space = self._space(namespace)
-        pieces: dict[int, list[Piece]] = {}
-        for r in self.db.query(
-            "select pieces.* from pieces join pages on pages.id = page where space = ? order by page, page_row",
-            [space],
+        space = self._find_space(namespace)
+        pieces = self._pieces()
+        seen: set[int] = set()
+        for id_, parent, raw, tokens, total in self.db.execute(
+            "select id, parent, raw, tokens, sum from pages where space = ? order by id", [space]
         ):
-            piece = Piece(r["extent"], bool(r["raw"]), r["extent_row"], r["page_row"], r["rows"])
-            pieces.setdefault(r["page"], []).append(piece)
-        for r in self.db.query(
-            "select id, parent, raw, tokens from pages where space = ? order by id", [space]
+            if page_sum(id_, space, parent, raw, tokens) != total or (
+                parent is not None and parent not in seen
+            ):
+                self.damaged += 1
+                continue
+            seen.add(id_)
+            yield id_, parent, bool(raw), np.frombuffer(tokens, dtype=np.int32), pieces.get(id_, ())
+
+    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
+        """The pieces of every page, of all spaces."""
+        found: dict[int, tuple[Piece, ...]] = {}
+        for page, page_row, extent, raw, extent_row, rows, total in self.db.execute(
+            "select page, page_row, extent, raw, extent_row, rows, sum from pieces order by page, page_row"
         ):
-            tokens = np.frombuffer(r["tokens"], dtype=np.int32)
-            yield r["id"], r["parent"], bool(r["raw"]), tokens, tuple(pieces.get(r["id"], ()))
+            if piece_sum(page, page_row, extent, raw, extent_row, rows) != total:
+                self.damaged += 1
+                continue
+            piece = Piece(extent, bool(raw), extent_row, page_row, rows)
+            found[page] = (*found[page], piece) if page in found else (piece,)
+        return found
 
     def agents(self) -> Iterator[AgentRow]:
-        for r in self.db.query("select * from agents"):
-            yield AgentRow(
-                r["id"], r["namespace"], r["name"], r["created"], r["last_used"], json.loads(r["totals"])
-            )
+        for *columns, total in self.db.execute("select * from agents"):
+            if self._sound("agents", tuple(columns), total):
+                yield agent_row(columns)
 
     def sessions(self) -> Iterator[SessionRow]:
-        """Every session with its turns. The head belongs to this fingerprint or is None (state of another one is no use)."""
-        for s in self.db.query(
-            "select sessions.*, spaces.fingerprint from sessions join spaces on spaces.id = space order by sessions.id"
-        ):
-            head = s["head"] if s["fingerprint"] == self.fingerprint else None
-            row = SessionRow(s["id"], s["agent"], s["name"], head)
-            for t in self.db.query("select * from turns where session = ? order by n", [s["id"]]):
-                row.turns.append(_turn(t))
+        """Every session with its turns, base before fork.
+
+        The head belongs to this fingerprint or is None (state of another one is no use). Turns behind a lost one are left out.
+        """
+        turns = self._turns()
+        known: dict[int, SessionRow] = {}
+        texts = dict(self.db.execute("select id, text from spaces"))
+        spaces = {self._find_space(n) for n in self.namespaces()}
+        for *columns, total in self.db.execute("select * from sessions order by id"):
+            if not self._sound("sessions", tuple(columns), total):
+                continue
+            id_, agent, name, space, head, base, base_turn = columns
+            text = texts.get(space) == self.text_identity
+            row = SessionRow(id_, agent, name, head if space in spaces else None, base, base_turn, text)
+            inherited = known[base].turns if base in known else []
+            row.turns = [t for t in inherited if t.n <= base_turn]
+            for turn in turns.get(id_, []):
+                if turn.n != len(row.turns) + 1:
+                    self.damaged += 1
+                    break
+                row.turns.append(turn)
+            known[id_] = row
             yield row
+
+    def _turns(self) -> dict[int, list[TurnRow]]:
+        def sound() -> Iterator[tuple[int, TurnRow]]:
+            for *columns, total in self.db.execute("select * from turns order by session, n"):
+                if self._sound("turns", tuple(columns), total):
+                    yield columns[0], turn_row(columns)
+
+        return {s: [t for _, t in group] for s, group in groupby(sound(), key=lambda t: t[0])}
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """One transaction; durable when it ends."""
+        spaces = dict(self._spaces)
+        try:
+            with self.db.atomic():
+                yield self.db.conn.execute
+        except BaseException:
+            self._spaces = spaces
+            raise
 
     def commit(self, commit: TurnCommit) -> None:
         """Record a turn: one transaction, durable when it returns."""
-        space = self._space(commit.agent.namespace)
-        with self.db.atomic():
-            run = self.db.conn.execute
+        with self._transaction():
+            space = self._space(commit.agent.namespace)
             if commit.extent is not None:
-                e = commit.extent
-                run(
-                    "insert into extents values (?, ?, ?, ?, ?)",
-                    (e.id, e.name, space, e.bytes, commit.turn.created),
-                )
+                self._insert_extent(commit.extent, space, commit.turn.created)
             self._insert_pages(space, commit.pages)
-            a, s = commit.agent, commit.session
-            run(
-                "insert into agents values (?, ?, ?, ?, ?, ?) on conflict (id) do update set last_used = excluded.last_used, "
-                "totals = excluded.totals",
-                (a.id, a.namespace, a.name, a.created, a.last_used, json.dumps(a.totals)),
-            )
-            head = commit.head.id if commit.head is not None else None
-            run(
-                "insert into sessions values (?, ?, ?, ?, ?) on conflict (id) do update set head = excluded.head, "
-                "space = excluded.space",
-                (s.id, a.id, s.name, space, head),
-            )
-            for t in (*commit.earlier, commit.turn):
-                run(
-                    "insert into turns values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (s.id, t.n, t.keep_tokens, t.keep_messages, t.ids.astype(np.int32).tobytes(),
-                     json.dumps(t.spans), json.dumps(t.messages), json.dumps(t.stats), t.created),
-                )  # fmt: skip
+            self._put_agent(commit.agent)
+            self._put_session(commit.session, space, commit.head.id if commit.head is not None else None)
+            for turn in (*commit.earlier, commit.turn):
+                self._put_turn(commit.agent.id, turn_columns(commit.session.id, turn))
             self._delete_pages(commit.dropped)
 
+    def update_agent(self, agent: AgentRow) -> None:
+        """Record an agent's policy, lineage, counters and time of last use."""
+        with self._transaction():
+            self._put_agent(agent)
+
+    def fork(self, agent: AgentRow, session: SessionRow, head: int | None) -> None:
+        """Record a session that begins as another's turns up to `session.base_turn`, and its agent where it is new."""
+        with self._transaction():
+            self._put_agent(agent)
+            self._put_session(session, self._space(agent.namespace), head)
+
+    def move_pieces(
+        self, extent: ExtentRow, namespace: str, moved: list[tuple[int, tuple[Piece, ...]]]
+    ) -> None:
+        """The rows of these pages lie in `extent` now. Pages that are gone meanwhile are passed over."""
+        with self._transaction() as run:
+            self._insert_extent(extent, self._space(namespace), time.time())
+            for page, pieces in moved:
+                if run("select 1 from pages where id = ?", (page,)).fetchone() is not None:
+                    run("delete from pieces where page = ?", (page,))
+                    self._insert_pieces(page, pieces)
+
+    def _insert_extent(self, extent: ExtentRow, space: int, created: float) -> None:
+        columns = (extent.id, extent.name, space, extent.bytes, float(created))
+        total = row_sum("extents", columns)
+        self.db.conn.execute("insert into extents values (?, ?, ?, ?, ?, ?)", (*columns, total))
+
     def _insert_pages(self, space: int, pages: list[tuple[Page, tuple[Piece, ...]]]) -> None:
-        run = self.db.conn.execute
         for page, pieces in pages:
+            assert page.id is not None
             parent = page.parent.id if page.parent is not None else None
-            run(
-                "insert or ignore into pages values (?, ?, ?, ?, ?)",
-                (page.id, space, parent, int(page.raw), page.tokens.astype(np.int32).tobytes()),
+            columns = (page.id, space, parent, int(page.raw), page.tokens.astype("<i4").tobytes())
+            self.db.conn.execute(
+                "insert or ignore into pages values (?, ?, ?, ?, ?, ?)", (*columns, page_sum(*columns))
             )
-            for p in pieces:
-                row = (page.id, p.page_row, p.extent, int(p.raw), p.extent_row, p.rows)
-                run("insert or replace into pieces values (?, ?, ?, ?, ?, ?)", row)
+            self._insert_pieces(page.id, pieces)
+
+    def _insert_pieces(self, page: int, pieces: tuple[Piece, ...]) -> None:
+        for p in pieces:
+            columns = (page, p.page_row, p.extent, int(p.raw), p.extent_row, p.rows)
+            self.db.conn.execute(
+                "insert or replace into pieces values (?, ?, ?, ?, ?, ?, ?)", (*columns, piece_sum(*columns))
+            )
+
+    def _put_agent(self, agent: AgentRow) -> None:
+        columns = agent_columns(agent)
+        self.db.conn.execute(
+            "insert into agents values (?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict (id) do update set "
+            "last_used = excluded.last_used, totals = excluded.totals, policy = excluded.policy, lineage = excluded.lineage, sum = excluded.sum",
+            (*columns, row_sum("agents", columns)),
+        )
+        self._put_copy(agent.id, 0, 0, columns)
+
+    def _put_session(self, session: SessionRow, space: int, head: int | None) -> None:
+        """Insert the session, or give it another head. What it is based on does not change here: see `forget`."""
+        run = self.db.conn.execute
+        known = run("select base, base_turn from sessions where id = ?", (session.id,)).fetchone()
+        base, base_turn = known or (session.base, session.base_turn)
+        columns = (session.id, session.agent, session.name, space, head, base, base_turn)
+        run(
+            "insert into sessions values (?, ?, ?, ?, ?, ?, ?, ?) on conflict (id) do update set space = excluded.space, "
+            "head = excluded.head, base = excluded.base, base_turn = excluded.base_turn, sum = excluded.sum",
+            (*columns, row_sum("sessions", columns)),
+        )
+        place = run("select fingerprint, namespace, text from spaces where id = ?", (space,)).fetchone()
+        self._put_copy(session.agent, session.id, 0, (*columns[:3], *place, base, base_turn))
+
+    def _put_turn(self, agent: int, columns: tuple[Any, ...]) -> None:
+        total = row_sum("turns", columns)
+        self.db.conn.execute("insert into turns values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*columns, total))
+        self._put_copy(agent, columns[0], columns[1], columns)
+
+    def _put_copy(self, agent: int, session: int, n: int, columns: tuple[Any, ...]) -> None:
+        """The second copy of a row that nothing else could restore: an agent (0, 0), a session (id, 0), a turn (session, n)."""
+        key = (agent, session, n, pack(columns))
+        self.db.conn.execute(
+            "insert or replace into copies values (?, ?, ?, ?, ?)", (*key, row_sum("copies", key))
+        )
 
     def _delete_pages(self, ids: Iterable[int]) -> None:
+        run = self.db.conn.execute
         for page in sorted(ids, reverse=True):
-            self.db.conn.execute("delete from pages where id = ?", (page,))
+            for (session,) in run("select id from sessions where head = ?", (page,)).fetchall():
+                self._move_head(session, None)
+            run("delete from pages where id = ?", (page,))
+
+    def _move_head(self, session: int, head: int | None) -> None:
+        run = self.db.conn.execute
+        row = run(
+            "select id, agent, name, space, base, base_turn from sessions where id = ?", (session,)
+        ).fetchone()
+        if row is not None:
+            total = row_sum("sessions", (*row[:4], head, *row[4:]))
+            run("update sessions set head = ?, sum = ? where id = ?", (head, total, session))
 
     def forget(self, agent: int, pages: Iterable[int]) -> None:
-        """Delete an agent, its sessions, its token log and the given pages."""
-        with self.db.atomic():
-            self.db.conn.execute("delete from agents where id = ?", (agent,))
+        """Delete an agent, its sessions, its token log and the given pages. Forks get the turns that they were based on."""
+        with self._transaction() as run:
+            while fork := run(
+                "select f.id, f.agent, f.base_turn, b.id, b.base, b.base_turn from sessions f join sessions b on b.id = f.base "
+                "where b.agent = ? and f.agent != ? limit 1",
+                (agent, agent),
+            ).fetchone():
+                self._rebase(*fork)
+            run("delete from agents where id = ?", (agent,))
             self._delete_pages(pages)
+
+    def _rebase(
+        self, fork: int, agent: int, turns: int, base: int, next_base: int | None, next_turns: int
+    ) -> None:
+        """Base a fork on what its base is based on: the turns that lie between become its own."""
+        run = self.db.conn.execute
+        own = run(
+            "select * from turns where session = ? and n <= ? and n > ? order by n", (base, turns, next_turns)
+        ).fetchall()
+        for row in own:
+            self._put_turn(agent, (fork, *row[1:-1]))
+        _, _, name, space, head, *_ = run("select * from sessions where id = ?", (fork,)).fetchone()
+        run(
+            "update sessions set base = ?, base_turn = ? where id = ?",
+            (next_base, min(turns, next_turns), fork),
+        )
+        self._put_session(SessionRow(fork, agent, name, head), space, head)
 
     def drop_pages(self, pages: Iterable[int], bare: Iterable[int], heads: dict[int, int | None]) -> None:
         """Delete pages whose rows are gone, and the rows' places of pages that live on in RAM (`bare`).
 
         `heads` gives sessions the page their state now ends with.
         """
-        with self.db.atomic():
+        with self._transaction() as run:
             for page in bare:
-                self.db.conn.execute("delete from pieces where page = ?", (page,))
+                run("delete from pieces where page = ?", (page,))
             for session, head in heads.items():
-                self.db.conn.execute("update sessions set head = ? where id = ?", (head, session))
+                self._move_head(session, head)
             self._delete_pages(pages)
 
     def unused_extents(self) -> list[ExtentRow]:
@@ -263,26 +312,27 @@ class Index:
         return [ExtentRow(r["id"], r["name"], r["bytes"]) for r in self.db.query(query)]
 
     def delete_extents(self, extents: Iterable[ExtentRow]) -> None:
-        with self.db.atomic():
+        with self._transaction() as run:
             for e in extents:
-                self.db.conn.execute("delete from extents where id = ?", (e.id,))
+                run("delete from extents where id = ?", (e.id,))
 
     def checkpoint(self) -> None:
         """Fold the WAL into the index file and truncate it."""
         self.db.conn.execute("pragma wal_checkpoint(truncate)")
 
+    def _find_space(self, namespace: str) -> int:
+        """The id of this fingerprint's space of a namespace; -1 when there is none."""
+        row = self.db.execute(
+            "select id from spaces where fingerprint = ? and namespace = ?", [self.fingerprint, namespace]
+        ).fetchone()
+        return row[0] if row is not None else -1
+
     def _space(self, namespace: str) -> int:
+        """The same, made where there is none. Within a transaction."""
         if namespace not in self._spaces:
-            key = (self.fingerprint, namespace)
-            self.db.conn.execute("insert or ignore into spaces (fingerprint, namespace) values (?, ?)", key)
-            row = self.db.conn.execute(
-                "select id from spaces where fingerprint = ? and namespace = ?", key
-            ).fetchone()
-            self._spaces[namespace] = row[0]
+            self.db.conn.execute(
+                "insert or ignore into spaces (fingerprint, namespace, text) values (?, ?, ?)",
+                (self.fingerprint, namespace, self.text_identity),
+            )
+            self._spaces[namespace] = self._find_space(namespace)
         return self._spaces[namespace]
-
-
-def _turn(t: dict[str, Any]) -> TurnRow:
-    ids = np.frombuffer(t["ids"], dtype=np.int32)
-    return TurnRow(t["n"], t["keep_tokens"], t["keep_messages"], ids, json.loads(t["spans"]),
-                   json.loads(t["messages"]), json.loads(t["stats"]), t["created"])  # fmt: skip

@@ -8,23 +8,28 @@ from __future__ import annotations
 import errno
 import logging
 import queue
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
+from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
+from agentmem.blockpool.retired import Retired
 
 log = logging.getLogger(__name__)
 
 Completion = Callable[[], None]
+T = TypeVar("T")
 
 
 class Store:
@@ -34,17 +39,25 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, fingerprint: str, *, durable: bool = True, wake: Callable[[], None] = lambda: None
+        self,
+        folder: Path,
+        fingerprint: str,
+        text_identity: str = "",
+        *,
+        durable: bool = True,
+        wake: Callable[[], None] = lambda: None,
+        files: Files | None = None,
     ) -> None:
         self.folder = folder
         self.extents = folder / "extents"
         self.quarantine_folder = folder / "quarantine"
         self.extents.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.files = Files(durable)
+        self.files = files or Files(durable)
         fresh = not (folder / "index.sqlite").exists()
-        self.index = Index(folder / "index.sqlite", fingerprint, durable=durable)
+        self.index = Index(folder / "index.sqlite", fingerprint, text_identity, durable=durable)
         self.fingerprint = fingerprint
         self.problem: str | None = None
+        self.disk_full = False
         self.quarantined = 0
         self.bytes_written = 0
         self.completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
@@ -52,19 +65,31 @@ class Store:
         self._sizes: dict[int, int] = {}
         self._wake = wake
         self._sweep(fresh)
+        self._quarantine_bytes = _folder_bytes(self.quarantine_folder)
         self._reader = Reader(self.extents)
         self._restores = ThreadPoolExecutor(2, thread_name_prefix="restore-job")
+        self._retired = Retired()
+        self._unused: list[ExtentRow] = []
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_loop, name="writer", daemon=True)
         self._writer.start()
 
     @property
     def extent_bytes(self) -> int:
-        return sum(self._sizes.values())
+        return sum(list(self._sizes.values()))
 
     @property
     def index_bytes(self) -> int:
         return sum(p.stat().st_size for p in self.folder.glob("index.sqlite*"))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of everything the store keeps: extents, index, quarantine."""
+        return self.extent_bytes + self.index_bytes + self._quarantine_bytes
+
+    def free_disk(self) -> int:
+        """Bytes that this user may still write on the store's file system."""
+        return shutil.disk_usage(self.folder).free
 
     def size_of(self, extent: int) -> int:
         return self._sizes.get(extent, 0)
@@ -86,6 +111,36 @@ class Store:
             except OSError as e:
                 log.warning("%s is left where it is: %s", path, e)
 
+    def _submit(self, work: Callable[[], T], done: Callable[[T | None, Exception | None], None]) -> None:
+        """Do `work` on the writer thread; `done(result, error)` is a completion.
+
+        The files of extents that `work` left without a page go away when `done` has run, so that no later restore can name
+        them, and the restores that were submitted before are over.
+        """
+
+        def job() -> None:
+            result: T | None = None
+            failure: Exception | None = None
+            try:
+                if self.problem is not None:
+                    raise OSError(errno.EROFS, f"the store is read-only: {self.problem}")
+                result = work()
+                self.disk_full = False
+            except Exception as e:  # without an outcome the turn would wait for ever
+                failure = e
+                self._fail(e)
+            held = self._retired.hold(self._unused)
+            self._unused = []
+
+            def completion() -> None:
+                done(result, failure)
+                if self._retired.release(held):
+                    self._jobs.put(self._remove_retired)
+
+            self._complete(completion)
+
+        self._jobs.put(job)
+
     def commit(
         self,
         turn: TurnCommit,
@@ -94,70 +149,110 @@ class Store:
     ) -> None:
         """Write a turn: extent first (when it has rows), then one transaction. `done(bytes written, error)` is a completion."""
 
-        def job() -> None:
-            written: int | None = None
-            try:
-                written = self._commit(turn, rows)
-            except (OSError, sqlite3.Error) as e:
-                self._fail(e)
-                self._complete(lambda e=e: done(None, e))  # type: ignore[misc]
-                return
-            self._complete(lambda: done(written, None))
+        def work() -> int:
+            written = 0
+            if rows is not None:
+                assert turn.extent is not None
+                written = self._write_extent(rows, turn.extent, lambda: self.index.commit(turn))
+            else:
+                self.index.commit(turn)
+            if turn.dropped:
+                self._drop_unused()
+            return written
 
-        self._jobs.put(job)
+        self._submit(work, done)
 
-    def _commit(self, turn: TurnCommit, rows: Callable[[], ExtentData] | None) -> int:
-        if self.problem is not None:
-            raise OSError(errno.EROFS, f"the store is read-only: {self.problem}")
-        written = 0
-        if rows is not None:
-            assert turn.extent is not None
-            turn.extent.name, written = write_extent(self.extents, rows(), self.files)
-            turn.extent.bytes = written
+    def _write_extent(
+        self, rows: Callable[[], ExtentData], extent: ExtentRow, record: Callable[[], None]
+    ) -> int:
+        """Write an extent, then `record` it in the index; returns its bytes. On a full disk nothing is left."""
+        extent.name, extent.bytes = write_extent(self.extents, rows(), self.files)
         try:
-            self.index.commit(turn)
+            record()
         except sqlite3.Error as e:
-            if turn.extent is not None and _disk_full(e):
-                self.files.unlink(self.extents / turn.extent.name)
+            if is_disk_full(e):
+                self.files.unlink(self.extents / extent.name)
             raise
-        if turn.extent is not None:
-            self.names[turn.extent.id] = turn.extent.name
-            self._sizes[turn.extent.id] = turn.extent.bytes
-        if turn.dropped:
-            self._unlink_unused()
-        self.bytes_written += written
-        return written
+        self.names[extent.id] = extent.name
+        self._sizes[extent.id] = extent.bytes
+        self.bytes_written += extent.bytes
+        return extent.bytes
 
-    def _unlink_unused(self) -> int:
-        """Delete extents that no page refers to: transaction first, then the file. Returns bytes freed."""
+    def change(self, job: Callable[[Index], None], done: Callable[[Exception | None], None]) -> None:
+        """Any other transaction of the index, on the writer thread. `done(error)` is a completion."""
+        self._submit(lambda: job(self.index), lambda _, error: done(error))
+
+    def compact(
+        self,
+        rows: Callable[[], ExtentData],
+        extent: ExtentRow,
+        moved: list[tuple[int, tuple[Piece, ...]]],
+        done: Callable[[int | None, Exception | None], None],
+    ) -> None:
+        """Write rows of several extents into a new one and move these pages there. `done(bytes written, error)` is a completion.
+
+        Extents that nobody refers to any more go away when `done` has run and the restores that may read them are over.
+        """
+
+        def work() -> int:
+            data = rows()
+            move = partial(self.index.move_pieces, extent, data.namespace, moved)
+            written = self._write_extent(lambda: data, extent, move)
+            self._drop_unused()
+            return written
+
+        self._submit(work, done)
+
+    def forget(self, agent: int, pages: list[int], done: Callable[[int, Exception | None], None]) -> None:
+        """Delete an agent and pages; `done(bytes freed, error)`. Deleted rows are overwritten in the index (secure_delete)."""
+
+        def work() -> int:
+            self.index.forget(agent, pages)
+            freed = self._drop_unused()
+            self._unlink_unused()
+            self.index.checkpoint()
+            return freed
+
+        self._submit(work, lambda freed, error: done(freed or 0, error))
+
+    def evict(
+        self, pages: list[int], heads: dict[int, int | None], done: Callable[[int, Exception | None], None]
+    ) -> None:
+        """Delete pages from disk; `heads` as in `Index.drop_pages`. `done(bytes freed, error)` is a completion."""
+
+        def work() -> int:
+            self.index.drop_pages(pages, (), heads)
+            freed = self._drop_unused()
+            self._unlink_unused()
+            return freed
+
+        self._submit(work, lambda freed, error: done(freed or 0, error))
+
+    def _drop_unused(self) -> int:
+        """Delete extents that no page refers to from the index; their files go next. Returns their bytes."""
         unused = self.index.unused_extents()
         if unused:
             self.index.delete_extents(unused)
-            self._remove_files(unused)
+            self._unused += unused
         return sum(e.bytes for e in unused)
+
+    def _unlink_unused(self) -> None:
+        """Unlink them now, unless restores run. Precondition: the engine has no page any more that lies in them."""
+        self._retired.release(self._retired.hold(self._unused))
+        self._unused = []
+        self._remove_files(self._retired.free())
+
+    def _remove_retired(self) -> None:
+        try:
+            self._remove_files(self._retired.free())
+        except OSError as e:
+            self._fail(e)
 
     def _remove_files(self, extents: Iterable[ExtentRow]) -> None:
         for e in extents:
             self.files.unlink(self.extents / e.name)
             self.names.pop(e.id, None)
             self._sizes.pop(e.id, None)
-
-    def forget(self, agent: int, pages: list[int], done: Callable[[int, Exception | None], None]) -> None:
-        """Delete an agent and pages; `done(bytes freed, error)`. Deleted rows are overwritten in the index (secure_delete)."""
-
-        def job() -> None:
-            freed = 0
-            try:
-                self.index.forget(agent, pages)
-                freed = self._unlink_unused()
-                self.index.checkpoint()
-            except (OSError, sqlite3.Error) as e:
-                self._fail(e)
-                self._complete(lambda e=e: done(0, e))  # type: ignore[misc]
-                return
-            self._complete(lambda: done(freed, None))
-
-        self._jobs.put(job)
 
     def quarantine(
         self, bad: dict[int, str], pages: list[int], bare: list[int], heads: dict[int, int | None]
@@ -176,8 +271,10 @@ class Store:
                 for extent, name in names.items():
                     path = self.extents / (name or "?")
                     if path.exists():
+                        self._quarantine_bytes += self.size_of(extent)
                         self.files.move(path, self.quarantine_folder)
                     self._sizes.pop(extent, None)
+                self._drop_unused()
                 self._unlink_unused()
             except (OSError, sqlite3.Error) as e:
                 self._fail(e)
@@ -193,12 +290,16 @@ class Store:
     ) -> None:
         """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
 
+        ticket = self._retired.enter()
+
         def job() -> None:
             try:
                 result = self._reader.read(plan, self.names, views, stage)
             except Exception as e:  # without an outcome the request would wait for ever
                 log.exception("a restore failed")
                 result = Read([], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs})
+            if self._retired.leave(ticket):
+                self._jobs.put(self._remove_retired)
             self._complete(lambda: done(result))
 
         self._restores.submit(job)
@@ -208,7 +309,8 @@ class Store:
 
     def _fail(self, error: Exception) -> None:
         """A full disk passes; any other error means that what was written cannot be trusted to be there."""
-        if _disk_full(error):
+        if is_disk_full(error):
+            self.disk_full = True
             log.warning("disk full: this turn stays in RAM and is written with the next one")
         elif self.problem is None:
             self.problem = str(error)
@@ -228,6 +330,7 @@ class Store:
         self._writer.join()
         self._restores.shutdown(wait=True)
         self._reader.close()
+        self._remove_files(self._retired.drain())
         if self.problem is None:
             self.index.checkpoint()
         self.index.close()
@@ -237,15 +340,22 @@ class Store:
         return {
             "read_only": self.problem is not None,
             "problem": self.problem,
+            "disk_full": self.disk_full,
             "extents": len(self._sizes),
             "extent_bytes": self.extent_bytes,
             "index_bytes": self.index_bytes,
+            "disk_bytes": self.disk_bytes,
+            "free_bytes": self.free_disk(),
             "quarantined": self.quarantined,
             "bytes_written": self.bytes_written,
         }
 
 
-def _disk_full(error: Exception) -> bool:
+def _folder_bytes(folder: Path) -> int:
+    return sum(p.lstat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
+
+
+def is_disk_full(error: Exception) -> bool:
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -7,6 +7,7 @@ import os
 import queue
 import sqlite3
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ import numpy as np
 import pytest
 
 from agentmem.blockpool.extent import Extent
-from agentmem.blockpool.index import TurnCommit
-from agentmem.blockpool.page import Page
+from agentmem.blockpool.page import Page, Piece
 from agentmem.blockpool.restore import RestorePlan
+from agentmem.blockpool.rows import ExtentRow, TurnCommit
 from agentmem.blockpool.store import Store
-from agentmem.errors import StoreError
 from tests.blockpool.commits import Author
 from tests.blockpool.layout import PAGE, extent_data, geometry
 
@@ -220,17 +220,6 @@ def test_extents_beside_a_new_index_are_kept_apart(folder: Path) -> None:
         fresh.close()
 
 
-def test_an_index_that_cannot_be_read_stops_the_start_and_touches_nothing(folder: Path) -> None:
-    store = Store(folder, FINGERPRINT)
-    commit(store, Author().commit(tokens(), extent=""))
-    store.close()
-    before = extents(folder)
-    (folder / "index.sqlite").write_bytes(b"no database at all, sorry" * 100)
-    with pytest.raises(StoreError, match="not a readable index"):
-        Store(folder, FINGERPRINT)
-    assert extents(folder) == before
-
-
 def test_extents_of_another_fingerprint_survive_the_sweep(folder: Path) -> None:
     store = Store(folder, FINGERPRINT)
     commit(store, Author().commit(tokens(), extent=""))
@@ -322,6 +311,94 @@ def test_a_restore_that_breaks_still_has_an_outcome(
 
     monkeypatch.setattr(store._reader, "read", broken)
     assert restore(store, turn)[1] == {1001: "MemoryError: no room"}
+
+
+class Gate:
+    """Holds the store's restores back until it is opened."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.inside = threading.Event()
+        real = store._reader.read
+
+        def read(*args: Any) -> Any:
+            self.inside.set()
+            assert self.open.wait(timeout=30)
+            return real(*args)
+
+        monkeypatch.setattr(store._reader, "read", read)
+
+
+def merged(store: Store, turn: TurnCommit, number: int, done: Callable[..., None]) -> None:
+    """Compact the turn's one page into a new extent."""
+    assert turn.extent is not None
+    moved = [(turn.pages[0][0].id, (Piece(number, True, 0, 0, PAGE),))]
+    store.compact(lambda: extent_data(geometry(), 0, PAGE), ExtentRow(number, "", 0), moved, done)  # type: ignore[arg-type]
+
+
+def test_compaction_replaces_the_extent(folder: Path, opened: Callable[..., Store]) -> None:
+    store, turn = opened(), Author().commit(tokens(), extent="")
+    commit(store, turn)
+    (before,) = extents(folder)
+    written, error = outcome(store, lambda done: merged(store, turn, 5000, done))
+    flush(store)
+    (after,) = extents(folder)
+    assert error is None
+    assert after != before
+    assert store.names == {5000: after}
+    assert written == store.extent_bytes == (folder / "extents" / after).stat().st_size
+    page = turn.pages[0][0]
+    turn.pages = [(page, (Piece(5000, True, 0, 0, PAGE),))]
+    assert restore(store, turn)[1] == {}
+    assert [r[4] for r in opened().index.pages("default")] == [turn.pages[0][1]]
+
+
+def test_a_running_restore_keeps_the_files_that_compaction_replaced(
+    folder: Path, opened: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, turn = opened(), Author().commit(tokens(), extent="")
+    commit(store, turn)
+    (before,) = extents(folder)
+    gate = Gate(store, monkeypatch)
+    results: list[Any] = []
+    g = geometry()
+    wanted = Page(None, turn.pages[0][0].tokens, b"", True, pieces=turn.pages[0][1])
+    plan = RestorePlan(g, [(wanted, (0, 1, 2, 3))])
+    store.restore(plan, [np.zeros((4, w), np.uint32) for w in g.slot_words], results.append)
+    assert gate.inside.wait(timeout=30)
+    assert outcome(store, lambda done: merged(store, turn, 5000, done))[1] is None
+    flush(store)
+    assert before in extents(folder)
+    assert len(extents(folder)) == 2
+    gate.open.set()
+    while not results:
+        store.completions.get(timeout=30)()
+    flush(store)
+    assert results[0].bad == {}
+    assert extents(folder) == [store.names[5000]]
+
+
+def test_evicted_pages_free_their_bytes(folder: Path, opened: Callable[..., Store]) -> None:
+    author, store = Author(), opened()
+    first, second = author.commit(tokens(), extent=""), author.commit(tokens(1), extent="")
+    for turn in (first, second):
+        commit(store, turn)
+    before, size = store.disk_bytes, store.size_of(1002)
+    assert outcome(store, lambda done: store.evict([1002], {1: 1001}, done)) == (size, None)
+    assert extents(folder) == [store.names[1001]]
+    assert store.disk_bytes <= before - size + 65536
+    (session,) = opened().index.sessions()
+    assert (session.head, len(session.turns)) == (1001, 2)
+
+
+def test_other_changes_of_the_index_run_on_the_writer(opened: Callable[..., Store]) -> None:
+    author, store = Author(), opened()
+    commit(store, author.commit(tokens(), extent=""))
+    author.agent.policy = {"pin": True}
+    assert outcome(store, lambda done: store.change(lambda i: i.update_agent(author.agent), done)) == (None,)
+    (error,) = outcome(store, lambda done: store.change(lambda i: i.delete_extents(None), done))  # type: ignore[arg-type]
+    assert isinstance(error, TypeError)
+    assert [a.policy for a in opened().index.agents()] == [{"pin": True}]
 
 
 def test_close_finishes_the_queued_writes(folder: Path) -> None:
