@@ -160,7 +160,7 @@ class Index:
     def commit(self, commit: TurnCommit) -> None:
         """Record a turn: one transaction, durable when it returns."""
         with self._transaction():
-            space = self._space(commit.agent.namespace)
+            space = self._space(commit.agent.space)
             if commit.extent is not None:
                 self._insert_extent(commit.extent, space, commit.turn.created)
             self._insert_pages(space, commit.pages)
@@ -179,7 +179,32 @@ class Index:
         """Record a session that begins as another's turns up to `session.base_turn`, and its agent where it is new."""
         with self._transaction():
             self._put_agent(agent)
-            self._put_session(session, self._space(agent.namespace), head)
+            self._put_session(session, self._space(agent.space), head)
+
+    def adopt(
+        self,
+        agent: AgentRow,
+        sessions: list[tuple[SessionRow, int | None]],
+        pages: list[tuple[Page, tuple[Piece, ...]]],
+        extent: ExtentRow | None,
+        replaced: int | None,
+    ) -> None:
+        """Record a whole agent: sessions (with the id of their last page), turns, pages, and the extent of their rows.
+
+        The agent `replaced` is deleted in the same transaction; its pages stay.
+        """
+        with self._transaction():
+            if replaced is not None:
+                self._forget_agent(replaced)
+            space = self._space(agent.space)
+            if extent is not None:
+                self._insert_extent(extent, space, agent.last_used)
+            self._insert_pages(space, pages)
+            self._put_agent(agent)
+            for session, head in sessions:
+                self._put_session(session, space, head)
+                for turn in session.turns:
+                    self._put_turn(agent.id, turn_columns(session.id, turn))
 
     def move_pieces(
         self, extent: ExtentRow, namespace: str, moved: list[tuple[int, tuple[Piece, ...]]]
@@ -267,15 +292,19 @@ class Index:
 
     def forget(self, agent: int, pages: Iterable[int]) -> None:
         """Delete an agent, its sessions, its token log and the given pages. Forks get the turns that they were based on."""
-        with self._transaction() as run:
-            while fork := run(
-                "select f.id, f.agent, f.base_turn, b.id, b.base, b.base_turn from sessions f join sessions b on b.id = f.base "
-                "where b.agent = ? and f.agent != ? limit 1",
-                (agent, agent),
-            ).fetchone():
-                self._rebase(*fork)
-            run("delete from agents where id = ?", (agent,))
+        with self._transaction():
+            self._forget_agent(agent)
             self._delete_pages(pages)
+
+    def _forget_agent(self, agent: int) -> None:
+        run = self.db.conn.execute
+        while fork := run(
+            "select f.id, f.agent, f.base_turn, b.id, b.base, b.base_turn from sessions f join sessions b on b.id = f.base "
+            "where b.agent = ? and f.agent != ? limit 1",
+            (agent, agent),
+        ).fetchone():
+            self._rebase(*fork)
+        run("delete from agents where id = ?", (agent,))
 
     def _rebase(
         self, fork: int, agent: int, turns: int, base: int, next_base: int | None, next_turns: int

@@ -72,6 +72,11 @@ class AgentRow:
     policy: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def space(self) -> str:
+        """Where the agent's pages lie: its namespace, or a space of its own that shares no page with other agents."""
+        return str(self.lineage.get("space", self.namespace))
+
 
 @dataclass(slots=True)
 class ExtentRow:

@@ -182,6 +182,23 @@ class Store:
         """Any other transaction of the index, on the writer thread. `done(error)` is a completion."""
         self._submit(lambda: job(self.index), lambda _, error: done(error))
 
+    def adopt(
+        self,
+        extent: ExtentRow | None,
+        record: Callable[[Index], None],
+        done: Callable[[Exception | None], None],
+    ) -> None:
+        """A transaction for rows that lie in an extent which another thread has written. `done(error)` is a completion."""
+
+        def work() -> None:
+            record(self.index)
+            if extent is not None:
+                self.names[extent.id] = extent.name
+                self._sizes[extent.id] = extent.bytes
+                self.bytes_written += extent.bytes
+
+        self._submit(work, lambda _, error: done(error))
+
     def compact(
         self,
         rows: Callable[[], ExtentData],
