@@ -9,11 +9,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
+from agentmem.blockpool.siblings import Siblings, ordered
+
 Tokens = np.ndarray
+
+NEIGHBOURS = 16
+"""Pages that begin like a text, of which one may be in RAM or stored at all."""
 
 
 class Piece(NamedTuple):
@@ -30,7 +36,8 @@ class Piece(NamedTuple):
 class Page:
     """Up to `page_tokens` tokens behind a left context (`parent`).
 
-    A page with `slots` is in RAM, one with `pieces` is on disk.
+    A page with `slots` is in RAM, one with `pieces` is on disk. A `volatile` one need not be: it may leave RAM unwritten.
+    `last_used` is in seconds of the monotonic clock.
     """
 
     parent: Page | None
@@ -44,12 +51,18 @@ class Page:
     origin: tuple[Page, int] | None = None
     pins: int = 0
     heads: int = 0
+    volatile: bool = False
     last_used: float = 0.0
-    children: dict[int, list[Page]] = field(default_factory=dict)
+    children: Siblings = field(default_factory=Siblings)
 
     @property
     def rows(self) -> int:
         return len(self.tokens)
+
+    @property
+    def stored(self) -> bool:
+        """Whether its rows are anywhere."""
+        return self.slots is not None or self.pieces is not None
 
     @property
     def end(self) -> int:
@@ -66,11 +79,11 @@ class Page:
 
     def walk(self) -> Iterator[Page]:
         """Every page below this one, parents first."""
-        stack = [c for group in self.children.values() for c in group]
+        stack = list(self.children)
         while stack:
             page = stack.pop()
             yield page
-            stack.extend(c for group in page.children.values() for c in group)
+            stack.extend(page.children)
 
 
 def page_key(parent: bytes, tokens: Tokens) -> bytes:
@@ -110,7 +123,7 @@ class PageTree:
         tokens = np.asarray(tokens, dtype=np.int32)
         assert len(tokens) > 0
         page = Page(parent, tokens, page_key(parent.key, tokens), raw, start=parent.end)
-        parent.children.setdefault(int(tokens[0]), []).append(page)
+        parent.children.add(page)
         return page
 
     def remove(self, page: Page) -> None:
@@ -119,24 +132,18 @@ class PageTree:
         assert page.slots is None
         assert page.pins == 0
         assert page.parent is not None
-        siblings = page.parent.children[int(page.tokens[0])]
-        siblings.remove(page)
-        if not siblings:
-            del page.parent.children[int(page.tokens[0])]
+        page.parent.children.remove(page)
 
     def match(self, ids: Sequence[int] | Tokens) -> Match:
         """The longest prefix of `ids` that has state. Token ids are compared themselves; equal lengths prefer RAM.
 
         All branches are followed: a short page may lead further than a long one beside it.
         """
-        ids = np.asarray(ids, dtype=np.int32)
+        text = ordered(np.asarray(ids, dtype=np.int32))
         best, score, open_ends = Match([], 0, 0), (0, False), [self.root]
         while open_ends:
             page = open_ends.pop()
-            for child in page.children.get(int(ids[page.end]), []) if page.end < len(ids) else []:
-                if child.slots is None and child.pieces is None:
-                    continue
-                rows = common_prefix(child.tokens, ids[page.end :])
+            for rows, child in _continuations(page, text):
                 if (page.end + rows, child.slots is not None) > score:
                     score = page.end + rows, child.slots is not None
                     best = Match([child], rows, page.end + rows)
@@ -148,15 +155,35 @@ class PageTree:
         return self.root.walk()
 
 
+def _continuations(page: Page, text: bytes) -> Iterator[tuple[int, Page]]:
+    """(rows, child) of the children that go on as `text` does behind `page`: those used whole, and the best of the others."""
+    only = page.children.only(text, 4 * page.end)
+    if only is not None:
+        if only.stored:
+            yield only.rows, only
+        return
+    longest = page.children.longest
+    rest = text[4 * page.end : 4 * (page.end + longest)]
+    whole = [(c.rows, c) for c in page.children.prefixes(rest) if c.stored]
+    yield from whole
+    if not rest or any(rows == longest for rows, _ in whole):
+        return
+    near = [(rows, c) for rows, c in islice(page.children.nearest(rest), NEIGHBOURS) if c.stored]
+    yield from near[:1]
+    yield from ((rows, c) for rows, c in near[1:] if c.slots is not None and rows == near[0][0])
+
+
 def match_chain(head: Page, ids: Sequence[int] | Tokens) -> Match:
     """How much of `ids` the chain that ends in `head` covers."""
-    ids = np.asarray(ids, dtype=np.int32)
+    wanted = np.asarray(ids, dtype=np.int32)
+    text = wanted.tobytes()
     pages: list[Page] = []
     at, rows = 0, 0
     for page in head.chain():
-        if page.slots is None and page.pieces is None:
+        if not page.stored:
             break
-        n = common_prefix(page.tokens, ids[at:])
+        whole = text.startswith(page.tokens.tobytes(), 4 * at)
+        n = page.rows if whole else common_prefix(page.tokens, wanted[at:])
         if n == 0:
             break
         pages.append(page)

@@ -15,6 +15,7 @@ import numpy as np
 
 from agentmem.blockpool.page import Match, Page
 from agentmem.blockpool.pool import Pool
+from agentmem.blockpool.siblings import ordered
 from agentmem.quant.attention import Path, rotate
 
 Origin = tuple[Page, int]
@@ -213,7 +214,7 @@ class Table:
     @staticmethod
     def _same(parent: Page, block: Block) -> Page | None:
         """A page of the tree that is this very block: same tokens in the same slots."""
-        for page in parent.children.get(int(block.tokens[0]), []):
+        for page in parent.children.same(ordered(block.tokens)):
             if page.slots == block.slots and page.rows == block.rows:
                 return page
         return None
