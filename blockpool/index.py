@@ -8,12 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from agentmem.blockpool.lookup import Lookup
 from agentmem.blockpool.page import Page, Piece
 from agentmem.blockpool.rows import (
     AgentRow,
@@ -22,134 +20,31 @@ from agentmem.blockpool.rows import (
     TurnCommit,
     TurnRow,
     agent_columns,
-    agent_row,
     pack,
     page_sum,
     piece_sum,
     row_sum,
     turn_columns,
-    turn_row,
 )
-from agentmem.blockpool.schema import SCHEMA_VERSION, connect
+from agentmem.blockpool.schema import SCHEMA_VERSION
 
 __all__ = ["SCHEMA_VERSION", "AgentRow", "ExtentRow", "Index", "SessionRow", "TurnCommit", "TurnRow"]
 
-PageColumns = tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]
 
-
-class Index:
-    """The rows of one fingerprint. Reads happen at start, writes on the writer thread.
-
-    Readers leave out rows whose checksum is wrong and what depends on them, and count them in `damaged`. `text_identity` is
-    the hash of tokenizer and chat template.
-    """
+class Index(Lookup):
+    """The rows of one fingerprint. Reads happen at start (see `Lookup`), writes on the writer thread."""
 
     def __init__(
         self, path: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True
     ) -> None:
-        self.db = connect(path, durable)
-        self.fingerprint = fingerprint
-        self.text_identity = text_identity
-        self.damaged = 0
+        super().__init__(path, fingerprint, text_identity, durable=durable)
         self._spaces: dict[str, int] = {}
-
-    def close(self) -> None:
-        self.db.close()
-
-    def last_ids(self) -> dict[str, int]:
-        """The highest id of every table whose ids are assigned by the engine."""
-        query = "select coalesce(max(id), 0) from "
-        return {
-            t: self.db.execute(query + t).fetchone()[0] for t in ("pages", "extents", "agents", "sessions")
-        }
-
-    def namespaces(self) -> list[str]:
-        rows = self.db.query("select namespace from spaces where fingerprint = ?", [self.fingerprint])
-        return [r["namespace"] for r in rows]
-
-    def _sound(self, table: str, columns: tuple[Any, ...], total: int) -> bool:
-        if row_sum(table, columns) == total:
-            return True
-        self.damaged += 1
-        return False
-
-    def extents(self) -> Iterator[ExtentRow]:
-        """All extents, those of other fingerprints too."""
-        for *columns, total in self.db.execute("select id, name, space, bytes, created, sum from extents"):
-            if self._sound("extents", tuple(columns), total):
-                yield ExtentRow(columns[0], columns[1], columns[3])
-
-    def pages(self, namespace: str) -> Iterator[PageColumns]:
-        """(id, parent id, raw, tokens, pieces) of a namespace, parents before children (ids grow)."""
-        space = self._find_space(namespace)
-        pieces = self._pieces()
-        seen: set[int] = set()
-        for id_, parent, raw, tokens, total in self.db.execute(
-            "select id, parent, raw, tokens, sum from pages where space = ? order by id", [space]
-        ):
-            if page_sum(id_, space, parent, raw, tokens) != total or (
-                parent is not None and parent not in seen
-            ):
-                self.damaged += 1
-                continue
-            seen.add(id_)
-            yield id_, parent, bool(raw), np.frombuffer(tokens, dtype=np.int32), pieces.get(id_, ())
-
-    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
-        """The pieces of every page, of all spaces."""
-        found: dict[int, tuple[Piece, ...]] = {}
-        for page, page_row, extent, raw, extent_row, rows, total in self.db.execute(
-            "select page, page_row, extent, raw, extent_row, rows, sum from pieces order by page, page_row"
-        ):
-            if piece_sum(page, page_row, extent, raw, extent_row, rows) != total:
-                self.damaged += 1
-                continue
-            piece = Piece(extent, bool(raw), extent_row, page_row, rows)
-            found[page] = (*found[page], piece) if page in found else (piece,)
-        return found
-
-    def agents(self) -> Iterator[AgentRow]:
-        for *columns, total in self.db.execute("select * from agents"):
-            if self._sound("agents", tuple(columns), total):
-                yield agent_row(columns)
-
-    def sessions(self) -> Iterator[SessionRow]:
-        """Every session with its turns, base before fork.
-
-        The head belongs to this fingerprint or is None (state of another one is no use). Turns behind a lost one are left out.
-        """
-        turns = self._turns()
-        known: dict[int, SessionRow] = {}
-        texts = dict(self.db.execute("select id, text from spaces"))
-        spaces = {self._find_space(n) for n in self.namespaces()}
-        for *columns, total in self.db.execute("select * from sessions order by id"):
-            if not self._sound("sessions", tuple(columns), total):
-                continue
-            id_, agent, name, space, head, base, base_turn = columns
-            text = texts.get(space) == self.text_identity
-            row = SessionRow(id_, agent, name, head if space in spaces else None, base, base_turn, text)
-            inherited = known[base].turns if base in known else []
-            row.turns = [t for t in inherited if t.n <= base_turn]
-            for turn in turns.get(id_, []):
-                if turn.n != len(row.turns) + 1:
-                    self.damaged += 1
-                    break
-                row.turns.append(turn)
-            known[id_] = row
-            yield row
-
-    def _turns(self) -> dict[int, list[TurnRow]]:
-        def sound() -> Iterator[tuple[int, TurnRow]]:
-            for *columns, total in self.db.execute("select * from turns order by session, n"):
-                if self._sound("turns", tuple(columns), total):
-                    yield columns[0], turn_row(columns)
-
-        return {s: [t for _, t in group] for s, group in groupby(sound(), key=lambda t: t[0])}
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         """One transaction; durable when it ends."""
         spaces = dict(self._spaces)
+        self._checked.clear()
         try:
             with self.db.atomic():
                 yield self.db.conn.execute
@@ -243,7 +138,8 @@ class Index:
         columns = agent_columns(agent)
         self.db.conn.execute(
             "insert into agents values (?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict (id) do update set "
-            "last_used = excluded.last_used, totals = excluded.totals, policy = excluded.policy, lineage = excluded.lineage, sum = excluded.sum",
+            "last_used = excluded.last_used, totals = excluded.totals, policy = excluded.policy, "
+            "lineage = excluded.lineage, sum = excluded.sum",
             (*columns, row_sum("agents", columns)),
         )
         self._put_copy(agent.id, 0, 0, columns)
@@ -349,19 +245,15 @@ class Index:
         """Fold the WAL into the index file and truncate it."""
         self.db.conn.execute("pragma wal_checkpoint(truncate)")
 
-    def _find_space(self, namespace: str) -> int:
-        """The id of this fingerprint's space of a namespace; -1 when there is none."""
-        row = self.db.execute(
-            "select id from spaces where fingerprint = ? and namespace = ?", [self.fingerprint, namespace]
-        ).fetchone()
-        return row[0] if row is not None else -1
-
     def _space(self, namespace: str) -> int:
         """The same, made where there is none. Within a transaction."""
         if namespace not in self._spaces:
-            self.db.conn.execute(
-                "insert or ignore into spaces (fingerprint, namespace, text) values (?, ?, ?)",
-                (self.fingerprint, namespace, self.text_identity),
-            )
-            self._spaces[namespace] = self._find_space(namespace)
+            space = self._find_space(namespace)
+            if space < 0:
+                space = self.db.execute("select coalesce(max(id), 0) + 1 from spaces").fetchone()[0]
+                columns = (space, self.fingerprint, namespace, self.text_identity)
+                self.db.conn.execute(
+                    "insert into spaces values (?, ?, ?, ?, ?)", (*columns, row_sum("spaces", columns))
+                )
+            self._spaces[namespace] = space
         return self._spaces[namespace]

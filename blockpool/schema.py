@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
+import struct
 import sys
 from pathlib import Path
 
 from sqlite_utils import Database
 
+from agentmem.blockpool.carve import FILE_HEADER, PAGE_SIZE
 from agentmem.errors import StoreError
 
 SCHEMA_VERSION = 2
+_MAGIC = b"SQLite format 3\0"
 
 SCHEMA = """
 create table spaces (id integer primary key, fingerprint text not null, namespace text not null, text text not null,
-    unique (fingerprint, namespace));
+    sum integer not null, unique (fingerprint, namespace));
 create table extents (id integer primary key, name text not null unique, space integer not null references spaces,
     bytes integer not null, created real not null, sum integer not null);
 create table pages (id integer primary key, space integer not null references spaces, parent integer references pages,
@@ -67,9 +72,11 @@ def connect(path: Path, durable: bool) -> Database:
 
     Raises IndexDamaged when it is not readable, StoreError when another release wrote it or the file cannot be used.
     """
+    _check_header(path)
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         for pragma in (
+            f"page_size={PAGE_SIZE}",
             "journal_mode=wal",
             f"synchronous={'full' if durable else 'off'}",
             "foreign_keys=on",
@@ -87,6 +94,27 @@ def connect(path: Path, durable: bool) -> Database:
         connection.close()
         raise
     return Database(connection, execute_plugins=False)
+
+
+def _check_header(path: Path) -> None:
+    """Make the file where there is none, for its owner alone; see damage that would make SQLite take it for another kind of file.
+
+    With a wrong mode byte it would pass over the write-ahead log.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise IndexDamaged("not a regular file")
+        header = os.pread(fd, FILE_HEADER, 0)
+    finally:
+        os.close(fd)
+    if not header:
+        return
+    size, write, read, reserved, *fractions = struct.unpack_from(">H6B", header.ljust(FILE_HEADER, b"\0"), 16)
+    if not header.startswith(_MAGIC) or (size, reserved, *fractions) != (PAGE_SIZE, 0, 64, 32, 32):
+        raise IndexDamaged("not a database")
+    if (write, read) not in ((1, 1), (2, 2)):
+        raise IndexDamaged(f"unknown modes {write} and {read}")
 
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:

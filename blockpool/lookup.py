@@ -1,0 +1,189 @@
+"""The read side of the index: what it says at start, row by row, every row checked against its sum."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from agentmem.blockpool.page import Piece
+from agentmem.blockpool.rows import (
+    AgentRow,
+    ExtentRow,
+    SessionRow,
+    TurnRow,
+    agent_row,
+    page_sum,
+    piece_sum,
+    row_sum,
+    turn_row,
+)
+from agentmem.blockpool.schema import IndexDamaged, connect, is_damage
+
+T = TypeVar("T")
+PageColumns = tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]
+
+
+class Lookup:
+    """An index that is open, and its readers. They are used at start, before anything is written.
+
+    Readers leave out rows whose checksum is wrong and what depends on them, and count them in `damaged`. `text_identity` is
+    the hash of tokenizer and chat template.
+    """
+
+    def __init__(
+        self, path: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True
+    ) -> None:
+        self.db = connect(path, durable)
+        self.fingerprint = fingerprint
+        self.text_identity = text_identity
+        self.damaged = 0
+        self._checked: dict[str, list[Any]] = {}
+
+    def check(self) -> None:
+        """Raises IndexDamaged when the file's structure or any row is not as it was written.
+
+        Reads everything once; the first call of each reader afterwards takes what was read.
+        """
+        try:
+            (verdict,) = self.db.execute("pragma integrity_check(1)").fetchone()
+            if verdict != "ok":
+                raise IndexDamaged(verdict)
+            read: dict[str, list[Any]] = {
+                "extents": list(self.extents()),
+                "agents": list(self.agents()),
+                "sessions": list(self.sessions()),
+                **{f"pages {n}": list(self.pages(n)) for n in self.namespaces()},
+            }
+        except (sqlite3.DatabaseError, ValueError, TypeError) as e:
+            if is_damage(e) or not isinstance(e, sqlite3.DatabaseError):
+                raise IndexDamaged(str(e)) from e
+            raise
+        if self.damaged:
+            raise IndexDamaged(f"{self.damaged} rows are not as they were written")
+        self._checked = read
+
+    def close(self) -> None:
+        self.db.close()
+
+    def last_ids(self) -> dict[str, int]:
+        """The highest id of every table whose ids are assigned by the engine."""
+        query = "select coalesce(max(id), 0) from "
+        return {
+            t: self.db.execute(query + t).fetchone()[0] for t in ("pages", "extents", "agents", "sessions")
+        }
+
+    def namespaces(self) -> list[str]:
+        rows = self.db.query("select namespace from spaces where fingerprint = ?", [self.fingerprint])
+        return [r["namespace"] for r in rows]
+
+    def _sound(self, table: str, columns: tuple[Any, ...], total: int) -> bool:
+        if row_sum(table, columns) == total:
+            return True
+        self.damaged += 1
+        return False
+
+    def extents(self) -> Iterator[ExtentRow]:
+        """All extents, those of other fingerprints too."""
+        return self._once("extents", self._read_extents)
+
+    def pages(self, namespace: str) -> Iterator[PageColumns]:
+        """(id, parent id, raw, tokens, pieces) of a namespace, parents before children (ids grow)."""
+        return self._once(f"pages {namespace}", lambda: self._read_pages(namespace))
+
+    def agents(self) -> Iterator[AgentRow]:
+        return self._once("agents", self._read_agents)
+
+    def sessions(self) -> Iterator[SessionRow]:
+        """Every session with its turns, base before fork.
+
+        The head belongs to this fingerprint or is None (state of another one is no use). Turns behind a lost one are left out.
+        """
+        return self._once("sessions", self._read_sessions)
+
+    def _once(self, name: str, read: Callable[[], Iterator[T]]) -> Iterator[T]:
+        """What the check has read, the first time; later it may have changed."""
+        return iter(self._checked.pop(name)) if name in self._checked else read()
+
+    def _read_extents(self) -> Iterator[ExtentRow]:
+        for *columns, total in self.db.execute("select id, name, space, bytes, created, sum from extents"):
+            if self._sound("extents", tuple(columns), total):
+                yield ExtentRow(columns[0], columns[1], columns[3])
+
+    def _read_pages(self, namespace: str) -> Iterator[PageColumns]:
+        space = self._find_space(namespace)
+        pieces = self._pieces()
+        seen: set[int] = set()
+        for id_, parent, raw, tokens, total in self.db.execute(
+            "select id, parent, raw, tokens, sum from pages where space = ? order by id", [space]
+        ):
+            if page_sum(id_, space, parent, raw, tokens) != total or (
+                parent is not None and parent not in seen
+            ):
+                self.damaged += 1
+                continue
+            seen.add(id_)
+            yield id_, parent, bool(raw), np.frombuffer(tokens, dtype=np.int32), pieces.get(id_, ())
+
+    def _pieces(self) -> dict[int, tuple[Piece, ...]]:
+        """The pieces of every page, of all spaces."""
+        found: dict[int, tuple[Piece, ...]] = {}
+        for page, page_row, extent, raw, extent_row, rows, total in self.db.execute(
+            "select page, page_row, extent, raw, extent_row, rows, sum from pieces order by page, page_row"
+        ):
+            if piece_sum(page, page_row, extent, raw, extent_row, rows) != total:
+                self.damaged += 1
+                continue
+            piece = Piece(extent, bool(raw), extent_row, page_row, rows)
+            found[page] = (*found[page], piece) if page in found else (piece,)
+        return found
+
+    def _read_agents(self) -> Iterator[AgentRow]:
+        for *columns, total in self.db.execute("select * from agents"):
+            if self._sound("agents", tuple(columns), total):
+                yield agent_row(columns)
+
+    def _read_sessions(self) -> Iterator[SessionRow]:
+        turns = self._turns()
+        known: dict[int, SessionRow] = {}
+        texts = self._texts()
+        spaces = {self._find_space(n) for n in self.namespaces()}
+        for *columns, total in self.db.execute("select * from sessions order by id"):
+            if not self._sound("sessions", tuple(columns), total):
+                continue
+            id_, agent, name, space, head, base, base_turn = columns
+            text = texts.get(space) == self.text_identity
+            row = SessionRow(id_, agent, name, head if space in spaces else None, base, base_turn, text)
+            inherited = known[base].turns if base in known else []
+            row.turns = [t for t in inherited if t.n <= base_turn]
+            for turn in turns.get(id_, []):
+                if turn.n != len(row.turns) + 1:
+                    self.damaged += 1
+                    break
+                row.turns.append(turn)
+            known[id_] = row
+            yield row
+
+    def _texts(self) -> dict[int, str]:
+        """The text identity of every space."""
+        rows = self.db.execute("select * from spaces").fetchall()
+        return {r[0]: r[3] for r in rows if self._sound("spaces", r[:-1], r[-1])}
+
+    def _turns(self) -> dict[int, list[TurnRow]]:
+        def sound() -> Iterator[tuple[int, TurnRow]]:
+            for *columns, total in self.db.execute("select * from turns order by session, n"):
+                if self._sound("turns", tuple(columns), total):
+                    yield columns[0], turn_row(columns)
+
+        return {s: [t for _, t in group] for s, group in groupby(sound(), key=lambda t: t[0])}
+
+    def _find_space(self, namespace: str) -> int:
+        """The id of this fingerprint's space of a namespace; -1 when there is none."""
+        row = self.db.execute(
+            "select id from spaces where fingerprint = ? and namespace = ?", [self.fingerprint, namespace]
+        ).fetchone()
+        return row[0] if row is not None else -1
