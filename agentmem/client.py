@@ -11,9 +11,12 @@ from typing import Any, Literal, Self, overload
 
 import httpx
 
-from agentmem.daemon import DaemonNotRunning, DaemonRecord, Endpoint, find_endpoint, running_daemon
+from agentmem.async_client import AsyncAgentMemClient
+from agentmem.daemon import DaemonNotRunning, DaemonRecord, find_endpoint, running_daemon
 from agentmem.streams import AsyncChatStream, ChatStream
+from agentmem.transfers import Download, Progress, Upload, export_call, import_query
 from agentmem.wire import (
+    READ_TIMEOUT_S,
     Call,
     ChatResult,
     History,
@@ -23,6 +26,7 @@ from agentmem.wire import (
     chat_call,
     decode,
     explain_call,
+    http_options,
     result_of,
     transport_error,
 )
@@ -37,19 +41,6 @@ __all__ = [
     "DaemonRecord",
     "running_daemon",
 ]
-
-CONNECT_TIMEOUT_S = 5.0
-READ_TIMEOUT_S = 600.0
-
-
-def _http_options(endpoint: Endpoint, timeout: float) -> dict[str, Any]:
-    # trust_env=False: a proxy named in the environment must never see the token.
-    return {
-        "base_url": endpoint.url,
-        "headers": {"authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
-        "timeout": httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_S),
-        "trust_env": False,
-    }
 
 
 class AgentMemClient:
@@ -70,7 +61,7 @@ class AgentMemClient:
     ) -> None:
         self.endpoint = find_endpoint(url, token, home)
         self.namespace = namespace
-        self._http = httpx.Client(**_http_options(self.endpoint, timeout))
+        self._http = httpx.Client(**http_options(self.endpoint, timeout))
 
     @overload
     def chat(
@@ -167,6 +158,51 @@ class AgentMemClient:
         """Why the last turn was reused as far as it was. Raises NotFound."""
         return self._ask(explain_call(name, self.namespace, session))
 
+    def export(
+        self, name: str, path: str | Path, *, force: bool = False, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """Write everything an agent remembers into one file: `{"path", "bytes"}`. `progress` hears (bytes, of how many).
+
+        Raises NotFound, and AlreadyExists unless `force` may replace the file.
+        """
+        call = export_call(name, self.namespace)
+        with Download(path, force, progress) as file:
+            try:
+                with self._http.stream(call.method, call.path, json=call.body, params=call.query) as response:
+                    if not response.is_success:
+                        response.read()
+                        decode(response)
+                    for piece in response.iter_bytes(1 << 20):
+                        file.write(piece, response)
+            except httpx.TransportError as cause:
+                raise transport_error(self.endpoint, cause) from cause
+            return file.finish()
+
+    def import_agent(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        trust: bool = False,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Make an agent of an exported file, under its old name or `name`: `{"agent": AgentInfo, "kept", …}`.
+
+        `kept` is "state", "tokens" or "messages": what of it is of use to this daemon. `trust` lets other agents share its state.
+        Raises BadArchive, and AlreadyExists unless `force` may replace an agent.
+        """
+        upload = Upload(path, progress)
+        query = import_query(self.namespace, name, trust, force)
+        try:
+            return decode(
+                self._http.post(
+                    "/v1/agents/import", content=upload.pieces(), headers=upload.headers, params=query
+                )
+            )
+        except httpx.TransportError as cause:
+            raise transport_error(self.endpoint, cause) from cause
+
     def health(self) -> dict[str, Any]:
         return self._ask(Call("GET", "/health"))
 
@@ -191,140 +227,5 @@ class AgentMemClient:
     def _ask(self, call: Call) -> dict[str, Any]:
         try:
             return decode(self._http.request(call.method, call.path, json=call.body, params=call.query))
-        except httpx.TransportError as cause:
-            raise transport_error(self.endpoint, cause) from cause
-
-
-class AsyncAgentMemClient:
-    """`AgentMemClient` for asyncio: the same methods, awaited."""
-
-    def __init__(
-        self,
-        url: str | None = None,
-        token: str | None = None,
-        home: str | Path | None = None,
-        *,
-        namespace: str = "default",
-        timeout: float = READ_TIMEOUT_S,
-    ) -> None:
-        self.endpoint = find_endpoint(url, token, home)
-        self.namespace = namespace
-        self._http = httpx.AsyncClient(**_http_options(self.endpoint, timeout))
-
-    @overload
-    async def chat(
-        self,
-        agent: str,
-        messages: str | list[Message],
-        *,
-        stream: Literal[False] = False,
-        session: str | None = None,
-        history: History | None = None,
-        **options: Any,
-    ) -> ChatResult: ...
-
-    @overload
-    async def chat(
-        self,
-        agent: str,
-        messages: str | list[Message],
-        *,
-        stream: Literal[True],
-        session: str | None = None,
-        history: History | None = None,
-        **options: Any,
-    ) -> AsyncChatStream: ...
-
-    async def chat(
-        self,
-        agent: str,
-        messages: str | list[Message],
-        *,
-        stream: bool = False,
-        session: str | None = None,
-        history: History | None = None,
-        **options: Any,
-    ) -> ChatResult | AsyncChatStream:
-        """See `AgentMemClient.chat`."""
-        if stream:
-            return await self.stream_chat(agent, messages, session=session, history=history, **options)
-        call = chat_call(agent, messages, self.namespace, session, history, False, options)
-        return result_of(await self._ask(call))
-
-    async def stream_chat(
-        self,
-        agent: str,
-        messages: str | list[Message],
-        *,
-        session: str | None = None,
-        history: History | None = None,
-        **options: Any,
-    ) -> AsyncChatStream:
-        """See `AgentMemClient.stream_chat`."""
-        call = chat_call(agent, messages, self.namespace, session, history, True, options)
-        request = self._http.build_request(call.method, call.path, json=call.body)
-        try:
-            response = await self._http.send(request, stream=True)
-            if not response.is_success:
-                await response.aread()
-                decode(response)
-        except httpx.TransportError as cause:
-            raise transport_error(self.endpoint, cause) from cause
-        return AsyncChatStream(response, self.endpoint)
-
-    async def agents(self) -> list[dict[str, Any]]:
-        """See `AgentMemClient.agents`."""
-        return (await self._ask(Call("GET", "/v1/agents", query={"namespace": self.namespace})))["data"]
-
-    async def agent(self, name: str) -> dict[str, Any]:
-        """See `AgentMemClient.agent`."""
-        return await self._ask(agent_call("GET", name, self.namespace))
-
-    async def warm(self, name: str) -> dict[str, Any]:
-        """See `AgentMemClient.warm`."""
-        return await self._ask(agent_call("POST", name, self.namespace, "warm"))
-
-    async def evict(self, name: str) -> dict[str, Any]:
-        """See `AgentMemClient.evict`."""
-        return await self._ask(agent_call("POST", name, self.namespace, "evict"))
-
-    async def forget(self, name: str) -> dict[str, Any]:
-        """See `AgentMemClient.forget`."""
-        return await self._ask(agent_call("DELETE", name, self.namespace))
-
-    async def append(
-        self, name: str, messages: str | list[Message], *, session: str | None = None, role: str = "user"
-    ) -> dict[str, Any]:
-        """See `AgentMemClient.append`."""
-        return await self._ask(append_call(name, messages, self.namespace, session, role))
-
-    async def explain(self, name: str, session: str | None = None) -> dict[str, Any]:
-        """See `AgentMemClient.explain`."""
-        return await self._ask(explain_call(name, self.namespace, session))
-
-    async def health(self) -> dict[str, Any]:
-        return await self._ask(Call("GET", "/health"))
-
-    async def models(self) -> list[dict[str, Any]]:
-        return (await self._ask(Call("GET", "/v1/models")))["data"]
-
-    async def store(self) -> dict[str, Any]:
-        """See `AgentMemClient.store`."""
-        return await self._ask(Call("GET", "/v1/store"))
-
-    async def close(self) -> None:
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def _ask(self, call: Call) -> dict[str, Any]:
-        try:
-            return decode(await self._http.request(call.method, call.path, json=call.body, params=call.query))
         except httpx.TransportError as cause:
             raise transport_error(self.endpoint, cause) from cause

@@ -23,7 +23,9 @@ from agentmem.engine.memory import Agent, Memory
 from agentmem.engine.planner import Planner
 from agentmem.engine.request import AgentInfo, ChatRequest, Event, Failed, Finished, State, Ticket
 from agentmem.engine.sequence import Sequence
+from agentmem.engine.transfer import Transfer
 from agentmem.errors import AgentMemError, ModelUnavailable, NotFound, Overloaded, StoreError
+from agentmem.model.identity import text_identity
 from agentmem.model.loaded import LoadedModel, Progress, load
 from agentmem.quant import blas
 from agentmem.quant.device import backend, leave_thread
@@ -131,6 +133,7 @@ class Runtime:
         self._store = Store(
             settings.paths.store,
             self._fingerprint,
+            text_identity(model.identity),
             durable=settings.commit != "none",
             wake=lambda: self._engine.wake(),
         )
@@ -147,6 +150,8 @@ class Runtime:
             model, self._memory, self._pool, self._store, planner, chosen(self._self_test),
             chunk_tokens=settings.chunk_tokens, queue_limit=settings.queue_limit, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
+        recall = self._engine.recall
+        self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
     def close(self) -> None:
         """End running replies (they are kept), finish writing, stop the engine."""

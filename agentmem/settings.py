@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     allowed_hosts: list[str] = Field(default_factory=list)
     allowed_origins: list[str] = Field(default_factory=list)
     max_body: ByteSize = Field(default=ByteSize(64 << 20))
+    max_import: ByteSize = Field(default=ByteSize(16 << 30), description="bytes of a file to import")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("home")

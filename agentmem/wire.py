@@ -25,6 +25,9 @@ from agentmem.errors import (
     Unauthorized,
 )
 
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 600.0
+
 Message = dict[str, Any]
 History = Literal["client", "server"]
 
@@ -57,6 +60,17 @@ class Call(NamedTuple):
     path: str
     body: dict[str, Any] | None = None
     query: dict[str, str] | None = None
+
+
+def http_options(endpoint: Endpoint, timeout: float) -> dict[str, Any]:
+    """What every HTTP client of ours is made with; `timeout` in seconds, from one byte of an answer to the next."""
+    # trust_env=False: a proxy named in the environment must never see the token.
+    return {
+        "base_url": endpoint.url,
+        "headers": {"authorization": f"Bearer {endpoint.token}"} if endpoint.token else {},
+        "timeout": httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_S),
+        "trust_env": False,
+    }
 
 
 def chat_call(

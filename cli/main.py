@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 import agentmem
-from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, talk
+from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, talk, transfer
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.output import print_json
 from agentmem.errors import AgentMemError
@@ -94,6 +94,8 @@ for command in (
     agents.warm,
     agents.evict,
     agents.forget,
+    transfer.export_agent,
+    transfer.import_agent,
     agents.models,
     doctor.doctor,
     bench.bench,

@@ -20,8 +20,8 @@ FOLDERS = {
     "agentmem": ROOT / "agentmem",
 }
 CLIENT_SIDE = {
-    "agentmem", "agentmem.client", "agentmem.daemon", "agentmem.errors", "agentmem.home", "agentmem.settings",
-    "agentmem.streams", "agentmem.wire",
+    "agentmem", "agentmem.async_client", "agentmem.client", "agentmem.daemon", "agentmem.errors", "agentmem.home",
+    "agentmem.settings", "agentmem.streams", "agentmem.transfers", "agentmem.wire",
 }  # fmt: skip
 # What each room may import of us, besides itself.
 ALLOWED = {

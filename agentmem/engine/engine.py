@@ -304,7 +304,7 @@ class Engine:
         assert sequence.agent is not None
         assert sequence.session is not None
         try:
-            root = self.pool.tree(sequence.request.namespace).root
+            root = self.pool.tree(sequence.agent.row.space).root
             last = sequence.table.settle(root)
         except Overloaded as error:
             sequence.phase = "restoring"

@@ -16,6 +16,7 @@ from agentmem.blockpool.page import Match, Page, Piece, match_chain
 from agentmem.blockpool.pool import Pool, clip
 from agentmem.blockpool.store import Store
 from agentmem.engine.conversation import Conversation, Tokenizer
+from agentmem.errors import AlreadyExists
 
 Done = Callable[[int, Exception | None], None]
 
@@ -34,6 +35,12 @@ class Session:
     unlogged: list[TurnRow] = field(default_factory=list)
     busy: bool = False
     log_bytes: int = 0
+
+    def replay(self) -> None:
+        """Build the conversation from the log. Precondition: it is empty."""
+        for turn in self.row.turns:
+            self.conversation.apply(turn)
+            self.log_bytes += _log_bytes(turn)
 
 
 @dataclass(eq=False, slots=True)
@@ -70,6 +77,7 @@ class Memory:
         self._writing = False
         self._zombies: list[Page] = []
         self._ids: dict[str, int] = {}
+        self.reserved: set[tuple[str, str]] = set()
 
     def load(self) -> None:
         """Read agents, token logs and page trees from the index. Called once, before any request."""
@@ -81,9 +89,7 @@ class Memory:
         agents = {row.id: Agent(row) for row in index.agents()}
         for row in index.sessions():
             session = Session(row, Conversation(self._tokenizer))
-            for turn in row.turns:
-                session.conversation.apply(turn)
-                session.log_bytes += _log_bytes(turn)
+            session.replay()
             self._move_head(session, pages.get(row.head) if row.head is not None else None)
             session.stored_head = session.head
             agents[row.agent].sessions[row.name] = session
@@ -96,16 +102,30 @@ class Memory:
         return [a for (ns, _), a in sorted(self._agents.items()) if namespace in (None, ns)]
 
     def open(self, namespace: str, agent: str, session: str) -> tuple[Agent, Session]:
-        """The agent and its session, made now where they do not exist; only a committed turn makes them last."""
+        """The agent and its session, made now where they do not exist; only a committed turn makes them last.
+
+        Raises AlreadyExists while an agent of this name is being imported.
+        """
+        if (namespace, agent) in self.reserved:
+            raise AlreadyExists(
+                f"agent {agent!r} is being imported; try again when that is over", param="agent"
+            )
         owner = self._agents.get((namespace, agent))
         if owner is None:
             now = time.time()
-            owner = Agent(AgentRow(self._next("agents"), namespace, agent, now, now, {}))
+            owner = Agent(AgentRow(self.next_id("agents"), namespace, agent, now, now, {}))
             self._agents[namespace, agent] = owner
         if session not in owner.sessions:
-            row = SessionRow(self._next("sessions"), owner.row.id, session, None)
+            row = SessionRow(self.next_id("sessions"), owner.row.id, session, None)
             owner.sessions[session] = Session(row, Conversation(self._tokenizer))
         return owner, owner.sessions[session]
+
+    def attach(self, agent: Agent, heads: dict[str, Page | None]) -> None:
+        """Take in an agent that the index knows; `heads` has the last page of each session."""
+        self._agents[agent.row.namespace, agent.row.name] = agent
+        for name, session in agent.sessions.items():
+            self._move_head(session, heads[name])
+            session.stored_head = session.head
 
     def close_unused(self, agent: Agent, session: Session) -> None:
         """Forget a session, and an agent, that never got a turn."""
@@ -114,17 +134,18 @@ class Memory:
             if not agent.sessions:
                 self._agents.pop((agent.row.namespace, agent.row.name), None)
 
-    def _next(self, table: str) -> int:
+    def next_id(self, table: str) -> int:
+        """The id of a new row of `agents`, `sessions`, `pages` or `extents`."""
         self._ids[table] += 1
         return self._ids[table]
 
-    def match(self, namespace: str, session: Session, ids: list[int]) -> Match:
-        """The longest prefix of `ids` with state: the session's own where it is as long as any other's of the namespace."""
+    def match(self, agent: Agent, session: Session, ids: list[int]) -> Match:
+        """The longest prefix of `ids` with state: the session's own where it is as long as any other's of the agent's space."""
         wanted = np.asarray(ids, dtype=np.int32)
         own = match_chain(session.head, wanted) if session.head is not None else Match([], 0, 0)
         if own.tokens == len(wanted):
             return own
-        shared = self.pool.tree(namespace).match(wanted)
+        shared = self.pool.tree(agent.row.space).match(wanted)
         return own if own.tokens >= shared.tokens else shared
 
     def finish(self, agent: Agent, session: Session, turn: TurnRow, head: Page | None, done: Done) -> None:
@@ -190,7 +211,7 @@ class Memory:
             pending.done(written or 0, error)
             self.pump()
 
-        self.store.commit(commit, rows.data(pending.agent.row.namespace), done)
+        self.store.commit(commit, rows.data(pending.agent.row.space), done)
 
     def _last_kept(self, pending: _Pending) -> Page | None:
         """The turn's head, or the page before the first that left RAM unwritten (possible only after a failed write)."""
@@ -242,7 +263,7 @@ class Memory:
         del self._agents[agent.row.namespace, agent.row.name]
         for session in agent.sessions.values():
             self._move_head(session, None)
-        pages = sorted(self.pool.tree(agent.row.namespace).pages(), key=lambda p: -p.start)
+        pages = sorted(self.pool.tree(agent.row.space).pages(), key=lambda p: -p.start)
         gone = [page.id for page in pages if self._discard_if_unused(page) and page.id is not None]
         self._zombies = [p for p in self._zombies if p.pins or p.heads or p.children]
         self.store.forget(agent.row.id, gone, done)
@@ -280,10 +301,10 @@ class Memory:
         self.store.quarantine(bad, gone, bare, heads)
 
     def next_extent(self) -> ExtentRow:
-        return ExtentRow(self._next("extents"), "", 0)
+        return ExtentRow(self.next_id("extents"), "", 0)
 
     def next_page(self) -> int:
-        return self._next("pages")
+        return self.next_id("pages")
 
 
 def _log_bytes(turn: TurnRow) -> int:
@@ -341,7 +362,7 @@ class _Rows:
         tokens = np.array(self._packed_tokens + self._raw_tokens, np.int32)
         own = self.extent.id
         records = [
-            self._record(p, pieces, own, names) for p, pieces in zip(self._pages, self.pieces, strict=True)
+            page_record(p, pieces, own, names) for p, pieces in zip(self._pages, self.pieces, strict=True)
         ]
 
         def data() -> ExtentData:
@@ -350,14 +371,14 @@ class _Rows:
 
         return data
 
-    @staticmethod
-    def _record(page: Page, pieces: tuple[Piece, ...], own: int, names: dict[int, str]) -> dict[str, Any]:
-        """From these records the index of pages can be rebuilt; `null` as extent means the extent that holds the record."""
-        assert page.parent is not None
-        return {
-            "key": page.key.hex(),
-            "parent": page.parent.key.hex(),
-            "raw": page.raw,
-            "rows": page.rows,
-            "pieces": [[None if p.extent == own else names[p.extent], *p[1:]] for p in pieces],
-        }
+
+def page_record(page: Page, pieces: tuple[Piece, ...], own: int, names: dict[int, str]) -> dict[str, Any]:
+    """From these records the index of pages can be rebuilt; `null` as extent means the extent that holds the record."""
+    assert page.parent is not None
+    return {
+        "key": page.key.hex(),
+        "parent": page.parent.key.hex(),
+        "raw": page.raw,
+        "rows": page.rows,
+        "pieces": [[None if p.extent == own else names[p.extent], *p[1:]] for p in pieces],
+    }

@@ -99,7 +99,8 @@ class Planner:
         """Choose the remembered prefix; its pages stay pinned until the table holds them. At least one token is left to feed."""
         session = sequence.session
         assert session is not None
-        match = self._memory.match(sequence.request.namespace, session, sequence.ids)
+        assert sequence.agent is not None
+        match = self._memory.match(sequence.agent, session, sequence.ids)
         reuse = min(match.tokens, len(sequence.ids) - int(sequence.generate))
         sequence.match, sequence.reused = match, reuse
         in_ram = all(p.slots is not None for p in match.pages)

@@ -20,6 +20,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def text_identity(identity: dict[str, str]) -> str:
+    """What a model's token ids belong to: the hash of its tokenizer and chat template."""
+    return digest([identity["tokenizer"], identity["chat_template"]])
+
+
 def file_sha256(path: Path, progress: Progress | None = None) -> str:
     """sha256 of a file's bytes."""
     total = max(1, path.stat().st_size)

@@ -19,6 +19,7 @@ from agentmem.server.errors import ErrorBody, install_handlers
 from agentmem.server.metrics import Metrics
 from agentmem.server.security import Bodies, Gate, Lock
 from agentmem.server.service import Service
+from agentmem.server.transfer import transfer_router
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "the request is refused"},
@@ -33,6 +34,7 @@ def create_app(service: Service, token: str) -> FastAPI:
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, responses=FAILURES)
     install_handlers(app)
     app.include_router(completions_router(service))
+    app.include_router(transfer_router(service))
     app.include_router(agents_router(service))
     app.include_router(daemon_router(service))
     # The last one added is the first to see a request.

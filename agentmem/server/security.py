@@ -17,6 +17,7 @@ from agentmem.settings import Settings
 
 LOOPBACK_HOSTS = ("127.0.0.1", "[::1]", "localhost")
 WILDCARD_HOSTS = ("0.0.0.0", "::", "")
+UPLOAD = "/v1/agents/import"
 INFERENCE = re.compile(r"/v1/(chat/completions|models(/.*)?)")
 BODY_TIMEOUT_S = 60.0
 
@@ -127,19 +128,25 @@ def _tokens(headers: Headers) -> Iterable[bytes]:
 class Bodies:
     """Lets only JSON bodies through, up to `max_body` bytes that arrive in time; routes see them whole.
 
-    JSON only, because the content types that a foreign page may post without asking first are not JSON.
+    JSON only, because the content types that a foreign page may post without asking first are not JSON. The one exception is an
+    import: up to `max_import` bytes of octet-stream, which no such page may send either; its route sees them as they come.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.limit = int(settings.max_body)
+        self.upload_limit = int(settings.max_import)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        if scope["method"] == "POST" and scope["path"] == UPLOAD:
+            await self._upload(headers, scope, receive, send)
+            return
         try:
-            body = await asyncio.wait_for(self._read(Headers(scope=scope), receive), BODY_TIMEOUT_S)
+            body = await asyncio.wait_for(self._read(headers, receive), BODY_TIMEOUT_S)
         except TimeoutError:
             await refuse(TooSlow("the body did not arrive in time"), scope, receive, send)
         except AgentMemError as error:
@@ -150,7 +157,7 @@ class Bodies:
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body; None when the client left before its end."""
-        self._check_head(headers)
+        _check_head(headers, self.limit, "application/json")
         body = bytearray()
         while True:
             message = await receive()
@@ -158,23 +165,50 @@ class Bodies:
                 return None
             body += message.get("body", b"")
             if len(body) > self.limit:
-                raise self._too_large()
+                raise _too_large(self.limit)
             if not message.get("more_body", False):
                 return bytes(body)
 
-    def _check_head(self, headers: Headers) -> None:
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdecimal()):
-            raise BadRequest("the Content-Length is not a number")
-        if int(length) > self.limit:
-            raise self._too_large()
-        has_body = int(length) > 0 or "transfer-encoding" in headers
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if has_body and kind != "application/json":
-            raise WrongContentType("send the body as Content-Type: application/json")
+    async def _upload(self, headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a body on as it comes: each part in time, and not more than fits."""
+        left, over = self.upload_limit, False
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is larger than {self.limit} bytes")
+        async def counted() -> Message:
+            nonlocal left, over
+            if over:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+            except TimeoutError:
+                raise TooSlow("the body did not arrive in time") from None
+            left -= len(message.get("body", b""))
+            over = not message.get("more_body", False)
+            if left < 0:
+                raise _too_large(self.upload_limit)
+            return message
+
+        try:
+            _check_head(headers, self.upload_limit, "application/octet-stream")
+        except AgentMemError as error:
+            await refuse(error, scope, receive, send)
+        else:
+            await self.app(scope, counted, send)
+
+
+def _check_head(headers: Headers, limit: int, wanted: str) -> None:
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdecimal()):
+        raise BadRequest("the Content-Length is not a number")
+    if int(length) > limit:
+        raise _too_large(limit)
+    has_body = int(length) > 0 or "transfer-encoding" in headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if has_body and kind != wanted:
+        raise WrongContentType(f"send the body as Content-Type: {wanted}")
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body is larger than {limit} bytes")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

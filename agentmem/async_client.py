@@ -1,0 +1,211 @@
+"""The daemon over HTTP for asyncio programs: `AsyncAgentMemClient`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+import httpx
+
+from agentmem.daemon import find_endpoint
+from agentmem.streams import AsyncChatStream
+from agentmem.transfers import Download, Progress, Upload, export_call, import_query
+from agentmem.wire import (
+    READ_TIMEOUT_S,
+    Call,
+    ChatResult,
+    History,
+    Message,
+    agent_call,
+    append_call,
+    chat_call,
+    decode,
+    explain_call,
+    http_options,
+    result_of,
+    transport_error,
+)
+
+
+class AsyncAgentMemClient:
+    """`agentmem.client.AgentMemClient` for asyncio: the same methods, awaited."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        home: str | Path | None = None,
+        *,
+        namespace: str = "default",
+        timeout: float = READ_TIMEOUT_S,
+    ) -> None:
+        self.endpoint = find_endpoint(url, token, home)
+        self.namespace = namespace
+        self._http = httpx.AsyncClient(**http_options(self.endpoint, timeout))
+
+    @overload
+    async def chat(
+        self,
+        agent: str,
+        messages: str | list[Message],
+        *,
+        stream: Literal[False] = False,
+        session: str | None = None,
+        history: History | None = None,
+        **options: Any,
+    ) -> ChatResult: ...
+
+    @overload
+    async def chat(
+        self,
+        agent: str,
+        messages: str | list[Message],
+        *,
+        stream: Literal[True],
+        session: str | None = None,
+        history: History | None = None,
+        **options: Any,
+    ) -> AsyncChatStream: ...
+
+    async def chat(
+        self,
+        agent: str,
+        messages: str | list[Message],
+        *,
+        stream: bool = False,
+        session: str | None = None,
+        history: History | None = None,
+        **options: Any,
+    ) -> ChatResult | AsyncChatStream:
+        """See `AgentMemClient.chat`."""
+        if stream:
+            return await self.stream_chat(agent, messages, session=session, history=history, **options)
+        call = chat_call(agent, messages, self.namespace, session, history, False, options)
+        return result_of(await self._ask(call))
+
+    async def stream_chat(
+        self,
+        agent: str,
+        messages: str | list[Message],
+        *,
+        session: str | None = None,
+        history: History | None = None,
+        **options: Any,
+    ) -> AsyncChatStream:
+        """See `AgentMemClient.stream_chat`."""
+        call = chat_call(agent, messages, self.namespace, session, history, True, options)
+        request = self._http.build_request(call.method, call.path, json=call.body)
+        try:
+            response = await self._http.send(request, stream=True)
+            if not response.is_success:
+                await response.aread()
+                decode(response)
+        except httpx.TransportError as cause:
+            raise transport_error(self.endpoint, cause) from cause
+        return AsyncChatStream(response, self.endpoint)
+
+    async def agents(self) -> list[dict[str, Any]]:
+        """See `AgentMemClient.agents`."""
+        return (await self._ask(Call("GET", "/v1/agents", query={"namespace": self.namespace})))["data"]
+
+    async def agent(self, name: str) -> dict[str, Any]:
+        """See `AgentMemClient.agent`."""
+        return await self._ask(agent_call("GET", name, self.namespace))
+
+    async def warm(self, name: str) -> dict[str, Any]:
+        """See `AgentMemClient.warm`."""
+        return await self._ask(agent_call("POST", name, self.namespace, "warm"))
+
+    async def evict(self, name: str) -> dict[str, Any]:
+        """See `AgentMemClient.evict`."""
+        return await self._ask(agent_call("POST", name, self.namespace, "evict"))
+
+    async def forget(self, name: str) -> dict[str, Any]:
+        """See `AgentMemClient.forget`."""
+        return await self._ask(agent_call("DELETE", name, self.namespace))
+
+    async def append(
+        self, name: str, messages: str | list[Message], *, session: str | None = None, role: str = "user"
+    ) -> dict[str, Any]:
+        """See `AgentMemClient.append`."""
+        return await self._ask(append_call(name, messages, self.namespace, session, role))
+
+    async def explain(self, name: str, session: str | None = None) -> dict[str, Any]:
+        """See `AgentMemClient.explain`."""
+        return await self._ask(explain_call(name, self.namespace, session))
+
+    async def export(
+        self, name: str, path: str | Path, *, force: bool = False, progress: Progress | None = None
+    ) -> dict[str, Any]:
+        """See `AgentMemClient.export`."""
+        call = export_call(name, self.namespace)
+        with Download(path, force, progress) as file:
+            try:
+                async with self._http.stream(
+                    call.method, call.path, json=call.body, params=call.query
+                ) as response:
+                    if not response.is_success:
+                        await response.aread()
+                        decode(response)
+                    async for piece in response.aiter_bytes(1 << 20):
+                        await asyncio.to_thread(file.write, piece, response)
+            except httpx.TransportError as cause:
+                raise transport_error(self.endpoint, cause) from cause
+            return await asyncio.to_thread(file.finish)
+
+    async def import_agent(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        trust: bool = False,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """See `AgentMemClient.import_agent`."""
+        upload = Upload(path, progress)
+        query = import_query(self.namespace, name, trust, force)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            source = upload.pieces()
+            while piece := await asyncio.to_thread(next, source, b""):
+                yield piece
+
+        try:
+            return decode(
+                await self._http.post(
+                    "/v1/agents/import", content=pieces(), headers=upload.headers, params=query
+                )
+            )
+        except httpx.TransportError as cause:
+            raise transport_error(self.endpoint, cause) from cause
+
+    async def health(self) -> dict[str, Any]:
+        return await self._ask(Call("GET", "/health"))
+
+    async def models(self) -> list[dict[str, Any]]:
+        return (await self._ask(Call("GET", "/v1/models")))["data"]
+
+    async def store(self) -> dict[str, Any]:
+        """See `AgentMemClient.store`."""
+        return await self._ask(Call("GET", "/v1/store"))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _ask(self, call: Call) -> dict[str, Any]:
+        try:
+            return decode(await self._http.request(call.method, call.path, json=call.body, params=call.query))
+        except httpx.TransportError as cause:
+            raise transport_error(self.endpoint, cause) from cause
