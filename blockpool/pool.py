@@ -6,21 +6,31 @@ free slot -- take --> held by a working table or a restore -- adopt/settle --> p
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Collection
 
 import numpy as np
 
 from agentmem.blockpool.arena import make_arena
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page, PageTree, Piece
+from agentmem.blockpool.reclaim import worth
 from agentmem.blockpool.slots import Slots
 from agentmem.errors import Overloaded
+
+RECOMPUTE = 50.0
+"""How many times as long it takes to prefill a page as to read it from disk; measured: 4 to 200."""
+
+HALF_LIFE = 600.0
+SLACK = 100
 
 
 class Pool:
     """Arena, slots and page trees of one fingerprint.
 
-    Invariants: a pinned page keeps its slots; a page is evicted only when its rows are on disk (or may be lost, when
-    `lossy`); bytes in use never exceed the arena, which is allocated once.
+    Invariants: a pinned page keeps its slots; a page is evicted only when its rows are on disk, or may be lost (it is
+    `volatile`, or the pool is `lossy`); bytes in use never exceed the arena, which is allocated once.
+
+    `protected` names pages that leave RAM only when nothing else can. `lost` gathers pages that left it unwritten.
     """
 
     def __init__(self, geometry: Geometry, budget_bytes: int, fingerprint: str) -> None:
@@ -30,6 +40,8 @@ class Pool:
         self.slots = Slots(self.arena.slots)
         self.lossy = False
         self.evictions = 0
+        self.protected: Callable[[], Collection[Page]] = set
+        self.lost: list[Page] = []
         self._trees: dict[str, PageTree] = {}
         self._resident: dict[Page, None] = {}
 
@@ -50,7 +62,7 @@ class Pool:
         return (self.slots.count - self.slots.free) * self.geometry.slot_bytes
 
     def take(self, n: int) -> tuple[int, ...]:
-        """`n` slots, evicting the least recently used pages when none are free.
+        """`n` slots, evicting the pages that are worth least when none are free.
 
         Raises Overloaded, having evicted what it could, when pinned or unwritten pages hold the rest.
         """
@@ -59,20 +71,37 @@ class Pool:
         return tuple(self.slots.take(n))
 
     def _make_room(self, n: int) -> None:
-        idle = sorted(
-            (p for p in self._resident if self._evictable(p)), key=lambda p: (p.last_used, -p.start)
-        )
-        for page in idle:
-            if self.slots.free >= n:
-                return
-            self.evict(page)
+        """Free `n` slots and a few more, so that a full pool is not sorted for every page."""
+        wanted = min(self.slots.count, n + self.slots.count // SLACK)
+        protected, now = self.protected(), time.monotonic()
+
+        def rank(page: Page) -> tuple[bool, float, int]:
+            seconds = RECOMPUTE if page.pieces is None else 1.0
+            return page in protected, worth(seconds, 1, now - page.last_used, HALF_LIFE), -page.start
+
+        while self.slots.free < wanted:
+            idle = sorted(filter(self._evictable, self._resident), key=rank)
+            if not idle:
+                break
+            for page in idle:
+                if self.slots.free >= (n if page in protected else wanted):
+                    break
+                if self._evictable(page):
+                    self.evict(page)
+            else:
+                continue
+            break
         if self.slots.free < n:
             raise Overloaded(
                 f"{n} KV slots needed, {self.slots.free} free; the rest is in use or not yet on disk"
             )
 
     def _evictable(self, page: Page) -> bool:
-        return page.pins == 0 and (page.pieces is not None or self.lossy)
+        if page.pins:
+            return False
+        if page.pieces is None and not self.lossy:
+            return page.volatile and not any(c.stored for c in page.children)
+        return True
 
     def settle(self, page: Page, slots: tuple[int, ...]) -> None:
         """`page` now lies in `slots`; the caller's reference passes to the page."""
@@ -83,13 +112,18 @@ class Pool:
 
     def evict(self, page: Page) -> int:
         """Free a page's slots; returns the bytes that became free."""
+        self.evictions += 1
+        if page.pieces is None:
+            self.lost.append(page)
+        return self._free(page)
+
+    def _free(self, page: Page) -> int:
         assert page.pins == 0
         assert page.slots is not None
         before = self.slots.free
         self.slots.release(page.slots)
         page.slots = None
         del self._resident[page]
-        self.evictions += 1
         return (self.slots.free - before) * self.geometry.slot_bytes
 
     def release(self, slots: tuple[int, ...]) -> None:
@@ -110,7 +144,7 @@ class Pool:
     def discard(self, page: Page) -> None:
         """Take a page without children out of RAM and out of the tree."""
         if page.slots is not None:
-            self.evict(page)
+            self._free(page)
         self.tree_of(page).remove(page)
         page.pieces = None
 
