@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Matrices of tiny models are too small to share: a second thread only waits, and burns as much time again.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import agentmem.quant  # noqa: F401
 from tests.tiny_model import save_model

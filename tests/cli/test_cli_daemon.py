@@ -53,6 +53,7 @@ def test_a_wrong_setting_is_a_usage_error(home: Home) -> None:
     assert "ram_budget" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_a_failure_that_says_so(home: Home) -> None:
     result = invoke("up", "--port", "0", "--model", "/no/such/model")
     assert result.exit_code == Exit.FAILURE

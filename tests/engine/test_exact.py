@@ -22,7 +22,7 @@ from tests.engine.uninterrupted import Recorder, Uninterrupted
 
 BETWEEN = ("hot", "evict", "restart")
 TRACES = 204
-PER_TEST = 12
+PER_TEST = 4
 
 
 def recorded(model: LoadedModel, keep: list[np.ndarray]) -> LoadedModel:
@@ -105,11 +105,12 @@ def test_tiny_traces(tmp_path: Path, group: int) -> None:
         )  # fmt: skip
 
 
-def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> None:
     """The same with the arena of a discrete GPU, which MLX updates, and a stage that holds one layer at a time."""
     monkeypatch.setattr(arena, "unified_memory", lambda: False)
     monkeypatch.setattr(recall, "STAGE_WORDS", 4096)
-    for i in range(PER_TEST):
+    for i in (range(3), range(3, 12))[group]:
         rng = random.Random(900_000 + i)
         model = random_model("llama", seed=i)
         check_trace(

@@ -1,4 +1,4 @@
-"""The embedded model, converted once per machine and loaded once per run."""
+"""The embedded model, converted once per machine and loaded once per run; whatever needs it counts as slow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import pytest
 
 from agentmem.home import Home, default_home
 from agentmem.model.loaded import LoadedModel, load
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "embedded" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session")

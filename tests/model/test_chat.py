@@ -31,7 +31,7 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture(params=["embedded", "bytes"], scope="module")
+@pytest.fixture(params=[pytest.param("embedded", marks=pytest.mark.slow), "bytes"], scope="module")
 def tokenizer(request: pytest.FixtureRequest) -> ChatTokenizer:
     if request.param == "bytes":
         return byte_tokenizer()

@@ -51,7 +51,7 @@ def folder(path: Path) -> None:
 DAMAGE = [truncate, flip, delete, replace, empty, folder]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The replies of a home that nothing happened to."""
     runtime = open_runtime(tmp_path_factory.mktemp("undisturbed"))
