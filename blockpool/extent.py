@@ -16,6 +16,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -205,7 +206,12 @@ class Extent:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """A descriptor of a regular file; neither follows a link nor waits for a pipe's other end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ExtentCorrupt("not a regular file")
+    return fd
 
 
 def _state(fd: int) -> tuple[int, int, int]:

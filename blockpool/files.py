@@ -55,10 +55,26 @@ class Files:
             os.close(fd)
 
     def move(self, path: Path, folder: Path) -> None:
-        """Move a file into another folder of the same home."""
+        """Move a file into another folder of the same home. What has its name there already stays."""
         folder.mkdir(mode=0o700, exist_ok=True)
-        os.replace(path, folder / path.name)
+        target, n = folder / path.name, 0
+        while target.exists() or target.is_symlink():
+            n += 1
+            target = folder / f"{path.name}.{n}"
+        os.rename(path, target)
+        self.sync_folder(folder)
         self.sync_folder(path.parent)
+
+    def publish(self, path: Path, target: Path) -> None:
+        """Give a finished file of the same folder its name, durably; replaces what has the name."""
+        if self.durable:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                sync(fd)
+            finally:
+                os.close(fd)
+        os.replace(path, target)
+        self.sync_folder(target.parent)
 
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)

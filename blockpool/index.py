@@ -101,6 +101,16 @@ class Index(Lookup):
                 for turn in session.turns:
                     self._put_turn(agent.id, turn_columns(session.id, turn))
 
+    def add_pages(
+        self, space: str, pages: list[tuple[Page, tuple[Piece, ...]]], extents: list[ExtentRow]
+    ) -> None:
+        """Record pages and the extents of their rows, as they are found when the index is rebuilt."""
+        with self._transaction():
+            number = self._space(space)
+            for extent in extents:
+                self._insert_extent(extent, number, time.time())
+            self._insert_pages(number, pages)
+
     def move_pieces(
         self, extent: ExtentRow, namespace: str, moved: list[tuple[int, tuple[Piece, ...]]]
     ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +26,24 @@ from agentmem.blockpool.rows import (
 )
 from agentmem.blockpool.schema import IndexDamaged, connect, is_damage
 
+_PAIRED = """select (select count(*) from agents) = (select count(*) from copies where session = 0)
+    and (select count(*) from sessions) = (select count(*) from copies where session > 0 and n = 0)
+    and (select count(*) from turns) = (select count(*) from copies where n > 0)"""
+
 T = TypeVar("T")
 PageColumns = tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without the cyclic garbage collector, which would look at all rows again and again while they are read."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Lookup:
@@ -50,22 +68,31 @@ class Lookup:
         Reads everything once; the first call of each reader afterwards takes what was read.
         """
         try:
-            (verdict,) = self.db.execute("pragma integrity_check(1)").fetchone()
-            if verdict != "ok":
-                raise IndexDamaged(verdict)
-            read: dict[str, list[Any]] = {
-                "extents": list(self.extents()),
-                "agents": list(self.agents()),
-                "sessions": list(self.sessions()),
-                **{f"pages {n}": list(self.pages(n)) for n in self.namespaces()},
-            }
+            with collector_paused():
+                self._checked = self._read_all()
         except (sqlite3.DatabaseError, ValueError, TypeError) as e:
-            if is_damage(e) or not isinstance(e, sqlite3.DatabaseError):
-                raise IndexDamaged(str(e)) from e
-            raise
+            if isinstance(e, sqlite3.DatabaseError) and not is_damage(e):
+                raise
+            raise IndexDamaged(str(e)) from e
         if self.damaged:
             raise IndexDamaged(f"{self.damaged} rows are not as they were written")
-        self._checked = read
+
+    def _read_all(self) -> dict[str, list[Any]]:
+        (verdict,) = self.db.execute("pragma integrity_check(1)").fetchone()
+        if verdict != "ok":
+            raise IndexDamaged(verdict)
+        if not self.db.execute(_PAIRED).fetchone()[0]:
+            raise IndexDamaged("rows and their copies do not go together")
+        read: dict[str, list[Any]] = {
+            "extents": list(self.extents()),
+            "agents": list(self.agents()),
+            "sessions": list(self.sessions()),
+            **{f"pages {n}": list(self.pages(n)) for n in self.namespaces()},
+        }
+        pages = {p[0] for name, rows in read.items() if name.startswith("pages ") for p in rows}
+        if any(s.head is not None and s.head not in pages for s in read["sessions"]):
+            raise IndexDamaged("a session ends in a page that is not there")
+        return read
 
     def close(self) -> None:
         self.db.close()

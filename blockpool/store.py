@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import queue
 import shutil
 import sqlite3
@@ -25,6 +26,7 @@ from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
 from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
 from agentmem.blockpool.retired import Retired
+from agentmem.blockpool.salvage import open_index
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +55,17 @@ class Store:
         self.quarantine_folder = folder / "quarantine"
         self.extents.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.files = files or Files(durable)
-        fresh = not (folder / "index.sqlite").exists()
-        self.index = Index(folder / "index.sqlite", fingerprint, text_identity, durable=durable)
+        self.index, self.salvage = open_index(folder, fingerprint, text_identity, self.files)
         self.fingerprint = fingerprint
         self.problem: str | None = None
         self.disk_full = False
-        self.quarantined = 0
+        self.quarantined = len(self.salvage.bad) + len(self.salvage.unused) if self.salvage else 0
         self.bytes_written = 0
         self.completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self.names: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._wake = wake
-        self._sweep(fresh)
+        self._sweep()
         self._quarantine_bytes = _folder_bytes(self.quarantine_folder)
         self._reader = Reader(self.extents)
         self._restores = ThreadPoolExecutor(2, thread_name_prefix="restore-job")
@@ -94,22 +95,23 @@ class Store:
     def size_of(self, extent: int) -> int:
         return self._sizes.get(extent, 0)
 
-    def _sweep(self, fresh: bool) -> None:
-        """Remove what no committed turn refers to. Extents beside a new index are kept apart, not deleted."""
+    def _sweep(self) -> None:
+        """Remove what no committed turn refers to. What is no regular file is not ours and is left alone."""
         for row in self.index.extents():
             self.names[row.id] = row.name
             self._sizes[row.id] = row.bytes
         known = set(self.names.values())
-        for path in list(self.extents.iterdir()):
-            if path.name in known or path.suffix not in (TEMPORARY, SUFFIX):
+        with os.scandir(self.extents) as entries:
+            strangers = [e for e in entries if e.name not in known]
+        for entry in strangers:
+            if not entry.name.endswith((TEMPORARY, SUFFIX)):
                 continue
             try:
-                if fresh and path.suffix == SUFFIX:
-                    self.files.move(path, self.quarantine_folder)
-                else:
-                    path.unlink()
+                if not entry.is_file(follow_symlinks=False):
+                    raise OSError(errno.EINVAL, "not a regular file")
+                self.files.unlink(Path(entry.path))
             except OSError as e:
-                log.warning("%s is left where it is: %s", path, e)
+                log.warning("%s is left where it is: %s", entry.path, e)
 
     def _submit(self, work: Callable[[], T], done: Callable[[T | None, Exception | None], None]) -> None:
         """Do `work` on the writer thread; `done(result, error)` is a completion.
@@ -287,7 +289,7 @@ class Store:
                 self.index.drop_pages(pages, bare, heads)
                 for extent, name in names.items():
                     path = self.extents / (name or "?")
-                    if path.exists():
+                    if path.exists() or path.is_symlink():
                         self._quarantine_bytes += self.size_of(extent)
                         self.files.move(path, self.quarantine_folder)
                     self._sizes.pop(extent, None)

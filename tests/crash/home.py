@@ -1,0 +1,65 @@
+"""A home with a few agents on the tiny model, and what a start on a copy of it must find."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentmem.model.random import random_model
+from agentmem.runtime import Runtime
+from agentmem.settings import Settings
+from tests.runtime.agents import BUDGET, LONG, cached, turn
+
+MODEL = random_model("llama", seed=0)
+TURNS = {
+    "ada": (LONG, "and then?", "what else did the keeper write that night?"),
+    "bob": (LONG + "who reads it?", "why?"),
+    "cleo": ("hello",),
+}
+
+
+def start(home: Path, **options: Any) -> Runtime:
+    """A runtime over the one model of this process: it takes a twentieth of a second."""
+    return Runtime.open(Settings(home=home, **{"ram_budget": BUDGET, **options}), lambda: MODEL)
+
+
+def make_home(home: Path) -> Path:
+    runtime = start(home)
+    for agent, texts in TURNS.items():
+        for text in texts:
+            turn(runtime, agent, text)
+    runtime.close()
+    return home
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What each agent says next, how many turns it has, and the prompt tokens that need no prefill then."""
+
+    replies: dict[str, str]
+    prompts: dict[str, int]
+    cached: dict[str, int]
+
+
+def ask_all(home: Path) -> Expected:
+    """Start on `home` and ask every agent one thing more. Every agent has all of its turns, or this fails."""
+    runtime = start(home)
+    try:
+        assert {a["agent"]: a["turns"] for a in runtime.agents()} == {a: len(t) for a, t in TURNS.items()}
+        replies = {agent: turn(runtime, agent, "go on") for agent in TURNS}
+        assert not runtime.store()["disk"]["read_only"]
+        return Expected(
+            {a: r.text for a, r in replies.items()},
+            {a: r.usage["prompt_tokens"] for a, r in replies.items()},
+            {a: cached(r) for a, r in replies.items()},
+        )
+    finally:
+        runtime.close()
+
+
+def copy_of(home: Path, to: Path) -> Path:
+    """A copy; a copy that was there goes away."""
+    shutil.rmtree(to, ignore_errors=True)
+    return Path(shutil.copytree(home, to))
