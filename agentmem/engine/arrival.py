@@ -19,11 +19,12 @@ from agentmem.blockpool.extent import ExtentData, write_extent
 from agentmem.blockpool.index import AgentRow, ExtentRow, Index, SessionRow
 from agentmem.blockpool.page import Page, Piece
 from agentmem.blockpool.siblings import ordered
+from agentmem.engine.commit_rows import page_record
 from agentmem.engine.conversation import Conversation
 from agentmem.engine.departure import Identity, WhenIdle
 from agentmem.engine.fetch import Call, Fetch
 from agentmem.engine.manifest import Manifest, check_log, check_pages, read_manifest, turn_rows
-from agentmem.engine.memory import Agent, Memory, Session, page_record
+from agentmem.engine.memory import Agent, Memory, Session
 from agentmem.engine.request import check_name
 from agentmem.errors import AlreadyExists, BadArchive, StoreError
 from agentmem.model.chat import ChatTokenizer
@@ -194,11 +195,11 @@ class Arrival:
             page = parcel.shared.get(i)
             if page is None:
                 page = tree.add(tree.root if parent is None else parcel.pages[parent], tokens, raw=raw)
-                page.id = self._memory.next_page()
+                page.id = self._memory.next_id("pages")
                 self._pool.pin([page])
             parcel.pages.append(page)
         if len(parcel.shared) < len(parcel.pages):
-            parcel.extent = self._memory.next_extent()
+            parcel.extent = self._memory.ids.extent()
 
     def _write_rows(self, parcel: Parcel) -> int:
         """Write the rows of the pages that are new as one extent. Returns its bytes."""

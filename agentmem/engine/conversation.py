@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -39,17 +40,29 @@ class Alignment(NamedTuple):
 
 
 class Conversation:
-    """Spans and messages of one session."""
+    """Spans and messages of one session. A log that was taken over is replayed when they are first asked for."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.spans: list[Span] = []
-        self.messages: list[dict[str, Any]] = []
+        self._spans: list[Span] = []
+        self._messages: list[dict[str, Any]] = []
+        self._log: deque[tuple[TurnRow, bool]] = deque()
         self.turns = 0
+        self.length = 0
+
+    @property
+    def spans(self) -> list[Span]:
+        self._replay()
+        return self._spans
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        self._replay()
+        return self._messages
 
     @property
     def ids(self) -> list[int]:
-        """All token ids, those without state (an end-of-turn token that was sampled last) too."""
+        """All token ids, those without state (an end-of-turn token that was sampled last) too; `length` of them."""
         return [t for span in self.spans for t in span.ids]
 
     def align(self, text: str) -> Alignment:
@@ -118,34 +131,51 @@ class Conversation:
         """Drop what the alignment does not keep, and add its prompt."""
         self.truncate(alignment.keep)
         if alignment.ids:
-            self.spans.append(Span("prompt", alignment.text, alignment.ids))
+            self._add([Span("prompt", alignment.text, alignment.ids)])
+
+    def _add(self, spans: list[Span]) -> None:
+        self._spans.extend(spans)
+        self.length += sum(len(s.ids) for s in spans)
 
     def truncate(self, keep: int) -> None:
         """Keep the first `keep` ids. A span is only ever cut behind one of its special tokens."""
-        spans, self.spans = self.spans, []
+        self._replay()
+        self._cut(keep)
+        self.length = sum(len(s.ids) for s in self._spans)
+
+    def _cut(self, keep: int) -> None:
+        spans, self._spans = self._spans, []
         for span in spans:
             if keep >= len(span.ids):
-                self.spans.append(span)
+                self._spans.append(span)
             elif keep:
-                self.spans.append(Span(span.kind, self._tokenizer.decode(span.ids[:keep]), span.ids[:keep]))
+                self._spans.append(Span(span.kind, self._tokenizer.decode(span.ids[:keep]), span.ids[:keep]))
             keep -= min(keep, len(span.ids))
 
-    def apply(self, turn: TurnRow) -> None:
-        """Replay one entry of the token log."""
-        self.truncate(turn.keep_tokens)
-        at = 0
-        for kind, n, text in turn.spans:
-            ids = [int(t) for t in turn.ids[at : at + n]]
-            self.spans.append(Span(kind, self._tokenizer.decode(ids) if text is None else text, ids))
-            at += n
-        self.messages = [*self.messages[: turn.keep_messages], *turn.messages]
+    def apply(self, turn: TurnRow, *, tokens: bool = True) -> None:
+        """Take over one entry of the token log. Without `tokens` only its messages: another tokenizer made its ids."""
+        self._log.append((turn, tokens))
         self.turns = turn.n
+        self.length = min(turn.keep_tokens, self.length) + len(turn.ids) if tokens else 0
+
+    def _replay(self) -> None:
+        while self._log:
+            turn, tokens = self._log.popleft()
+            self._messages = [*self._messages[: turn.keep_messages], *turn.messages]
+            if not tokens:
+                continue
+            self._cut(turn.keep_tokens)
+            at = 0
+            for kind, n, text in turn.spans:
+                ids = [int(t) for t in turn.ids[at : at + n]]
+                self._spans.append(Span(kind, self._tokenizer.decode(ids) if text is None else text, ids))
+                at += n
 
     def record(self, alignment: Alignment, added: list[Span], messages: list[dict[str, Any]]) -> TurnRow:
         """Add a turn and return its log entry (without stats and time). Text that decodes from its ids is not logged twice."""
         keep = min(alignment.keep, len(self.ids))
         self.begin(alignment)
-        self.spans.extend(added)
+        self._add(added)
         spans = ([Span("prompt", alignment.text, alignment.ids)] if alignment.ids else []) + added
         kept = _common_messages(self.messages, messages)
         row = TurnRow(
@@ -161,7 +191,7 @@ class Conversation:
             stats={},
             created=0.0,
         )
-        self.messages, self.turns = list(messages), row.n
+        self._messages, self.turns = list(messages), row.n
         return row
 
 

@@ -1,88 +1,41 @@
-"""Who remembers what: agents, their sessions, and the way of a finished turn to disk."""
+"""Who remembers what: agents and their sessions."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from agentmem.blockpool.extent import ExtentData
-from agentmem.blockpool.index import AgentRow, ExtentRow, SessionRow, TurnCommit, TurnRow
-from agentmem.blockpool.page import Match, Page, Piece, match_chain
-from agentmem.blockpool.pool import Pool, clip
+from agentmem.blockpool.index import AgentRow, Index, SessionRow, TurnRow
+from agentmem.blockpool.page import Match, Page, match_chain
+from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.engine.agents import Agent, Session, log_bytes
 from agentmem.engine.conversation import Conversation, Tokenizer
-from agentmem.errors import AlreadyExists
+from agentmem.engine.journal import Done, Ids, Journal, dropped_heads
+from agentmem.errors import AlreadyExists, BadRequest, NotFound
 
-Done = Callable[[int, Exception | None], None]
-
-
-@dataclass(eq=False, slots=True)
-class Session:
-    """One growing context. `head` is the last page of its state, `stored_head` the one that the index knows.
-
-    `unlogged` are turns whose commit failed; they are written with the next one.
-    """
-
-    row: SessionRow
-    conversation: Conversation
-    head: Page | None = None
-    stored_head: Page | None = None
-    unlogged: list[TurnRow] = field(default_factory=list)
-    busy: bool = False
-    log_bytes: int = 0
-
-    def replay(self) -> None:
-        """Build the conversation from the log. Precondition: it is empty."""
-        for turn in self.row.turns:
-            self.conversation.apply(turn)
-            self.log_bytes += _log_bytes(turn)
-
-
-@dataclass(eq=False, slots=True)
-class Agent:
-    """A named owner of sessions."""
-
-    row: AgentRow
-    sessions: dict[str, Session] = field(default_factory=dict)
-    forgotten: bool = False
-
-
-@dataclass(slots=True)
-class _Pending:
-    agent: Agent
-    session: Session
-    turn: TurnRow
-    head: Page | None
-    done: Done
+__all__ = ["Agent", "Memory", "Session"]
 
 
 class Memory:
-    """Agents and sessions of one home. Engine thread only.
-
-    Turns are committed one at a time, in the order in which they ended, because a turn's pages refer to rows that the turn
-    before it wrote.
-    """
+    """Agents and sessions of one home. Engine thread only."""
 
     def __init__(self, store: Store, pool: Pool, tokenizer: Tokenizer) -> None:
         self.store = store
         self.pool = pool
+        self.ids = Ids()
+        self.journal = Journal(store, pool, self.ids)
+        self.reserved: set[tuple[str, str]] = set()
         self._tokenizer = tokenizer
         self._agents: dict[tuple[str, str], Agent] = {}
-        self._queue: deque[_Pending] = deque()
-        self._writing = False
-        self._zombies: list[Page] = []
-        self._ids: dict[str, int] = {}
-        self.reserved: set[tuple[str, str]] = set()
+        pool.protected = self.pinned_pages
 
     def load(self) -> None:
         """Read agents, token logs and page trees from the index. Called once, before any request."""
         index = self.store.index
-        self._ids = index.last_ids()
+        self.ids.start(index.last_ids())
         pages: dict[int, Page] = {}
         for namespace in index.namespaces():
             pages |= self.pool.load(namespace, list(index.pages(namespace)))
@@ -90,41 +43,73 @@ class Memory:
         for row in index.sessions():
             session = Session(row, Conversation(self._tokenizer))
             session.replay()
-            self._move_head(session, pages.get(row.head) if row.head is not None else None)
+            session.move_head(pages.get(row.head) if row.head is not None else None)
             session.stored_head = session.head
             agents[row.agent].sessions[row.name] = session
         self._agents = {(a.row.namespace, a.row.name): a for a in agents.values()}
+        self._date_pages()
+
+    def _date_pages(self) -> None:
+        """Pages were last used when the last of their agents was."""
+        offset = time.monotonic() - time.time()
+        for agent in self._agents.values():
+            for page in agent.pages():
+                page.last_used = max(page.last_used, agent.row.last_used + offset)
 
     def agent(self, namespace: str, name: str) -> Agent | None:
         return self._agents.get((namespace, name))
 
+    def find(self, namespace: str, name: str) -> Agent:
+        """The same; raises NotFound."""
+        agent = self._agents.get((namespace, name))
+        if agent is None:
+            raise NotFound(
+                f"no agent {name!r} in namespace {namespace!r}; `agentmem agents` lists them", param="agent"
+            )
+        return agent
+
     def agents(self, namespace: str | None = None) -> list[Agent]:
         return [a for (ns, _), a in sorted(self._agents.items()) if namespace in (None, ns)]
 
-    def open(self, namespace: str, agent: str, session: str) -> tuple[Agent, Session]:
+    def pinned_pages(self) -> set[Page]:
+        """The pages of pinned agents."""
+        return {p for a in self._agents.values() if a.pinned for p in a.pages()}
+
+    def open(
+        self, namespace: str, agent: str, session: str, persist: bool | None = None
+    ) -> tuple[Agent, Session]:
         """The agent and its session, made now where they do not exist; only a committed turn makes them last.
 
-        Raises AlreadyExists while an agent of this name is being imported.
+        Raises AlreadyExists while an agent of this name is being imported, BadRequest when `persist` is not what the agent has.
         """
-        if (namespace, agent) in self.reserved:
-            raise AlreadyExists(
-                f"agent {agent!r} is being imported; try again when that is over", param="agent"
-            )
+        self._check_free(namespace, agent)
         owner = self._agents.get((namespace, agent))
         if owner is None:
             now = time.time()
-            owner = Agent(AgentRow(self.next_id("agents"), namespace, agent, now, now, {}))
+            policy: dict[str, Any] = {} if persist is not False else {"persist": False}
+            owner = Agent(AgentRow(self.next_id("agents"), namespace, agent, now, now, {}, policy))
             self._agents[namespace, agent] = owner
+        elif persist is not None and persist != owner.persist:
+            raise BadRequest(
+                f"agent {agent!r} was made with persist={str(owner.persist).lower()}; leave persist out, or forget it first",
+                param="persist",
+            )
         if session not in owner.sessions:
             row = SessionRow(self.next_id("sessions"), owner.row.id, session, None)
             owner.sessions[session] = Session(row, Conversation(self._tokenizer))
         return owner, owner.sessions[session]
 
+    def _check_free(self, namespace: str, agent: str) -> None:
+        if (namespace, agent) in self.reserved:
+            raise AlreadyExists(
+                f"agent {agent!r} is being imported; try again when that is over", param="agent"
+            )
+
     def attach(self, agent: Agent, heads: dict[str, Page | None]) -> None:
         """Take in an agent that the index knows; `heads` has the last page of each session."""
         self._agents[agent.row.namespace, agent.row.name] = agent
         for name, session in agent.sessions.items():
-            self._move_head(session, heads[name])
+            session.move_head(heads[name])
             session.stored_head = session.head
 
     def close_unused(self, agent: Agent, session: Session) -> None:
@@ -136,8 +121,7 @@ class Memory:
 
     def next_id(self, table: str) -> int:
         """The id of a new row of `agents`, `sessions`, `pages` or `extents`."""
-        self._ids[table] += 1
-        return self._ids[table]
+        return self.ids.next(table)
 
     def match(self, agent: Agent, session: Session, ids: list[int]) -> Match:
         """The longest prefix of `ids` with state: the session's own where it is as long as any other's of the agent's space."""
@@ -149,110 +133,78 @@ class Memory:
         return own if own.tokens >= shared.tokens else shared
 
     def finish(self, agent: Agent, session: Session, turn: TurnRow, head: Page | None, done: Done) -> None:
-        """A turn ended with state up to `head`: queue its commit. `done(bytes written, error)` runs on the engine thread."""
+        """A turn ended with state up to `head`: queue its commit. `done(bytes written, error)` runs on the engine thread.
+
+        The turn of an agent that does not persist stays in RAM; `done` hears of no bytes and no error.
+        """
         turn.created = time.time()
         agent.row.last_used = turn.created
         session.row.turns.append(turn)
-        session.log_bytes += _log_bytes(turn)
-        self._move_head(session, head)
-        self._queue.append(_Pending(agent, session, turn, head, done))
-        self.pump()
+        session.log_bytes += log_bytes(turn)
+        session.move_head(head)
+        if agent.persist:
+            self.journal.add(agent, session, turn, head, done)
+        else:
+            self.journal.keep_in_ram(head)
+            done(0, None)
 
     @property
     def unwritten(self) -> int:
         """Turns whose commit has not ended."""
-        return len(self._queue) + int(self._writing)
+        return self.journal.unwritten
 
-    def _move_head(self, session: Session, head: Page | None) -> None:
-        if session.head is not None:
-            session.head.heads -= 1
-        session.head = head
-        if head is not None:
-            head.heads += 1
+    def set_policy(self, agent: Agent, changes: dict[str, Any], done: Done) -> None:
+        """Change an agent's policy; `done(0, error)` once it is on disk."""
+        agent.row.policy = {**agent.row.policy, **changes}
+        if not agent.persist:
+            done(0, None)
+            return
+        row = agent.row
+        self.store.change(lambda index: index.update_agent(row), lambda error: done(0, error))
 
-    def pump(self) -> None:
-        """Hand the next queued turn to the writer, when it is idle."""
-        self._bury()
-        while self._queue and not self._writing:
-            pending = self._queue.popleft()
-            if pending.agent.forgotten:
-                pending.done(0, None)
-                continue
-            self._write(pending)
+    def fork(self, parent: Agent, session: Session, name: str, at: int | None, done: Done) -> Agent:
+        """A new agent that goes on from `session` as it was after turn `at` (default: its last). Nothing is copied.
 
-    def _write(self, pending: _Pending) -> None:
-        """Prepare and submit one commit: the pages of the chain that are not on disk, and the log entry."""
-        pending.head = self._last_kept(pending)
-        chain = pending.head.chain() if pending.head is not None else []
-        new = [p for p in chain if p.pieces is None]
-        rows = _Rows(self, new)
-        dropped = self._superseded(pending.session, pending.head)
-        commit = TurnCommit(
-            pending.agent.row, pending.session.row, pending.turn, pending.head,
-            pages=list(zip(new, rows.pieces, strict=True)),
-            dropped=[p.id for p in dropped if p.id is not None],
-            extent=rows.extent, earlier=list(pending.session.unlogged),
+        `done(0, error)` once it is on disk. Raises AlreadyExists, or BadRequest for a turn that never was.
+        Preconditions: the session is idle, and its turns are written.
+        """
+        namespace, turns = parent.row.namespace, session.row.turns
+        last = session.conversation.turns
+        self._check_free(namespace, name)
+        if (namespace, name) in self._agents:
+            raise AlreadyExists(
+                f"agent {name!r} exists; choose another name or forget it first", param="name"
+            )
+        at = last if at is None else at
+        if not 1 <= at <= last:
+            raise BadRequest(f"session {session.row.name!r} has turns 1 to {last}; got at={at}", param="at")
+        now = time.time()
+        lineage = {"parent": parent.row.name, "session": session.row.name, "turn": at}
+        if "space" in parent.row.lineage:
+            lineage["space"] = parent.row.space
+        row = AgentRow(
+            self.next_id("agents"), namespace, name, now, now, {}, dict(parent.row.policy), lineage
+        )
+        own = SessionRow(
+            self.next_id("sessions"), row.id, session.row.name, None, session.row.id, at, session.row.text,
+            [t for t in turns if t.n <= at],
         )  # fmt: skip
-        self.pool.pin(new)
-        self._writing = True
+        fork = Session(own, Conversation(self._tokenizer))
+        fork.replay()
+        head = session.head if at == last else self._state_at(parent, fork)
+        agent = Agent(row, {own.name: fork})
+        self.attach(agent, {own.name: head})
+        own.head = head.id if head is not None else None
+        if agent.persist:
+            self.store.change(lambda index: _fork(index, row, own), lambda error: done(0, error))
+        else:
+            done(0, None)
+        return agent
 
-        def done(written: int | None, error: Exception | None) -> None:
-            self._writing = False
-            self.pool.unpin(new)
-            self.pool.lossy = error is not None
-            if error is None:
-                for page, pieces in zip(new, rows.pieces, strict=True):
-                    page.pieces, page.origin = pieces, None
-                pending.session.stored_head = pending.head
-                pending.session.unlogged.clear()
-                self._condemn(dropped)
-            else:
-                pending.session.unlogged.append(pending.turn)
-            pending.done(written or 0, error)
-            self.pump()
-
-        self.store.commit(commit, rows.data(pending.agent.row.space), done)
-
-    def _last_kept(self, pending: _Pending) -> Page | None:
-        """The turn's head, or the page before the first that left RAM unwritten (possible only after a failed write)."""
-        head = pending.head
-        for page in head.chain() if head is not None else []:
-            if page.slots is None and page.pieces is None:
-                head = page.parent if page.parent is not None and page.parent.parent is not None else None
-                if pending.session.head is pending.head:
-                    self._move_head(pending.session, head)
-                break
-        return head
-
-    def _condemn(self, pages: list[Page]) -> None:
-        """The index has dropped these pages: whoever still uses one writes it again."""
-        for page in pages:
-            page.pieces, page.id = None, None
-        self._zombies.extend(pages)
-        self._bury()
-
-    def _bury(self) -> None:
-        """Discard condemned pages. One that a running sequence reads, or that a turn ends in, waits until it is free."""
-        condemned = [p for p in self._zombies if p.pieces is None]
-        self._zombies = []
-        for page in sorted(condemned, key=lambda p: -p.start):
-            if not self._discard_if_unused(page):
-                self._zombies.append(page)
-
-    def _superseded(self, session: Session, head: Page | None) -> list[Page]:
-        """The stored tail page that `head` has taken over, when nobody else ends in it."""
-        old = session.stored_head
-        if (
-            old is None
-            or old.id is None
-            or old is head
-            or old.heads
-            or old.children
-            or old.pins
-            or old.parent is None
-        ):
-            return []
-        return [old] if old.raw and old.rows < self.pool.geometry.page_tokens else []
+    def _state_at(self, parent: Agent, fork: Session) -> Page | None:
+        """The last page of the state that an earlier turn ended with; it may hold rows of what came after."""
+        match = self.pool.tree(parent.row.space).match(fork.conversation.ids)
+        return match.pages[-1] if match.pages else None
 
     def forget(self, agent: Agent, done: Done) -> None:
         """Delete the agent, its log, and every page that only it uses. Bytes in RAM are free at once.
@@ -262,17 +214,14 @@ class Memory:
         agent.forgotten = True
         del self._agents[agent.row.namespace, agent.row.name]
         for session in agent.sessions.values():
-            self._move_head(session, None)
+            session.move_head(None)
         pages = sorted(self.pool.tree(agent.row.space).pages(), key=lambda p: -p.start)
-        gone = [page.id for page in pages if self._discard_if_unused(page) and page.id is not None]
-        self._zombies = [p for p in self._zombies if p.pins or p.heads or p.children]
-        self.store.forget(agent.row.id, gone, done)
-
-    def _discard_if_unused(self, page: Page) -> bool:
-        if page.heads or page.children or page.pins:
-            return False
-        self.pool.discard(page)
-        return True
+        gone = [page.id for page in pages if self.journal.discard_if_unused(page) and page.id is not None]
+        self.journal.forget_buried()
+        if agent.persist:
+            self.store.forget(agent.row.id, gone, done)
+        else:
+            done(0, None)
 
     def lose(self, bad: dict[int, str]) -> None:
         """Extents turned out damaged: put them aside, drop the pages whose rows were in them, shorten the sessions' state."""
@@ -290,95 +239,33 @@ class Memory:
                 lost[page] = None
                 lost.update(dict.fromkeys(page.walk()))
         heads: dict[int, int | None] = {}
-        for session in (s for a in self._agents.values() for s in a.sessions.values()):
+        for session in self._sessions():
             if session.head in lost:
                 keep = [p for p in session.head.chain() if p not in lost]
-                self._move_head(session, keep[-1] if keep else None)
+                session.move_head(keep[-1] if keep else None)
                 session.stored_head = session.head
                 heads[session.row.id] = session.head.id if session.head is not None else None
         gone = [p.id for p in lost if p.id is not None]
-        self._condemn(list(lost))
+        self.journal.condemn(list(lost))
         self.store.quarantine(bad, gone, bare, heads)
 
-    def next_extent(self) -> ExtentRow:
-        return ExtentRow(self.next_id("extents"), "", 0)
+    def drop(self, pages: list[Page], done: Done) -> None:
+        """Take pages off the disk, `done(bytes freed, error)`. Precondition: all pages behind them are among them.
 
-    def next_page(self) -> int:
-        return self.next_id("pages")
-
-
-def _log_bytes(turn: TurnRow) -> int:
-    return turn.ids.nbytes + len(str(turn.spans)) + len(str(turn.messages)) + len(str(turn.stats))
-
-
-class _Rows:
-    """Which rows of new pages one commit writes, and where they will lie.
-
-    Rows that another page's pieces hold are not written again.
-    """
-
-    def __init__(self, memory: Memory, pages: list[Page]) -> None:
-        self._memory, self._pages = memory, pages
-        geometry = memory.pool.geometry
-        self.pieces: list[tuple[Piece, ...]] = []
-        self._packed: list[int] = []
-        self._raw: list[int] = []
-        self._packed_tokens: list[int] = []
-        self._raw_tokens: list[int] = []
-        extent = memory.next_extent() if pages else None
+        Those in RAM stay there until room is needed; their agents go on. Tokens are kept.
+        """
+        ids = [p.id for p in pages if p.id is not None]
         for page in pages:
-            if page.id is None:
-                page.id = memory.next_page()
-            base = self._base(page)
-            covered = sum(p.rows for p in base)
-            rows, tokens = (self._raw, self._raw_tokens) if page.raw else (self._packed, self._packed_tokens)
-            new = tuple(self._arena_rows(page, covered, geometry.page_tokens, geometry.raw_per_slot))
-            if new:
-                assert extent is not None
-                base = (*base, Piece(extent.id, page.raw, len(rows), covered, len(new)))
-            rows.extend(new)
-            tokens.extend(int(t) for t in page.tokens[covered:])
-            self.pieces.append(base)
-        self.extent = extent if self._packed or self._raw else None
+            page.pieces, page.volatile = None, True
+        heads = dropped_heads(self._sessions(), set(pages))
+        for page in pages:
+            page.id = None
+        self.journal.condemn([p for p in pages if p.slots is None])
+        self.store.evict(ids, heads, done)
 
-    @staticmethod
-    def _base(page: Page) -> tuple[Piece, ...]:
-        if page.origin is None or page.origin[0].pieces is None:
-            return ()
-        return clip(page.origin[0].pieces, page.origin[1])
-
-    @staticmethod
-    def _arena_rows(page: Page, first: int, page_tokens: int, per: int) -> Iterator[int]:
-        assert page.slots is not None, "a page without rows on disk left RAM"
-        for row in range(first, page.rows):
-            yield page.slots[row // per] * per + row % per if page.raw else page.slots[0] * page_tokens + row
-
-    def data(self, namespace: str) -> Callable[[], ExtentData] | None:
-        """What the writer thread writes; None when every row is on disk already."""
-        if self.extent is None:
-            return None
-        pool, names = self._memory.pool, self._memory.store.names
-        collect = pool.arena.collect(np.array(self._packed, np.int64), np.array(self._raw, np.int64))
-        tokens = np.array(self._packed_tokens + self._raw_tokens, np.int32)
-        own = self.extent.id
-        records = [
-            page_record(p, pieces, own, names) for p, pieces in zip(self._pages, self.pieces, strict=True)
-        ]
-
-        def data() -> ExtentData:
-            packed, raw = collect()
-            return ExtentData(pool.fingerprint, namespace, tokens, packed, raw, records)
-
-        return data
+    def _sessions(self) -> list[Session]:
+        return [s for a in self._agents.values() for s in a.sessions.values()]
 
 
-def page_record(page: Page, pieces: tuple[Piece, ...], own: int, names: dict[int, str]) -> dict[str, Any]:
-    """From these records the index of pages can be rebuilt; `null` as extent means the extent that holds the record."""
-    assert page.parent is not None
-    return {
-        "key": page.key.hex(),
-        "parent": page.parent.key.hex(),
-        "raw": page.raw,
-        "rows": page.rows,
-        "pieces": [[None if p.extent == own else names[p.extent], *p[1:]] for p in pieces],
-    }
+def _fork(index: Index, agent: AgentRow, session: SessionRow) -> None:
+    index.fork(agent, session, session.head)

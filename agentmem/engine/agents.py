@@ -1,0 +1,76 @@
+"""Agents and their sessions, as the engine holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
+from agentmem.blockpool.page import Page
+from agentmem.engine.conversation import Conversation
+
+
+@dataclass(eq=False, slots=True)
+class Session:
+    """One growing context. `head` is the last page of its state, `stored_head` the one that the index knows.
+
+    `unlogged` are turns whose commit failed; they are written with the next one.
+    """
+
+    row: SessionRow
+    conversation: Conversation
+    head: Page | None = None
+    stored_head: Page | None = None
+    unlogged: list[TurnRow] = field(default_factory=list)
+    busy: bool = False
+    log_bytes: int = 0
+
+    def replay(self) -> None:
+        """Build the conversation from the log. Precondition: it is empty."""
+        for turn in self.row.turns:
+            self.conversation.apply(turn, tokens=self.row.text)
+            self.log_bytes += log_bytes(turn)
+
+    def move_head(self, head: Page | None) -> None:
+        """The session's state ends with `head` now. A page in which a session ends stays in the tree."""
+        if self.head is not None:
+            self.head.heads -= 1
+        self.head = head
+        if head is not None:
+            head.heads += 1
+
+    def shorten(self) -> None:
+        """The state ends before the first page whose rows are nowhere any more."""
+        for page in self.head.chain() if self.head is not None else []:
+            if not page.stored:
+                above = page.parent
+                self.move_head(above if above is not None and above.parent is not None else None)
+                return
+
+
+@dataclass(eq=False, slots=True)
+class Agent:
+    """A named owner of sessions."""
+
+    row: AgentRow
+    sessions: dict[str, Session] = field(default_factory=dict)
+    forgotten: bool = False
+
+    @property
+    def persist(self) -> bool:
+        """Whether its turns go to disk."""
+        return bool(self.row.policy.get("persist", True))
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its state stays where it is when room is needed."""
+        return bool(self.row.policy.get("pinned", False))
+
+    def pages(self) -> list[Page]:
+        """The pages of all its sessions, each once."""
+        chains = (s.head.chain() for s in self.sessions.values() if s.head is not None)
+        return list(dict.fromkeys(p for chain in chains for p in chain))
+
+
+def log_bytes(turn: TurnRow) -> int:
+    """About what a turn's entry in the token log takes."""
+    return turn.ids.nbytes + len(str(turn.spans)) + len(str(turn.messages)) + len(str(turn.stats))

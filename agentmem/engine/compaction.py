@@ -1,0 +1,39 @@
+"""Compaction: which small extents at the end of a session are to be merged into one."""
+
+from __future__ import annotations
+
+from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.page import Page
+
+FAN = 8
+"""Extents that a merge takes at least."""
+
+
+def fragments(chain: list[Page], geometry: Geometry) -> list[Page]:
+    """Pages at the end of `chain` whose rows are worth writing side by side; empty when there is nothing to gain.
+
+    From the end backwards every extent is taken that is no larger than all behind it. Like a binary counter this merges
+    extents of like size: each row is written again about log2(turns / FAN) times, and a chain lies in few extents.
+    Rows that lie raw on disk though their page is packed are packed on the way. All pages must be in RAM.
+    """
+    sizes = _sizes(chain, geometry)
+    taken: set[int] = set()
+    total = 0
+    for extent in reversed(sizes):
+        if taken and sizes[extent] > total:
+            break
+        taken.add(extent)
+        total += sizes[extent]
+    if len(taken) < FAN:
+        return []
+    pages = [p for p in chain if any(x.extent in taken for x in p.pieces or ())]
+    return pages if all(p.slots is not None and p.id is not None for p in pages) else []
+
+
+def _sizes(chain: list[Page], geometry: Geometry) -> dict[int, int]:
+    """Bytes of the chain's rows in each extent, in the order of the chain."""
+    sizes: dict[int, int] = {}
+    for piece in (x for p in chain for x in p.pieces or ()):
+        row = geometry.raw_row_bytes if piece.raw else geometry.packed_row_bytes
+        sizes[piece.extent] = sizes.get(piece.extent, 0) + piece.rows * row
+    return sizes
