@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +35,15 @@ T = TypeVar("T")
 PageColumns = tuple[int, int | None, bool, np.ndarray, tuple[Piece, ...]]
 
 
+def _structure(path: Path) -> str:
+    """SQLite's own verdict on the file, "ok" or the first fault; on a connection of its own, because it takes a while."""
+    connection = sqlite3.connect(path)
+    try:
+        return str(connection.execute("pragma integrity_check(1)").fetchone()[0])
+    finally:
+        connection.close()
+
+
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Without the cyclic garbage collector, which would look at all rows again and again while they are read."""
@@ -56,6 +66,7 @@ class Lookup:
     def __init__(
         self, path: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True
     ) -> None:
+        self.path = path
         self.db = connect(path, durable)
         self.fingerprint = fingerprint
         self.text_identity = text_identity
@@ -78,9 +89,14 @@ class Lookup:
             raise IndexDamaged(f"{self.damaged} rows are not as they were written")
 
     def _read_all(self) -> dict[str, list[Any]]:
-        (verdict,) = self.db.execute("pragma integrity_check(1)").fetchone()
-        if verdict != "ok":
-            raise IndexDamaged(verdict)
+        with ThreadPoolExecutor(1, thread_name_prefix="index-check") as beside:
+            verdict = beside.submit(_structure, self.path)
+            read = self._read_rows()
+        if verdict.result() != "ok":
+            raise IndexDamaged(verdict.result())
+        return read
+
+    def _read_rows(self) -> dict[str, list[Any]]:
         if not self.db.execute(_PAIRED).fetchone()[0]:
             raise IndexDamaged("rows and their copies do not go together")
         read: dict[str, list[Any]] = {

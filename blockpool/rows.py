@@ -113,13 +113,10 @@ def piece_sum(page: int, page_row: int, extent: int, raw: int, extent_row: int, 
 
 
 def row_sum(table: str, values: Sequence[Any]) -> int:
-    """Checksum of a row of any other table: the table's name and every column, each with its type and length."""
-    state = xxhash.xxh3_64(table.encode())
-    for value in values:
-        data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
-        state.update(b"%s%d:" % (type(value).__name__[:1].encode(), len(data)))
-        state.update(data)
-    return state.intdigest() >> 1
+    """Checksum of a row of any other table: the table's name and every column with its type and length."""
+    text = repr((table, *[len(v) if isinstance(v, bytes) else v for v in values]))
+    binary = b"".join([v for v in values if isinstance(v, bytes)])
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass") + binary) >> 1
 
 
 def turn_columns(session: int, turn: TurnRow) -> tuple[Any, ...]:
