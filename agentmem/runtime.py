@@ -9,22 +9,24 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 from agentmem import __version__
 from agentmem.blockpool.extent import FORMAT_VERSION
 from agentmem.blockpool.geometry import Geometry
-from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine import seam
+from agentmem.engine.budget import Budget, Limits
+from agentmem.engine.census import Census
 from agentmem.engine.engine import Engine
-from agentmem.engine.memory import Agent, Memory
+from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
-from agentmem.engine.request import AgentInfo, ChatRequest, Event, Failed, Finished, State, Ticket
+from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
+from agentmem.engine.roster import Roster
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.transfer import Transfer
-from agentmem.errors import AgentMemError, ModelUnavailable, NotFound, Overloaded, StoreError
+from agentmem.errors import AgentMemError, ModelUnavailable, StoreError
 from agentmem.model.identity import text_identity
 from agentmem.model.loaded import LoadedModel, Progress, load
 from agentmem.quant import blas
@@ -36,10 +38,6 @@ from agentmem.quant.selftest import self_test
 from agentmem.settings import Settings
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-BUSY_SECONDS = 60.0
 
 
 def fingerprint(identity: dict[str, str], format: KVFormat, geometry: Geometry) -> str:
@@ -58,7 +56,18 @@ def fingerprint(identity: dict[str, str], format: KVFormat, geometry: Geometry) 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class Runtime:
+def limits(settings: Settings) -> Limits:
+    """What the settings say of the disk."""
+    return Limits(
+        disk=int(settings.disk_budget) if settings.disk_budget is not None else None,
+        floor=int(settings.disk_floor),
+        agent=int(settings.agent_quota) if settings.agent_quota is not None else None,
+        namespace=int(settings.namespace_quota) if settings.namespace_quota is not None else None,
+        half_life=3600.0 * settings.half_life_hours,
+    )
+
+
+class Runtime(Roster):
     """Everything one daemon serves from. Make it with `open`; all methods may be called from any thread."""
 
     model_name: str
@@ -150,6 +159,10 @@ class Runtime:
             model, self._memory, self._pool, self._store, planner, chosen(self._self_test),
             chunk_tokens=settings.chunk_tokens, queue_limit=settings.queue_limit, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
+        self._census = Census(
+            self._memory, self._pool, self._store, self.model_name, lambda: self._engine.prefill_rate
+        )
+        self._budget = Budget(self._memory, self._pool, self._store, limits(settings))
         recall = self._engine.recall
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
@@ -186,87 +199,6 @@ class Runtime:
         self._engine.submit(Sequence(request, Ticket(), sink, generate=False))
         return outcome.result()
 
-    def agents(self, namespace: str = "default") -> list[AgentInfo]:
-        """All agents of a namespace, by name."""
-        return self._call(lambda: [self._info(a) for a in self._memory.agents(namespace)])
-
-    def agent(self, name: str, namespace: str = "default") -> AgentInfo:
-        """One agent; raises NotFound."""
-        return self._call(lambda: self._info(self._find(namespace, name)))
-
-    def warm(self, name: str, namespace: str = "default") -> AgentInfo:
-        """Bring an agent's pages from disk into RAM. Raises NotFound, or Overloaded when they do not fit."""
-        done: Future[AgentInfo] = Future()
-
-        def start() -> None:
-            agent = self._find(namespace, name)
-            pages = [p for p in _chain_pages(agent) if p.slots is None and p.pieces is not None]
-            self._pool.pin(pages)
-
-            def finish(bad: dict[int, str], _: float) -> None:
-                self._pool.unpin(pages)
-                if bad:
-                    self._memory.lose(bad)
-                done.set_result(self._info(agent))
-
-            try:
-                self._engine.recall.start(pages, finish)
-            except AgentMemError:
-                self._pool.unpin(pages)
-                raise
-
-        self._call(start)
-        return done.result()
-
-    def evict(self, name: str, namespace: str = "default") -> AgentInfo:
-        """Take an agent's pages out of RAM, those that other agents use excepted. Waits for running turns; raises NotFound."""
-
-        def evict() -> AgentInfo:
-            agent = self._find(namespace, name)
-            others = {p for a in self._memory.agents() if a is not agent for p in _chain_pages(a)}
-            for page in _chain_pages(agent):
-                if (
-                    page.slots is not None
-                    and page.pieces is not None
-                    and not page.pins
-                    and page not in others
-                ):
-                    self._pool.evict(page)
-            return self._info(agent)
-
-        return self._when_idle(namespace, name, evict)
-
-    def forget(self, name: str, namespace: str = "default") -> dict[str, Any]:
-        """Delete an agent: token log, index rows, and the bytes that only it uses. Irreversible. Raises NotFound."""
-        done: Future[dict[str, Any]] = Future()
-
-        def forget() -> None:
-            def finish(freed: int, error: Exception | None) -> None:
-                if error is not None:
-                    done.set_exception(StoreError(f"agent {name!r} could not be deleted from disk: {error}"))
-                else:
-                    done.set_result({"agent": name, "bytes_freed": freed})
-
-            self._memory.forget(self._find(namespace, name), finish)
-
-        self._when_idle(namespace, name, forget)
-        return done.result()
-
-    def explain(self, name: str, session: str | None = None, namespace: str = "default") -> dict[str, Any]:
-        """Why the last turn was or was not reused. Raises NotFound."""
-
-        def explain() -> dict[str, Any]:
-            sessions = self._find(namespace, name).sessions
-            wanted = (
-                [sessions[session]] if session in sessions else [] if session else list(sessions.values())
-            )
-            last = max((t for s in wanted for t in s.row.turns), key=lambda t: t.created, default=None)
-            if last is None:
-                raise NotFound(f"agent {name!r} has no turn in session {session!r}")
-            return {"agent": name, "turn": last.n, "created": last.created, **last.stats}
-
-        return self._call(explain)
-
     def health(self) -> dict[str, Any]:
         """What `doctor` and `/health` show."""
         status = self._store.status()
@@ -298,102 +230,16 @@ class Runtime:
                 "slot_bytes": pool.geometry.slot_bytes,
                 "evictions": pool.evictions,
             },
-            "disk": self._store.status(),
+            "disk": {
+                **self._store.status(),
+                "budget_bytes": self._budget.limits.disk,
+                "floor_bytes": self._budget.limits.floor,
+                "free_bytes": self._store.free_disk(),
+                "evicted_bytes": self._budget.evicted_bytes,
+                "exceeded": self._budget.exceeded,
+                "compactions": self._memory.journal.compactions,
+            },
+            **self._call(self._census.bytes),
             "row_bytes": {"packed": pool.geometry.packed_row_bytes, "fp16": pool.geometry.raw_row_bytes},
             "page_tokens": pool.geometry.page_tokens,
         }
-
-    def _find(self, namespace: str, name: str) -> Agent:
-        agent = self._memory.agent(namespace, name)
-        if agent is None:
-            raise NotFound(
-                f"no agent {name!r} in namespace {namespace!r}; `agentmem agents` lists them", param="agent"
-            )
-        return agent
-
-    def _call(self, job: Callable[[], T]) -> T:
-        """Run `job` on the engine thread and wait for its result."""
-        outcome: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                outcome.set_result(job())
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        self._engine.post(run)
-        return outcome.result()
-
-    def _when_idle(self, namespace: str, name: str, job: Callable[[], T]) -> T:
-        """Run `job` on the engine thread once the agent is not speaking and no turn waits to be written."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        pending = object()
-
-        def attempt() -> T | object:
-            agent = self._find(namespace, name)
-            if self._memory.unwritten or any(s.busy for s in agent.sessions.values()):
-                return pending
-            return job()
-
-        while (result := self._call(attempt)) is pending:
-            if time.monotonic() > deadline:
-                raise Overloaded(f"agent {name!r} is still speaking; try again when its reply is over")
-            time.sleep(0.02)
-        return result  # type: ignore[return-value]
-
-    def _info(self, agent: Agent) -> AgentInfo:
-        pages = _chain_pages(agent)
-        g, totals, rate = self._pool.geometry, agent.row.totals, self._engine.prefill_rate
-        slots = {s for p in pages for s in p.slots or ()}
-        cached = int(totals.get("cached_tokens", 0))
-        return AgentInfo(
-            agent=agent.row.name,
-            namespace=agent.row.namespace,
-            model=self.model_name,
-            state=_state(pages),
-            sessions=sorted(agent.sessions),
-            tokens=sum(len(s.conversation.ids) for s in agent.sessions.values()),
-            turns=int(totals.get("turns", 0)),
-            ram_bytes=len(slots) * g.slot_bytes,
-            disk_bytes=self._disk_bytes(agent, pages),
-            fp16_bytes=sum(p.rows for p in pages) * g.raw_row_bytes,
-            prompt_tokens=int(totals.get("prompt_tokens", 0)),
-            cached_tokens=cached,
-            saved_ms=cached / rate if rate else None,
-            created=agent.row.created,
-            last_used=agent.row.last_used,
-        )
-
-    def _disk_bytes(self, agent: Agent, pages: list[Page]) -> int:
-        """The agent's share of the extents that its pages lie in, by rows, plus its token log and its rows in the index.
-
-        Rows that several agents use are charged in equal parts of what all of them use; rows that no session uses any more
-        fall to those who use the rest of their extent.
-        """
-        used = self._extent_use(self._memory.agents())
-        mine = self._extent_use([agent])
-        share = sum(self._store.size_of(e) * n / used[e] for e, n in mine.items())
-        index_rows = sum(4 * p.rows + 64 + 32 * len(p.pieces or ()) for p in pages)
-        logs = sum(s.log_bytes for s in agent.sessions.values())
-        return round(share) + index_rows + logs
-
-    def _extent_use(self, agents: list[Agent]) -> dict[int, int]:
-        """Bytes of rows that each agent's pages have in each extent, added up over the agents."""
-        g = self._pool.geometry
-        use: dict[int, int] = {}
-        for piece in (x for a in agents for p in _chain_pages(a) for x in p.pieces or ()):
-            row = g.raw_row_bytes if piece.raw else g.packed_row_bytes
-            use[piece.extent] = use.get(piece.extent, 0) + piece.rows * row
-        return use
-
-
-def _chain_pages(agent: Agent) -> list[Page]:
-    """The pages of all of an agent's sessions, each once."""
-    chains = (s.head.chain() for s in agent.sessions.values() if s.head is not None)
-    return list(dict.fromkeys(p for chain in chains for p in chain))
-
-
-def _state(pages: list[Page]) -> State:
-    if not pages:
-        return "cold"
-    return "hot" if all(p.slots is not None for p in pages) else "warm"

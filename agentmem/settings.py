@@ -29,6 +29,15 @@ class Settings(BaseSettings):
     page_tokens: int = Field(default=64, ge=16, le=256)
     chunk_tokens: int = Field(default=512, ge=16, le=8192)
     ram_budget: ByteSize = Field(default=ByteSize(1 << 30), description="bytes of KV state kept in RAM")
+    disk_budget: ByteSize | None = Field(
+        default=ByteSize(50 << 30), description="bytes that the store may take on disk"
+    )
+    disk_floor: ByteSize = Field(default=ByteSize(1 << 30), description="bytes that stay free on the disk")
+    agent_quota: ByteSize | None = Field(default=None, description="bytes of one agent's state on disk")
+    namespace_quota: ByteSize | None = Field(default=None, description="bytes of a namespace's state on disk")
+    half_life_hours: float = Field(
+        default=72.0, gt=0, description="hours without use after which state counts half when room is needed"
+    )
     max_context: int | None = Field(default=None, ge=64, description="tokens; default: the model's own")
     max_reply: int = Field(
         default=1024, ge=1, description="tokens of a reply when the request names no limit"

@@ -120,8 +120,8 @@ class Journal:
             else:
                 session.unlogged.append(pending.turn)
             pending.done(written or 0, error)
-            if error is None and not self._queue:
-                self._tidy(agent, session)
+            if not self._queue:
+                self._tidy(agent, session) if error is None else self.settled(agent)
             self.pump()
 
         self.store.commit(commit, rows.data(agent.row.space, self.store.names), done)

@@ -153,6 +153,30 @@ class Memory:
         """Turns whose commit has not ended."""
         return self.journal.unwritten
 
+    def create(self, namespace: str, name: str, policy: dict[str, Any], done: Done) -> Agent:
+        """An agent without turns. `done(0, error)` once it is on disk. Raises AlreadyExists."""
+        self._check_new(namespace, name)
+        now = time.time()
+        agent = Agent(AgentRow(self.next_id("agents"), namespace, name, now, now, {}, {}))
+        self._agents[namespace, name] = agent
+        self.set_policy(agent, policy, done)
+        return agent
+
+    def _check_new(self, namespace: str, name: str) -> None:
+        self._check_free(namespace, name)
+        if (namespace, name) in self._agents:
+            raise AlreadyExists(
+                f"agent {name!r} exists; choose another name or forget it first", param="name"
+            )
+
+    def session(self, agent: Agent, name: str | None) -> Session:
+        """A session by name, or the one used last; raises NotFound."""
+        if name is None and agent.sessions:
+            return max(agent.sessions.values(), key=lambda s: s.row.turns[-1].created if s.row.turns else 0.0)
+        if name is None or name not in agent.sessions:
+            raise NotFound(f"agent {agent.row.name!r} has no session {name!r}", param="session")
+        return agent.sessions[name]
+
     def set_policy(self, agent: Agent, changes: dict[str, Any], done: Done) -> None:
         """Change an agent's policy; `done(0, error)` once it is on disk."""
         agent.row.policy = {**agent.row.policy, **changes}

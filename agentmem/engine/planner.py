@@ -41,7 +41,7 @@ class Planner:
         Raises BadRequest or ContextOverflow for what can never run.
         """
         request = sequence.request
-        agent, session = self._memory.open(request.namespace, request.agent, request.session)
+        agent, session = self._memory.open(request.namespace, request.agent, request.session, request.persist)
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)

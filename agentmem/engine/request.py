@@ -43,7 +43,8 @@ class Sampling:
 class ChatRequest:
     """One turn of one agent's session.
 
-    `messages` are normalised: `{"role": system|user|assistant|tool, "content": str}`. With `history="client"` they are
+    `persist=False` makes a new agent that lives in RAM only. `messages` are normalised:
+    `{"role": system|user|assistant|tool, "content": str}`. With `history="client"` they are
     the whole conversation, with `"server"` they follow the session's stored conversation.
     """
 
@@ -55,6 +56,7 @@ class ChatRequest:
     max_tokens: int | None = None
     stop: list[str] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
+    persist: bool | None = None
     identity_source: str = "agentmem"
     tools: list[dict[str, Any]] | None = None
 
@@ -139,7 +141,11 @@ class Ticket:
 
 
 class AgentInfo(TypedDict):
-    """One agent as `agents` and `show` report it. Bytes on disk count everything; times are epoch seconds."""
+    """One agent as `agents` and `show` report it. Times are epoch seconds.
+
+    `disk_bytes` is its share of everything on disk; `unique_bytes` and `shared_bytes` are rows that only it, and that other
+    agents too, use. `lineage` says what it was forked from: parent, session, turn.
+    """
 
     agent: str
     namespace: str
@@ -150,9 +156,15 @@ class AgentInfo(TypedDict):
     turns: int
     ram_bytes: int
     disk_bytes: int
+    unique_bytes: int
+    shared_bytes: int
     fp16_bytes: int
     prompt_tokens: int
     cached_tokens: int
     saved_ms: float | None
     created: float
     last_used: float
+    pinned: bool
+    persist: bool
+    quota_bytes: int | None
+    lineage: dict[str, Any] | None

@@ -257,7 +257,7 @@ def test_a_small_turn_does_not_slip_in_before_a_large_one_of_its_session(
     first, second = large.end(), small.end()
     assert second.usage["prompt_tokens"] > first.usage["prompt_tokens"]
     assert cached(second) == first.usage["prompt_tokens"] + first.usage["completion_tokens"]
-    state = runtime._call(lambda: runtime._find("default", "ada").sessions["default"])
+    state = runtime._call(lambda: runtime._memory.find("default", "ada").sessions["default"])
     assert [m["content"][:5] for m in state.conversation.messages if m["role"] == "user"] == [
         "hello",
         "LARGE",

@@ -1,0 +1,221 @@
+"""The roster: what may be done with agents, from any thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from agentmem.blockpool.pool import Pool
+from agentmem.engine.budget import Budget
+from agentmem.engine.census import Census
+from agentmem.engine.engine import Engine
+from agentmem.engine.journal import Done
+from agentmem.engine.memory import Agent, Memory
+from agentmem.engine.request import AgentInfo
+from agentmem.errors import AgentMemError, NotFound, Overloaded, StoreError
+
+T = TypeVar("T")
+
+BUSY_SECONDS = 60.0
+
+
+class Roster:
+    """The runtime's verbs on agents. Each runs on the engine thread between steps, and waits for its outcome."""
+
+    _engine: Engine
+    _memory: Memory
+    _pool: Pool
+    _census: Census
+    _budget: Budget
+
+    def agents(self, namespace: str = "default") -> list[AgentInfo]:
+        """All agents of a namespace, by name."""
+        return self._call(lambda: self._census.agents(namespace))
+
+    def agent(self, name: str, namespace: str = "default") -> AgentInfo:
+        """One agent; raises NotFound."""
+        return self._call(lambda: self._census.agent(self._memory.find(namespace, name)))
+
+    def warm(self, name: str, namespace: str = "default") -> AgentInfo:
+        """Bring an agent's pages from disk into RAM. Raises NotFound, or Overloaded when they do not fit."""
+        done: Future[AgentInfo] = Future()
+
+        def start() -> None:
+            agent = self._memory.find(namespace, name)
+            pages = [p for p in agent.pages() if p.slots is None and p.pieces is not None]
+            self._pool.pin(pages)
+
+            def finish(bad: dict[int, str], _: float) -> None:
+                self._pool.unpin(pages)
+                if bad:
+                    self._memory.lose(bad)
+                done.set_result(self._census.agent(agent))
+
+            try:
+                self._engine.recall.start(pages, finish)
+            except AgentMemError:
+                self._pool.unpin(pages)
+                raise
+
+        self._call(start)
+        return done.result()
+
+    def evict(self, name: str, namespace: str = "default") -> AgentInfo:
+        """Take an agent's pages out of RAM, those that other agents use excepted. Waits for running turns; raises NotFound."""
+
+        def evict() -> AgentInfo:
+            agent = self._memory.find(namespace, name)
+            others = {p for a in self._memory.agents() if a is not agent for p in a.pages()}
+            for page in agent.pages():
+                if (
+                    page.slots is not None
+                    and page.pieces is not None
+                    and not page.pins
+                    and page not in others
+                ):
+                    self._pool.evict(page)
+            return self._census.agent(agent)
+
+        return self._when_idle(namespace, name, evict)
+
+    def forget(self, name: str, namespace: str = "default") -> dict[str, Any]:
+        """Delete an agent: token log, index rows, and the bytes that only it uses. Irreversible. Raises NotFound."""
+        done: Future[dict[str, Any]] = Future()
+
+        def forget() -> None:
+            def finish(freed: int, error: Exception | None) -> None:
+                if error is not None:
+                    done.set_exception(StoreError(f"agent {name!r} could not be deleted from disk: {error}"))
+                else:
+                    done.set_result({"agent": name, "bytes_freed": freed})
+
+            self._memory.forget(self._memory.find(namespace, name), finish)
+
+        self._when_idle(namespace, name, forget)
+        return done.result()
+
+    def create(self, name: str, policy: dict[str, Any], namespace: str = "default") -> AgentInfo:
+        """A new agent without turns; `policy` has `pinned`, `persist`, `quota_bytes`. Raises AlreadyExists."""
+        return self._changed(lambda done: self._memory.create(namespace, name, policy, done))
+
+    def set_policy(self, name: str, changes: dict[str, Any], namespace: str = "default") -> AgentInfo:
+        """Change `pinned` or `quota_bytes` of an agent. Raises NotFound."""
+
+        def change(done: Done) -> Agent:
+            agent = self._memory.find(namespace, name)
+            self._memory.set_policy(agent, changes, done)
+            return agent
+
+        return self._changed(change)
+
+    def fork(
+        self,
+        name: str,
+        new: str,
+        session: str | None = None,
+        at: int | None = None,
+        namespace: str = "default",
+    ) -> AgentInfo:
+        """A new agent that goes on from a session of `name`, by default the one used last, as it was after turn `at`.
+
+        Nothing is copied; each goes its own way from there. Raises NotFound, AlreadyExists, BadRequest.
+        """
+
+        def fork(done: Done) -> Agent:
+            parent = self._memory.find(namespace, name)
+            return self._memory.fork(parent, self._memory.session(parent, session), new, at, done)
+
+        return self._when_idle(namespace, name, lambda: self._change(fork))()
+
+    def _changed(self, change: Callable[[Done], Agent]) -> AgentInfo:
+        return self._call(lambda: self._change(change))()
+
+    def _change(self, change: Callable[[Done], Agent]) -> Callable[[], AgentInfo]:
+        """Start a change of the index on the engine thread; the result waits for it and gives the agent as it then is."""
+        written: Future[None] = Future()
+
+        def done(_: int, error: Exception | None) -> None:
+            if error is None:
+                written.set_result(None)
+            else:
+                written.set_exception(StoreError(f"this could not be written: {error}"))
+
+        agent = change(done)
+
+        def wait() -> AgentInfo:
+            written.result()
+            return self._call(lambda: self._census.agent(agent))
+
+        return wait
+
+    def prune(self, older: float, namespace: str | None = None, dry_run: bool = False) -> dict[str, Any]:
+        """Drop from disk the state of agents not used for `older` seconds; their tokens stay. See `Budget.prune`."""
+        freed: Future[int] = Future()
+
+        def done(size: int, error: Exception | None) -> None:
+            if error is None:
+                freed.set_result(size)
+            else:
+                freed.set_exception(StoreError(f"the store could not be pruned: {error}"))
+
+        result = self._when_written(lambda: self._budget.prune(older, namespace, dry_run, done))
+        return {**result, "bytes_freed": freed.result()}
+
+    def explain(self, name: str, session: str | None = None, namespace: str = "default") -> dict[str, Any]:
+        """Why the last turn was or was not reused. Raises NotFound."""
+
+        def explain() -> dict[str, Any]:
+            sessions = self._memory.find(namespace, name).sessions
+            wanted = (
+                [sessions[session]] if session in sessions else [] if session else list(sessions.values())
+            )
+            last = max((t for s in wanted for t in s.row.turns), key=lambda t: t.created, default=None)
+            if last is None:
+                raise NotFound(f"agent {name!r} has no turn in session {session!r}")
+            return {"agent": name, "turn": last.n, "created": last.created, **last.stats}
+
+        return self._call(explain)
+
+    def _call(self, job: Callable[[], T]) -> T:
+        """Run `job` on the engine thread and wait for its result."""
+        outcome: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(job())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        self._engine.post(run)
+        return outcome.result()
+
+    def _when_idle(self, namespace: str, name: str, job: Callable[[], T]) -> T:
+        """Run `job` on the engine thread once the agent is not speaking and no turn waits to be written."""
+
+        def speaking() -> bool:
+            return any(s.busy for s in self._memory.find(namespace, name).sessions.values())
+
+        return self._when_written(
+            job, speaking, f"agent {name!r} is still speaking; try again when its reply is over"
+        )
+
+    def _when_written(
+        self,
+        job: Callable[[], T],
+        busy: Callable[[], bool] = lambda: False,
+        complaint: str = "turns are still being written; try again",
+    ) -> T:
+        """Run `job` on the engine thread once nothing is being written and `busy` is over. Raises Overloaded."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        pending = object()
+
+        def attempt() -> T | object:
+            return pending if busy() or self._memory.unwritten else job()
+
+        while (result := self._call(attempt)) is pending:
+            if time.monotonic() > deadline:
+                raise Overloaded(complaint)
+            time.sleep(0.02)
+        return result  # type: ignore[return-value]
