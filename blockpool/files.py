@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from agentmem.blockpool.failpoint import failpoint
+
 TEMPORARY = ".tmp"
 IOV = 512
 
@@ -29,20 +31,25 @@ class Files:
 
     def write_durably(self, path: Path, buffers: Sequence[bytes | memoryview]) -> None:
         """Create `path` with `buffers` as content, whole or not at all. Raises OSError."""
+        failpoint("file.begin")
         temporary = path.with_name(f"{uuid.uuid4().hex}{TEMPORARY}")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             try:
                 _write_all(fd, buffers)
+                failpoint("file.written")
                 if self.durable:
                     sync(fd)
+                failpoint("file.synced")
             finally:
                 os.close(fd)
             os.rename(temporary, path)
+            failpoint("file.renamed")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         self.sync_folder(path.parent)
+        failpoint("file.durable")
 
     def sync_folder(self, folder: Path) -> None:
         """Make renames and unlinks in `folder` durable."""

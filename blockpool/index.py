@@ -5,12 +5,14 @@ All writes happen on the writer thread, one transaction per commit, after the ex
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agentmem.blockpool.failpoint import failpoint
 from agentmem.blockpool.lookup import Lookup
 from agentmem.blockpool.page import Page, Piece
 from agentmem.blockpool.rows import (
@@ -46,8 +48,11 @@ class Index(Lookup):
         spaces = dict(self._spaces)
         self._checked.clear()
         try:
+            failpoint("index.begin")
             with self.db.atomic():
                 yield self.db.conn.execute
+                failpoint("index.changed")
+            failpoint("index.committed")
         except BaseException:
             self._spaces = spaces
             raise
@@ -245,6 +250,24 @@ class Index(Lookup):
         """Extents that no page refers to any more."""
         query = "select id, name, bytes from extents where not exists (select 1 from pieces where extent = extents.id)"
         return [ExtentRow(r["id"], r["name"], r["bytes"]) for r in self.db.query(query)]
+
+    def foreign_pages(self, need: int) -> list[int]:
+        """Pages of other fingerprints in the oldest extents of `need` bytes together, and all pages behind them."""
+        rows = self.db.query(
+            "select e.id, e.bytes from extents e join spaces s on s.id = e.space where s.fingerprint != ? order by e.created",
+            [self.fingerprint],
+        )
+        chosen, size = [], 0
+        for row in rows:
+            if size >= need:
+                break
+            chosen.append(row["id"])
+            size += row["bytes"]
+        behind = (
+            "with recursive gone(id) as (select page from pieces where extent in (select value from json_each(?)) "
+            "union select pages.id from pages join gone on parent = gone.id) select id from gone"
+        )
+        return [r["id"] for r in self.db.query(behind, [json.dumps(chosen)])]
 
     def delete_extents(self, extents: Iterable[ExtentRow]) -> None:
         with self._transaction() as run:

@@ -21,6 +21,7 @@ import numpy as np
 from agentmem.blockpool.carve import carve
 from agentmem.blockpool.chains import Chains
 from agentmem.blockpool.extent import SUFFIX
+from agentmem.blockpool.failpoint import failpoint
 from agentmem.blockpool.files import Files
 from agentmem.blockpool.index import Index
 from agentmem.blockpool.rows import (
@@ -129,8 +130,11 @@ def rebuild(folder: Path, files: Files, reason: str) -> Salvage:
     for leftover in _files_of(fresh):
         leftover.unlink(missing_ok=True)
     _write(fresh, primary, chains, report)
+    failpoint("salvage.written")
     files.publish(fresh, folder / SALVAGED)
+    failpoint("salvage.published")
     finish(folder, files)
+    failpoint("salvage.done")
     report.bad, report.unused = chains.bad, chains.unused
     for name in (*report.bad, *report.unused):
         if (folder / "extents" / name).exists() or (folder / "extents" / name).is_symlink():
@@ -149,6 +153,7 @@ def finish(folder: Path, files: Files) -> None:
     for old in _files_of(folder / "index.sqlite"):
         if old.exists() or old.is_symlink():
             files.move(old, folder / "quarantine")
+            failpoint("salvage.aside")
     files.publish(folder / SALVAGED, folder / "index.sqlite")
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
+from agentmem.blockpool.failpoint import failpoint
 from agentmem.blockpool.files import TEMPORARY, Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
 from agentmem.blockpool.page import Piece
@@ -59,6 +60,7 @@ class Store:
         self.fingerprint = fingerprint
         self.problem: str | None = None
         self.disk_full = False
+        self.floor = 0
         self.quarantined = len(self.salvage.bad) + len(self.salvage.unused) if self.salvage else 0
         self.bytes_written = 0
         self.completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
@@ -160,6 +162,7 @@ class Store:
                 self.index.commit(turn)
             if turn.dropped:
                 self._drop_unused()
+            failpoint("commit.done")
             return written
 
         self._submit(work, done)
@@ -168,6 +171,8 @@ class Store:
         self, rows: Callable[[], ExtentData], extent: ExtentRow, record: Callable[[], None]
     ) -> int:
         """Write an extent, then `record` it in the index; returns its bytes. On a full disk nothing is left."""
+        if self.free_disk() < self.floor:
+            raise OSError(errno.ENOSPC, f"less than {self.floor} bytes are free, which stay free")
         extent.name, extent.bytes = write_extent(self.extents, rows(), self.files)
         try:
             record()
@@ -217,7 +222,9 @@ class Store:
             data = rows()
             move = partial(self.index.move_pieces, extent, data.namespace, moved)
             written = self._write_extent(lambda: data, extent, move)
+            failpoint("compact.committed")
             self._drop_unused()
+            failpoint("compact.done")
             return written
 
         self._submit(work, done)
@@ -227,9 +234,12 @@ class Store:
 
         def work() -> int:
             self.index.forget(agent, pages)
+            failpoint("forget.committed")
             freed = self._drop_unused()
             self._unlink_unused()
+            failpoint("forget.unlinked")
             self.index.checkpoint()
+            failpoint("forget.done")
             return freed
 
         self._submit(work, lambda freed, error: done(freed or 0, error))
@@ -241,6 +251,19 @@ class Store:
 
         def work() -> int:
             self.index.drop_pages(pages, (), heads)
+            failpoint("evict.committed")
+            freed = self._drop_unused()
+            self._unlink_unused()
+            failpoint("evict.done")
+            return freed
+
+        self._submit(work, lambda freed, error: done(freed or 0, error))
+
+    def evict_foreign(self, need: int, done: Callable[[int, Exception | None], None]) -> None:
+        """Delete state of other fingerprints, the oldest first, until `need` bytes are free; `done(bytes freed, error)`."""
+
+        def work() -> int:
+            self.index.drop_pages(self.index.foreign_pages(need), (), {})
             freed = self._drop_unused()
             self._unlink_unused()
             return freed
@@ -251,8 +274,10 @@ class Store:
         """Delete extents that no page refers to from the index; their files go next. Returns their bytes."""
         unused = self.index.unused_extents()
         if unused:
+            failpoint("drop.begin")
             self.index.delete_extents(unused)
             self._unused += unused
+            failpoint("drop.done")
         return sum(e.bytes for e in unused)
 
     def _unlink_unused(self) -> None:
@@ -269,7 +294,9 @@ class Store:
 
     def _remove_files(self, extents: Iterable[ExtentRow]) -> None:
         for e in extents:
+            failpoint("unlink.begin")
             self.files.unlink(self.extents / e.name)
+            failpoint("unlink.done")
             self.names.pop(e.id, None)
             self._sizes.pop(e.id, None)
 
@@ -287,14 +314,17 @@ class Store:
         def job() -> None:
             try:
                 self.index.drop_pages(pages, bare, heads)
+                failpoint("quarantine.committed")
                 for extent, name in names.items():
                     path = self.extents / (name or "?")
                     if path.exists() or path.is_symlink():
                         self._quarantine_bytes += self.size_of(extent)
                         self.files.move(path, self.quarantine_folder)
+                        failpoint("quarantine.moved")
                     self._sizes.pop(extent, None)
                 self._drop_unused()
                 self._unlink_unused()
+                failpoint("quarantine.done")
             except (OSError, sqlite3.Error) as e:
                 self._fail(e)
 
@@ -352,6 +382,7 @@ class Store:
         self._remove_files(self._retired.drain())
         if self.problem is None:
             self.index.checkpoint()
+            failpoint("close.checkpointed")
         self.index.close()
 
     def status(self) -> dict[str, Any]:
@@ -376,5 +407,6 @@ def _folder_bytes(folder: Path) -> int:
 
 def is_disk_full(error: Exception) -> bool:
     if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+        return getattr(error, "sqlite_errorcode", None) in full
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
