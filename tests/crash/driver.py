@@ -12,7 +12,9 @@ import random
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,7 @@ WORDS = [
     "down",
     "night",
     "by",
-    "night",
     "before",
-    "the",
     "tide",
     "comes",
     "in",
@@ -171,7 +171,7 @@ def make_reference(home: Path) -> dict[str, list[str]]:
     return replies
 
 
-def in_child(work: Any) -> int:
+def in_child(work: Callable[[], Any]) -> int:
     """Run `work` in a forked child; returns its exit status, negative for a signal."""
     pid = os.fork()
     if pid == 0:
@@ -187,18 +187,17 @@ def in_child(work: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def answer(job: dict[str, Any]) -> int:
+    """Do one job in a child; returns how it ended."""
+    if isinstance(job["reference"], str):
+        make = partial(make_reference, Path(job["home"]))
+        return in_child(lambda: Path(job["reference"]).write_text(json.dumps(make())))
+    return in_child(lambda: live(Round(**job)))
+
+
 def main() -> None:
     for line in sys.stdin:
-        job = json.loads(line)
-        if "reference" in job and isinstance(job["reference"], str):
-
-            def work() -> None:
-                Path(job["reference"]).write_text(json.dumps(make_reference(Path(job["home"]))))
-
-            status = in_child(work)
-        else:
-            status = in_child(lambda: live(Round(**job)))
-        print(json.dumps(status), flush=True)
+        print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 class Driver:

@@ -50,17 +50,9 @@ class Homes:
         if point.startswith("salvage"):
             self._break_index()
         actions = list(WAYS[point.partition(".")[0]]) if point else []
-        status = self.driver.live(
-            Round(
-                str(self.home),
-                str(self.journal),
-                self.reference,
-                self.allowed,
-                self.rng.randrange(1 << 30),
-                f"{point}:{n}" if point else "",
-                actions,
-            )  # fmt: skip
-        )
+        seed, armed = self.rng.randrange(1 << 30), f"{point}:{n}" if point else ""
+        life = Round(str(self.home), str(self.journal), self.reference, self.allowed, seed, armed, actions)
+        status = self.driver.live(life)
         assert status in (0, -signal.SIGKILL), self.driver.errors.read_text()[-4000:]
         self.rounds += 1
         self.killed[point] += status != 0
