@@ -4,12 +4,15 @@
     tokens          int32  [rows]                   checks       uint64 [layers x stripes]
 
 A *stripe* is up to `stripe_rows` rows of one layer; `checks` holds its XXH3-64: packed stripes layer by layer, then raw ones.
+In a sealed space rows, tokens and page records are ciphertext of the same length, `tags` uint64 [2 x (2 + stripes)] holds the GCM
+tags (tokens, page records, stripes), and `checks` is over the ciphertext, so that a file can be checked without its key.
 The file is named after the SHA-256 of its header, the header holds the hash of `checks` and `tokens`, `checks` covers the rest:
 no byte of the file goes unchecked. The file's rows are never rewritten.
 """
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import json
@@ -20,6 +23,7 @@ import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +31,22 @@ import numpy as np
 import xxhash
 
 from agentmem.blockpool.files import Files
+from agentmem.blockpool.vault import TAG_BYTES, Locked, Seal, Stream, Vaults
 
 FORMAT_VERSION = "1"
 MAX_HEADER = 64 << 20
 STRIPE_BYTES = 1 << 20
 SUFFIX = ".safetensors"
+TABLES = ("tokens", "checks", "tags")
 ITEM_BYTES = {"I32": 4, "U32": 4, "U64": 8}
 
 
 class ExtentCorrupt(Exception):
     """The file is truncated, altered, foreign, or not an extent. The message names how."""
+
+
+class ExtentLocked(ExtentCorrupt):
+    """The extent is sealed, and there is no key that opens it."""
 
 
 def stripe_rows(words: int) -> int:
@@ -63,20 +73,32 @@ class ExtentData:
     pages: list[dict[str, Any]]
 
 
-def write_extent(folder: Path, data: ExtentData, files: Files) -> tuple[str, int]:
-    """Write `data` durably; returns (file name, bytes).
+def write_extent(folder: Path, data: ExtentData, files: Files, seal: Seal | None = None) -> tuple[str, int]:
+    """Write `data` durably, sealed where its space is; returns (file name, bytes).
 
     Protocol: temporary file in the same folder (O_EXCL, 0600) -> fsync -> rename to the content name -> fsync of the folder.
     Raises OSError; the temporary file is removed then.
     """
+    meta = {
+        "agentmem": FORMAT_VERSION,
+        "fingerprint": data.fingerprint,
+        "namespace": data.namespace,
+        "nonce": secrets.token_hex(16),  # two agents may come to the very same rows; each turn owns its file
+        "pages": json.dumps(data.pages, separators=(",", ":")),
+    }
+    tags: list[tuple[str, str, np.ndarray]] = []
+    if seal is not None:
+        data, tags = _sealed(data, meta, seal)
     checks = np.fromiter((*_stripe_sums(data.packed), *_stripe_sums(data.raw)), dtype=np.uint64)
     tensors: list[tuple[str, str, np.ndarray]] = [
         ("tokens", "I32", data.tokens.astype(np.int32)),
         ("checks", "U64", checks),
+        *tags,
         *((f"packed.{i}", "U32", a) for i, a in enumerate(data.packed) if len(a)),
         *((f"raw.{i}", "U32", a) for i, a in enumerate(data.raw) if len(a)),
     ]
-    header = _header(data, tensors)
+    sums = xxhash.xxh3_64(b"".join(array.tobytes() for name, _, array in tensors if name in TABLES))
+    header = _header({**meta, "sum": f"{sums.intdigest():016x}"}, tensors)
     name = hashlib.sha256(header).hexdigest() + SUFFIX
     buffers: list[bytes | memoryview] = [
         struct.pack("<Q", len(header)),
@@ -87,7 +109,48 @@ def write_extent(folder: Path, data: ExtentData, files: Files) -> tuple[str, int
     return name, sum(len(b) for b in buffers)
 
 
-def _header(data: ExtentData, tensors: list[tuple[str, str, np.ndarray]]) -> bytes:
+def _sealed(
+    data: ExtentData, meta: dict[str, str], seal: Seal
+) -> tuple[ExtentData, list[tuple[str, str, np.ndarray]]]:
+    """Ciphertext in place of rows, tokens and page records (in `meta`), and the tensor of tags."""
+    meta["sealed"] = "aes-256-gcm"
+    shapes = {
+        f"{kind}.{i}": list(rows.shape)
+        for kind, layers in (("packed", data.packed), ("raw", data.raw))
+        for i, rows in enumerate(layers)
+        if len(rows)
+    }
+    stream = seal.stream(bytes.fromhex(meta["nonce"]), _bound(meta, shapes))
+    tags: list[bytes] = []
+
+    def sealed(plain: bytes | memoryview) -> bytes:
+        text, tag = stream.seal(len(tags), plain)
+        tags.append(tag)
+        return text
+
+    tokens = np.frombuffer(sealed(data.tokens.astype(np.int32).tobytes()), np.int32)
+    meta["pages"] = base64.b64encode(sealed(meta["pages"].encode())).decode()
+    layers: list[list[np.ndarray]] = []
+    for kind in (data.packed, data.raw):
+        layers.append([])
+        for rows in kind:
+            step = stripe_rows(rows.shape[1])
+            parts = [
+                sealed(memoryview(np.ascontiguousarray(rows[a : a + step])).cast("B"))
+                for a in range(0, len(rows), step)
+            ]
+            layers[-1].append(np.frombuffer(b"".join(parts), np.uint32).reshape(rows.shape))
+    new = ExtentData(data.fingerprint, data.namespace, tokens, layers[0], layers[1], data.pages)
+    return new, [("tags", "U64", np.frombuffer(b"".join(tags), np.uint64))]
+
+
+def _bound(meta: dict[str, str], shapes: dict[str, list[int]]) -> bytes:
+    """What a sealed extent's pieces are bound to, besides their places."""
+    names = ("agentmem", "sealed", "fingerprint", "namespace", "nonce")
+    return json.dumps([*(meta[k] for k in names), shapes], sort_keys=True).encode()
+
+
+def _header(meta: dict[str, str], tensors: list[tuple[str, str, np.ndarray]]) -> bytes:
     table: dict[str, Any] = {}
     offset = 0
     for name, dtype, array in tensors:
@@ -97,14 +160,7 @@ def _header(data: ExtentData, tensors: list[tuple[str, str, np.ndarray]]) -> byt
             "data_offsets": [offset, offset + array.nbytes],
         }
         offset += array.nbytes
-    table["__metadata__"] = {
-        "agentmem": FORMAT_VERSION,
-        "fingerprint": data.fingerprint,
-        "namespace": data.namespace,
-        "nonce": secrets.token_hex(8),  # two agents may come to the very same rows; each turn owns its file
-        "pages": json.dumps(data.pages, separators=(",", ":")),
-        "sum": f"{xxhash.xxh3_64_intdigest(tensors[0][2].tobytes() + tensors[1][2].tobytes()):016x}",
-    }
+    table["__metadata__"] = meta
     text = json.dumps(table, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
@@ -115,8 +171,9 @@ class Extent:
     Raises ExtentCorrupt from the constructor and from `check`, OSError for I/O errors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vaults: Vaults | None = None) -> None:
         self.path = path
+        self._vaults = vaults
         self.fd = _open(path)
         try:
             self._state = _state(self.fd)
@@ -153,12 +210,15 @@ class Extent:
                 raise ExtentCorrupt(f"offsets of {name} do not match its shape")
         if start + max(v["data_offsets"][1] for v in table.values()) != size:
             raise ExtentCorrupt("file size does not match its header")
-        tokens, checks = self._bytes(table, "tokens"), self._bytes(table, "checks")
-        if f"{xxhash.xxh3_64_intdigest(tokens + checks):016x}" != self.meta["sum"]:
+        self._tokens, checks = self._bytes(table, "tokens"), self._bytes(table, "checks")
+        self._tags = self._bytes(table, "tags") if "tags" in table else b""
+        if f"{xxhash.xxh3_64_intdigest(self._tokens + checks + self._tags):016x}" != self.meta["sum"]:
             raise ExtentCorrupt("token or checksum table is altered")
-        self.tokens = np.frombuffer(tokens, dtype=np.int32)
         self._checks = np.frombuffer(checks, dtype=np.uint64)
         self._first_check = self._check_offsets()
+        self.sealed = "sealed" in self.meta
+        if self.sealed and len(self._tags) != TAG_BYTES * (2 + len(self._checks)):
+            raise ExtentCorrupt("table of tags has the wrong length")
 
     def _bytes(self, table: dict[str, Any], name: str) -> bytes:
         a, b = table[name]["data_offsets"]
@@ -177,9 +237,39 @@ class Extent:
             raise ExtentCorrupt("checksum table has the wrong length")
         return firsts
 
+    @cached_property
+    def _stream(self) -> Stream:
+        """Raises ExtentLocked when the extent is sealed and its key is not there."""
+        try:
+            seal = self._vaults.seal(self.meta["namespace"]) if self._vaults is not None else None
+        except Locked as e:
+            raise ExtentLocked(str(e)) from e
+        if seal is None:
+            raise ExtentLocked("the extent is sealed, and there is no key")
+        shapes = {k: shape for k, (_, shape) in self._at.items() if k.startswith(("packed.", "raw."))}
+        return seal.stream(bytes.fromhex(self.meta["nonce"]), _bound(self.meta, shapes))
+
+    def _open_piece(self, number: int, data: bytes | bytearray) -> bytes:
+        tag = self._tags[TAG_BYTES * number : TAG_BYTES * (number + 1)]
+        try:
+            return self._stream.open(number, data, tag)
+        except Locked as e:
+            raise ExtentLocked(str(e)) from e
+
+    def open_stripe(self, raw: bool, layer: int, stripe: int, data: bytearray) -> bytes:
+        """The rows of a sealed stripe. Raises ExtentLocked."""
+        first = self._first_check[f"{'raw' if raw else 'packed'}.{layer}"]
+        return self._open_piece(2 + first + stripe, data)
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """int32 [rows]. Raises ExtentLocked."""
+        return np.frombuffer(self._open_piece(0, self._tokens) if self.sealed else self._tokens, np.int32)
+
     def pages(self) -> list[dict[str, Any]]:
-        """The page records of the commit, from which the index can be rebuilt."""
-        return list(json.loads(self.meta["pages"]))
+        """The page records of the commit, from which the index can be rebuilt. Raises ExtentLocked."""
+        text: bytes | str = self.meta["pages"]
+        return list(json.loads(self._open_piece(1, base64.b64decode(text)) if self.sealed else text))
 
     def locate(self, raw: bool, layer: int) -> tuple[int, int, int]:
         """(file offset, rows, words per row) of a layer's rows; (0, 0, 0) when the extent has none of that kind."""
@@ -199,7 +289,7 @@ class Extent:
         if _state(other.fd) == self._state:
             return other
         os.close(other.fd)
-        return Extent(self.path)
+        return Extent(self.path, self._vaults)
 
     def close(self) -> None:
         os.close(self.fd)

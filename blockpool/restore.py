@@ -19,6 +19,7 @@ import xxhash
 from agentmem.blockpool.extent import Extent, ExtentCorrupt, stripe_rows
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page
+from agentmem.blockpool.vault import Vaults
 
 IOV_MAX = 1024
 HEADERS = 256
@@ -101,8 +102,9 @@ def _coalesce(runs: list[Run]) -> list[Run]:
 class Reader:
     """Reads and checks extents on a few threads. Holds no MLX object."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, vaults: Vaults | None = None) -> None:
         self.folder = folder
+        self._vaults = vaults
         self._headers: OrderedDict[str, Extent] = OrderedDict()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(threads or min(16, os.cpu_count() or 2), thread_name_prefix="restore")
@@ -111,7 +113,7 @@ class Reader:
         """An extent, by the header that was read last time where there is one: a long header takes milliseconds."""
         with self._lock:
             known = self._headers.pop(name, None)
-        extent = known.again() if known is not None else Extent(self.folder / name)
+        extent = known.again() if known is not None else Extent(self.folder / name, self._vaults)
         with self._lock:
             self._headers[name] = extent
             while len(self._headers) > HEADERS:
@@ -266,7 +268,20 @@ def _read_stripes(
     for stripe in stripes:
         first, last = stripe * step, min(total, (stripe + 1) * step)
         buffers = _stripe_buffers(runs, first, last, words, targets)
-        extent.check(raw, layer, stripe, _read_and_hash(extent.fd, buffers, offset + first * words * 4))
+        at = offset + first * words * 4
+        if not extent.sealed:
+            extent.check(raw, layer, stripe, _read_and_hash(extent.fd, buffers, at))
+            continue
+        sealed = bytearray((last - first) * words * 4)
+        extent.check(raw, layer, stripe, _read_and_hash(extent.fd, [memoryview(sealed)], at))
+        _scatter(extent.open_stripe(raw, layer, stripe, sealed), buffers)
+
+
+def _scatter(data: bytes, buffers: list[memoryview]) -> None:
+    at = 0
+    for buffer in buffers:
+        buffer[:] = data[at : at + len(buffer)]
+        at += len(buffer)
 
 
 def _stripe_buffers(runs: list[Run], first: int, last: int, words: int, targets: Targets) -> list[memoryview]:
