@@ -203,7 +203,7 @@ class Runtime(Roster):
         """What `doctor` and `/health` show."""
         status = self._store.status()
         return {
-            "status": "degraded" if status["read_only"] else "ok",
+            "status": "degraded" if status["read_only"] or status["disk_full"] else "ok",
             "version": __version__,
             "model": self.model_name,
             "max_context": self.max_context,
@@ -232,6 +232,7 @@ class Runtime(Roster):
             },
             "disk": {
                 **self._store.status(),
+                "bytes": self._store.disk_bytes,
                 "budget_bytes": self._budget.limits.disk,
                 "floor_bytes": self._budget.limits.floor,
                 "free_bytes": self._store.free_disk(),

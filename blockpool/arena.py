@@ -54,6 +54,19 @@ class Arena(ABC):
     def write_raw(self, slots: Sequence[int], rows: list[mx.array]) -> None:
         """Put evaluated raw rows of every layer, uint32 [n, raw_words], into the slots of one raw page, from row 0 on."""
 
+    def same(self, a: Sequence[int], b: Sequence[int], rows: int, raw: bool) -> bool:
+        """Whether the first `rows` rows of two pages of one kind have the same bits in every layer."""
+        take = self._raw_rows if raw else self._packed_rows
+        return all(
+            mx.array_equal(take(i, a, rows), take(i, b, rows)).item() for i in range(len(self._layers))
+        )
+
+    def _raw_rows(self, layer: int, slots: Sequence[int], rows: int) -> mx.array:
+        return self.raw(layer, mx.array(slots), rows)
+
+    def _packed_rows(self, layer: int, slots: Sequence[int], rows: int) -> mx.array:
+        return self.packed(layer, mx.array(slots))[:rows]
+
     @abstractmethod
     def collect(self, packed: np.ndarray, raw: np.ndarray) -> Callable[[], tuple[Rows, Rows]]:
         """Copies of rows for the writer: `packed` = slot * page_tokens + row, `raw` = slot * raw_per_slot + row.

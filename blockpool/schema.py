@@ -14,6 +14,7 @@ from sqlite_utils import Database
 from agentmem.blockpool.carve import FILE_HEADER, PAGE_SIZE
 from agentmem.errors import StoreError
 
+WAL_BYTES = 1 << 20
 SCHEMA_VERSION = 2
 _MAGIC = b"SQLite format 3\0"
 
@@ -78,6 +79,8 @@ def connect(path: Path, durable: bool) -> Database:
         for pragma in (
             f"page_size={PAGE_SIZE}",
             "journal_mode=wal",
+            f"wal_autocheckpoint={WAL_BYTES // PAGE_SIZE}",
+            f"journal_size_limit={WAL_BYTES}",
             f"synchronous={'full' if durable else 'off'}",
             "foreign_keys=on",
             "secure_delete=on",

@@ -99,6 +99,10 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what no committed turn refers to. What is no regular file is not ours and is left alone."""
+        try:
+            self.index.delete_extents(self.index.unused_extents())
+        except sqlite3.Error as e:
+            log.warning("extents that nobody uses stay in the index: %s", e)
         for row in self.index.extents():
             self.names[row.id] = row.name
             self._sizes[row.id] = row.bytes
@@ -129,7 +133,6 @@ class Store:
                 if self.problem is not None:
                     raise OSError(errno.EROFS, f"the store is read-only: {self.problem}")
                 result = work()
-                self.disk_full = False
             except Exception as e:  # without an outcome the turn would wait for ever
                 failure = e
                 self._fail(e)
@@ -160,6 +163,7 @@ class Store:
                 written = self._write_extent(rows, turn.extent, lambda: self.index.commit(turn))
             else:
                 self.index.commit(turn)
+            self.disk_full = False
             if turn.dropped:
                 self._drop_unused()
             failpoint("commit.done")
@@ -254,6 +258,7 @@ class Store:
             failpoint("evict.committed")
             freed = self._drop_unused()
             self._unlink_unused()
+            self.index.checkpoint()
             failpoint("evict.done")
             return freed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,13 @@ from agentmem.blockpool.pool import Pool, clip
 class CommitRows:
     """Rows of `pages`, all of them in RAM, for one extent. Engine thread only; what `data` gives runs on the writer's.
 
-    Rows that the pieces of a page's origin hold are not written again, unless `afresh`. `pieces` has one tuple per page.
+    Rows that a page took over from one of the `own` pages, and that are on disk, are not written again. Those of other
+    sessions are: a few rows in common must not keep another agent's extent alive. `pieces` has one tuple per page.
     """
 
-    def __init__(self, pool: Pool, pages: Sequence[Page], extent: ExtentRow, *, afresh: bool = False) -> None:
+    def __init__(
+        self, pool: Pool, pages: Sequence[Page], extent: ExtentRow, own: Collection[Page] = ()
+    ) -> None:
         self._pool, self._pages = pool, pages
         self.pieces: list[tuple[Piece, ...]] = []
         self._rows: dict[bool, list[np.ndarray]] = {False: [], True: []}
@@ -27,14 +30,14 @@ class CommitRows:
         self._filled = {False: 0, True: 0}
         self._extent = extent
         for page in pages:
-            base = () if afresh else _base(page)
+            base = _base(page, own)
             covered = sum(p.rows for p in base)
             if covered < page.rows:
-                own = Piece(extent.id, page.raw, self._filled[page.raw], covered, page.rows - covered)
-                base = (*base, own)
+                fresh = Piece(extent.id, page.raw, self._filled[page.raw], covered, page.rows - covered)
+                base = (*base, fresh)
                 self._rows[page.raw].append(self._arena_rows(page, covered))
                 self._tokens[page.raw].append(page.tokens[covered:])
-                self._filled[page.raw] += own.rows
+                self._filled[page.raw] += fresh.rows
             self.pieces.append(base)
 
     @property
@@ -71,8 +74,8 @@ class CommitRows:
         return data
 
 
-def _base(page: Page) -> tuple[Piece, ...]:
-    if page.origin is None or page.origin[0].pieces is None:
+def _base(page: Page, own: Collection[Page]) -> tuple[Piece, ...]:
+    if page.origin is None or page.origin[0].pieces is None or page.origin[0] not in own:
         return ()
     return clip(page.origin[0].pieces, page.origin[1])
 

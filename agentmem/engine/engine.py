@@ -317,8 +317,10 @@ class Engine:
         if sequence in self.active:
             self.active.remove(sequence)
 
+        agent = sequence.agent
+
         def committed(written: int, error: Exception | None) -> None:
-            self._report(sequence, written, error is None)
+            self._report(sequence, written, error is None and agent.persist)
 
         if self.wait_for_commit:
             self.memory.finish(sequence.agent, sequence.session, turn, head, committed)

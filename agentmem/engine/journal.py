@@ -96,7 +96,8 @@ class Journal:
         for page in new:
             if page.id is None:
                 page.id = self.ids.next("pages")
-        rows = CommitRows(self.pool, new, self.ids.extent())
+        own = set(session.stored_head.chain()) if session.stored_head is not None else ()
+        rows = CommitRows(self.pool, new, self.ids.extent(), own)
         dropped = self._superseded(session, pending.head)
         commit = TurnCommit(
             agent.row, session.row, pending.turn, pending.head,
@@ -138,7 +139,7 @@ class Journal:
     def _compact(self, agent: Agent, pages: list[Page]) -> None:
         """Write the rows of `pages` once more, side by side; the extents that become empty go."""
         extent = self.ids.extent()
-        rows = CommitRows(self.pool, pages, extent, afresh=True)
+        rows = CommitRows(self.pool, pages, extent)
         data = rows.data(agent.row.space, self.store.names)
         assert data is not None
         moved = [(p.id, pieces) for p, pieces in zip(pages, rows.pieces, strict=True) if p.id is not None]

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from agentmem.blockpool.page import Match, Page
+from agentmem.blockpool.page import Match, Page, PageTree
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.siblings import ordered
 from agentmem.quant.attention import Path, rotate
@@ -183,12 +183,7 @@ class Table:
         tree, parent = self.pool.tree_of(root), root
         for block in self.blocks:
             if block.page is None:
-                block.page = self._same(parent, block) or tree.add(parent, block.tokens, raw=block.raw)
-                if block.page.slots is None:
-                    block.page.origin = block.origin
-                    self.pool.settle(block.page, block.slots)
-                else:
-                    self.pool.release(block.slots)
+                block.page = self._place(tree, parent, block)
             parent = block.page
         if self.tail_tokens:
             if tail_slots is None:
@@ -197,12 +192,22 @@ class Table:
             else:
                 mx.eval(self.tail)
                 self.pool.arena.write_raw(tail_slots, self.tail)
-                parent = tree.add(parent, np.array(self.tail_tokens, np.int32), raw=True)
-                parent.origin = self.tail_origin
-                self.pool.settle(parent, tail_slots)
+                tail = Block(tail_slots, True, np.array(self.tail_tokens, np.int32), origin=self.tail_origin)
+                parent = self._place(tree, parent, tail)
         self._end()
         assert g.layers == len(self.tail)
         return parent
+
+    def _place(self, tree: PageTree, parent: Page, block: Block) -> Page:
+        """The block as a page behind `parent`: a new one, or the one that holds the same tokens in the same bits."""
+        page = self._same(parent, block)
+        if page is not None:
+            self.pool.release(block.slots)
+            return page
+        page = tree.add(parent, block.tokens, raw=block.raw)
+        page.origin = block.origin
+        self.pool.settle(page, block.slots)
+        return page
 
     def _settle_tail_slots(self) -> tuple[int, ...] | None:
         """Slots for the tail; None when it is a page of the tree as it is, or empty."""
@@ -211,11 +216,14 @@ class Table:
             return None
         return self.pool.take(self.pool.geometry.slots_for(True, rows))
 
-    @staticmethod
-    def _same(parent: Page, block: Block) -> Page | None:
-        """A page of the tree that is this very block: same tokens in the same slots."""
+    def _same(self, parent: Page, block: Block) -> Page | None:
+        """Two sequences that ran side by side may have computed the same state: one copy is enough."""
         for page in parent.children.same(ordered(block.tokens)):
-            if page.slots == block.slots and page.rows == block.rows:
+            if page.slots is None or page.raw != block.raw:
+                continue
+            if page.slots == block.slots or self.pool.arena.same(
+                page.slots, block.slots, page.rows, page.raw
+            ):
                 return page
         return None
 
