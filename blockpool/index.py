@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.blockpool.failpoint import failpoint
-from agentmem.blockpool.lookup import Lookup
+from agentmem.blockpool.lookup import PAGE_LABEL, Lookup
 from agentmem.blockpool.page import Page, Piece
 from agentmem.blockpool.rows import (
     AgentRow,
@@ -26,9 +26,11 @@ from agentmem.blockpool.rows import (
     page_sum,
     piece_sum,
     row_sum,
+    seal_turn,
     turn_columns,
 )
 from agentmem.blockpool.schema import SCHEMA_VERSION
+from agentmem.blockpool.vault import Seal, Vaults
 
 __all__ = ["SCHEMA_VERSION", "AgentRow", "ExtentRow", "Index", "SessionRow", "TurnCommit", "TurnRow"]
 
@@ -37,9 +39,15 @@ class Index(Lookup):
     """The rows of one fingerprint. Reads happen at start (see `Lookup`), writes on the writer thread."""
 
     def __init__(
-        self, path: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True
+        self,
+        path: Path,
+        fingerprint: str,
+        text_identity: str = "",
+        *,
+        durable: bool = True,
+        vaults: Vaults | None = None,
     ) -> None:
-        super().__init__(path, fingerprint, text_identity, durable=durable)
+        super().__init__(path, fingerprint, text_identity, durable=durable, vaults=vaults)
         self._spaces: dict[str, int] = {}
 
     @contextmanager
@@ -60,14 +68,14 @@ class Index(Lookup):
     def commit(self, commit: TurnCommit) -> None:
         """Record a turn: one transaction, durable when it returns."""
         with self._transaction():
-            space = self._space(commit.agent.space)
+            space, seal = self._space(commit.agent.space), self._seal(commit.agent.space)
             if commit.extent is not None:
                 self._insert_extent(commit.extent, space, commit.turn.created)
-            self._insert_pages(space, commit.pages)
+            self._insert_pages(space, commit.pages, seal)
             self._put_agent(commit.agent)
             self._put_session(commit.session, space, commit.head.id if commit.head is not None else None)
             for turn in (*commit.earlier, commit.turn):
-                self._put_turn(commit.agent.id, turn_columns(commit.session.id, turn))
+                self._put_turn(commit.agent.id, _columns(commit.session.id, turn, seal))
             self._delete_pages(commit.dropped)
 
     def update_agent(self, agent: AgentRow) -> None:
@@ -97,14 +105,19 @@ class Index(Lookup):
             if replaced is not None:
                 self._forget_agent(replaced)
             space = self._space(agent.space)
+            seal = (
+                self._seal(agent.space)
+                if pages or any(not t.sealed for s, _ in sessions for t in s.turns)
+                else None
+            )
             if extent is not None:
                 self._insert_extent(extent, space, agent.last_used)
-            self._insert_pages(space, pages)
+            self._insert_pages(space, pages, seal)
             self._put_agent(agent)
             for session, head in sessions:
                 self._put_session(session, space, head)
                 for turn in session.turns:
-                    self._put_turn(agent.id, turn_columns(session.id, turn))
+                    self._put_turn(agent.id, _columns(session.id, turn, seal))
 
     def add_pages(
         self, space: str, pages: list[tuple[Page, tuple[Piece, ...]]], extents: list[ExtentRow]
@@ -114,7 +127,7 @@ class Index(Lookup):
             number = self._space(space)
             for extent in extents:
                 self._insert_extent(extent, number, time.time())
-            self._insert_pages(number, pages)
+            self._insert_pages(number, pages, self._seal(space) if pages else None)
 
     def move_pieces(
         self, extent: ExtentRow, namespace: str, moved: list[tuple[int, tuple[Piece, ...]]]
@@ -132,11 +145,15 @@ class Index(Lookup):
         total = row_sum("extents", columns)
         self.db.conn.execute("insert into extents values (?, ?, ?, ?, ?, ?)", (*columns, total))
 
-    def _insert_pages(self, space: int, pages: list[tuple[Page, tuple[Piece, ...]]]) -> None:
+    def _insert_pages(
+        self, space: int, pages: list[tuple[Page, tuple[Piece, ...]]], seal: Seal | None
+    ) -> None:
         for page, pieces in pages:
             assert page.id is not None
             parent = page.parent.id if page.parent is not None else None
-            columns = (page.id, space, parent, int(page.raw), page.tokens.astype("<i4").tobytes())
+            tokens = page.tokens.astype("<i4").tobytes()
+            tokens = tokens if seal is None else seal.seal(tokens, PAGE_LABEL)
+            columns = (page.id, space, parent, int(page.raw), tokens)
             self.db.conn.execute(
                 "insert or ignore into pages values (?, ?, ?, ?, ?, ?)", (*columns, page_sum(*columns))
             )
@@ -216,6 +233,12 @@ class Index(Lookup):
         ).fetchone():
             self._rebase(*fork)
         run("delete from agents where id = ?", (agent,))
+        # Spaces of single agents end with the last of them; those that are locked have no pages that the engine could name.
+        for (space,) in run(
+            "select id from spaces where (instr(namespace, '#') or instr(namespace, '!')) "
+            "and id not in (select space from sessions)"
+        ).fetchall():
+            run("delete from pages where space = ?", (space,))
 
     def _rebase(
         self, fork: int, agent: int, turns: int, base: int, next_base: int | None, next_turns: int
@@ -290,3 +313,7 @@ class Index(Lookup):
                 )
             self._spaces[namespace] = space
         return self._spaces[namespace]
+
+
+def _columns(session: int, turn: TurnRow, seal: Seal | None) -> tuple[Any, ...]:
+    return turn_columns(session, turn if seal is None else seal_turn(turn, seal))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +22,18 @@ from agentmem.blockpool.rows import (
     SessionRow,
     TurnRow,
     agent_row,
+    open_turn,
     page_sum,
     piece_sum,
     row_sum,
     turn_row,
 )
 from agentmem.blockpool.schema import IndexDamaged, connect, is_damage
+from agentmem.blockpool.vault import Locked, Seal, Vaults, vault_of
+
+log = logging.getLogger(__name__)
+
+PAGE_LABEL = b"page"
 
 _PAIRED = """select (select count(*) from agents) = (select count(*) from copies where session = 0)
     and (select count(*) from sessions) = (select count(*) from copies where session > 0 and n = 0)
@@ -60,17 +68,26 @@ class Lookup:
     """An index that is open, and its readers. They are used at start, before anything is written.
 
     Readers leave out rows whose checksum is wrong and what depends on them, and count them in `damaged`. `text_identity` is
-    the hash of tokenizer and chat template.
+    the hash of tokenizer and chat template. Rows of sealed spaces are opened with the keys in `vaults`; a space whose key is not
+    there is `locked`: it stays as it is, without pages, its sessions without a head.
     """
 
     def __init__(
-        self, path: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True
+        self,
+        path: Path,
+        fingerprint: str,
+        text_identity: str = "",
+        *,
+        durable: bool = True,
+        vaults: Vaults | None = None,
     ) -> None:
         self.path = path
         self.db = connect(path, durable)
         self.fingerprint = fingerprint
         self.text_identity = text_identity
         self.damaged = 0
+        self.vaults = vaults
+        self.locked: dict[str, str] = {}
         self._checked: dict[str, list[Any]] = {}
 
     def check(self) -> None:
@@ -159,6 +176,10 @@ class Lookup:
 
     def _read_pages(self, namespace: str) -> Iterator[PageColumns]:
         space = self._find_space(namespace)
+        try:
+            seal = self._seal(namespace)
+        except Locked:
+            return
         pieces = self._pieces()
         seen: set[int] = set()
         for id_, parent, raw, tokens, total in self.db.execute(
@@ -169,8 +190,33 @@ class Lookup:
             ):
                 self.damaged += 1
                 continue
+            if seal is not None:
+                try:
+                    tokens = seal.open(tokens, PAGE_LABEL)
+                except Locked as e:
+                    self._lock(namespace, e)
+                    return
             seen.add(id_)
             yield id_, parent, bool(raw), np.frombuffer(tokens, dtype=np.int32), pieces.get(id_, ())
+
+    def _seal(self, space: str) -> Seal | None:
+        """What opens the rows of a space; None for plain ones. Raises Locked."""
+        if vault_of(space) is None:
+            return None
+        try:
+            if space in self.locked:
+                raise Locked(self.locked[space])
+            if self.vaults is None:
+                raise Locked("there are no keys here")
+            return self.vaults.seal(space)
+        except Locked as e:
+            self._lock(space, e)
+            raise
+
+    def _lock(self, space: str, reason: Locked) -> None:
+        if space not in self.locked:
+            self.locked[space] = str(reason)
+            log.warning("%s is locked and left as it is: %s", space, reason)
 
     def _pieces(self) -> dict[int, tuple[Piece, ...]]:
         """The pieces of every page, of all spaces."""
@@ -193,17 +239,18 @@ class Lookup:
     def _read_sessions(self) -> Iterator[SessionRow]:
         turns = self._turns()
         known: dict[int, SessionRow] = {}
-        texts = self._texts()
-        spaces = {self._find_space(n) for n in self.namespaces()}
+        texts, names = self._texts()
+        spaces = {self._find_space(n) for n in self.namespaces() if n not in self.locked}
         for *columns, total in self.db.execute("select * from sessions order by id"):
             if not self._sound("sessions", tuple(columns), total):
                 continue
             id_, agent, name, space, head, base, base_turn = columns
             text = texts.get(space) == self.text_identity
             row = SessionRow(id_, agent, name, head if space in spaces else None, base, base_turn, text)
+            own = self._opened(turns.get(id_, []), names.get(space, ""), row)
             inherited = known[base].turns if base in known else []
             row.turns = [t for t in inherited if t.n <= base_turn]
-            for turn in turns.get(id_, []):
+            for turn in own:
                 if turn.n != len(row.turns) + 1:
                     self.damaged += 1
                     break
@@ -211,10 +258,21 @@ class Lookup:
             known[id_] = row
             yield row
 
-    def _texts(self) -> dict[int, str]:
-        """The text identity of every space."""
+    def _opened(self, turns: list[TurnRow], space: str, row: SessionRow) -> list[TurnRow]:
+        """The turns of a session in plain text, or as they are when they are locked."""
+        try:
+            seal = self._seal(space)
+            return [open_turn(t, seal) for t in turns] if seal is not None else turns
+        except (Locked, ValueError, zlib.error) as e:
+            self._lock(space, Locked(str(e)))
+            row.locked, row.head = True, None
+            return turns
+
+    def _texts(self) -> tuple[dict[int, str], dict[int, str]]:
+        """The text identity and the name of every space."""
         rows = self.db.execute("select * from spaces").fetchall()
-        return {r[0]: r[3] for r in rows if self._sound("spaces", r[:-1], r[-1])}
+        sound = [r for r in rows if self._sound("spaces", r[:-1], r[-1])]
+        return {r[0]: r[3] for r in sound}, {r[0]: r[2] for r in sound}
 
     def _turns(self) -> dict[int, list[TurnRow]]:
         def sound() -> Iterator[tuple[int, TurnRow]]:

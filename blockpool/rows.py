@@ -17,7 +17,9 @@ import numpy as np
 import xxhash
 
 from agentmem.blockpool.page import Page, Piece
+from agentmem.blockpool.vault import Seal
 
+SEALED = '"sealed"'
 _PAGE = struct.Struct("<4sqqqq")
 _PIECE = struct.Struct("<4s6q")
 _LENGTH = struct.Struct("<I")
@@ -25,7 +27,10 @@ _LENGTH = struct.Struct("<I")
 
 @dataclass(slots=True)
 class TurnRow:
-    """One entry of the token log: what this turn kept of the session before it, and what it added."""
+    """One entry of the token log: what this turn kept of the session before it, and what it added.
+
+    A `sealed` one holds ids, spans, messages and stats as ciphertext only; see `seal_turn`.
+    """
 
     n: int
     keep_tokens: int
@@ -35,6 +40,7 @@ class TurnRow:
     messages: list[dict[str, Any]]
     stats: dict[str, Any]
     created: float
+    sealed: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -43,7 +49,7 @@ class SessionRow:
 
     `head` is the id of the last page of its state, or None. A fork's turns are those of `base` up to `base_turn`, then its
     own; `turns` holds both. `text` is False when another tokenizer or chat template made the ids: then only the messages
-    mean something.
+    mean something. A `locked` one is sealed with a key that is not there: its turns are sealed ones.
     """
 
     id: int
@@ -54,6 +60,7 @@ class SessionRow:
     base_turn: int = 0
     text: bool = True
     turns: list[TurnRow] = field(default_factory=list)
+    locked: bool = False
 
 
 @dataclass(slots=True)
@@ -121,6 +128,11 @@ def row_sum(table: str, values: Sequence[Any]) -> int:
 
 def turn_columns(session: int, turn: TurnRow) -> tuple[Any, ...]:
     """A row of `turns` without its sum."""
+    if turn.sealed is not None:
+        return (
+            session, turn.n, turn.keep_tokens, turn.keep_messages, turn.sealed, SEALED, SEALED, SEALED,
+            float(turn.created),
+        )  # fmt: skip
     return (
         session, turn.n, turn.keep_tokens, turn.keep_messages, turn.ids.astype("<i4").tobytes(),
         json.dumps(turn.spans), json.dumps(turn.messages), json.dumps(turn.stats), float(turn.created),
@@ -130,9 +142,32 @@ def turn_columns(session: int, turn: TurnRow) -> tuple[Any, ...]:
 def turn_row(columns: Sequence[Any]) -> TurnRow:
     """The inverse of `turn_columns`."""
     _, n, keep_tokens, keep_messages, ids, spans, messages, stats, created = columns
+    if spans == SEALED:
+        return TurnRow(n, keep_tokens, keep_messages, np.zeros(0, np.int32), [], [], {}, created, ids)
     tokens = np.frombuffer(ids, dtype="<i4")
     texts = (json.loads(text) for text in (spans, messages, stats))
     return TurnRow(n, keep_tokens, keep_messages, tokens, *texts, created)
+
+
+def seal_turn(turn: TurnRow, seal: Seal) -> TurnRow:
+    """The turn with what was said in it as ciphertext. One that is sealed already stays as it is."""
+    if turn.sealed is not None:
+        return turn
+    columns = turn_columns(0, turn)
+    sealed = seal.seal(pack(columns[4:8]), _turn_label(turn))
+    return turn_row((*columns[:4], sealed, SEALED, SEALED, SEALED, turn.created))
+
+
+def open_turn(turn: TurnRow, seal: Seal) -> TurnRow:
+    """The inverse. Raises Locked."""
+    if turn.sealed is None:
+        return turn
+    plain = unpack(seal.open(turn.sealed, _turn_label(turn)), binary=0)
+    return turn_row((0, turn.n, turn.keep_tokens, turn.keep_messages, *plain, turn.created))
+
+
+def _turn_label(turn: TurnRow) -> bytes:
+    return f"turn {turn.n} {turn.keep_tokens} {turn.keep_messages}".encode()
 
 
 def agent_columns(agent: AgentRow) -> tuple[Any, ...]:
