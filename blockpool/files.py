@@ -33,23 +33,30 @@ class Files:
         """Create `path` with `buffers` as content, whole or not at all. Raises OSError."""
         failpoint("file.begin")
         temporary = path.with_name(f"{uuid.uuid4().hex}{TEMPORARY}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                _write_all(fd, buffers)
-                failpoint("file.written")
-                if self.durable:
-                    sync(fd)
-                failpoint("file.synced")
-            finally:
-                os.close(fd)
-            os.rename(temporary, path)
+            self.create(temporary, buffers)
+            self.rename(temporary, path)
             failpoint("file.renamed")
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         self.sync_folder(path.parent)
         failpoint("file.durable")
+
+    def create(self, path: Path, buffers: Sequence[bytes | memoryview]) -> None:
+        """A new file whose content is on the drive."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            _write_all(fd, buffers)
+            failpoint("file.written")
+            if self.durable:
+                sync(fd)
+            failpoint("file.synced")
+        finally:
+            os.close(fd)
+
+    def rename(self, path: Path, target: Path) -> None:
+        os.rename(path, target)
 
     def sync_folder(self, folder: Path) -> None:
         """Make renames and unlinks in `folder` durable."""
@@ -68,7 +75,7 @@ class Files:
         while target.exists() or target.is_symlink():
             n += 1
             target = folder / f"{path.name}.{n}"
-        os.rename(path, target)
+        self.rename(path, target)
         self.sync_folder(folder)
         self.sync_folder(path.parent)
 
