@@ -13,6 +13,7 @@ import numpy as np
 from agentmem.blockpool.extent import SUFFIX, Extent, ExtentCorrupt
 from agentmem.blockpool.page import Page, Piece, page_key, root_key
 from agentmem.blockpool.rows import ExtentRow
+from agentmem.blockpool.vault import Vaults
 
 Place = tuple[str, str]
 
@@ -41,7 +42,8 @@ class Chains:
     `bad`: {file name: why it is no extent}. `used`: names of extents that some chain lies in.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vaults: Vaults | None = None) -> None:
+        self._vaults = vaults
         self.bad: dict[str, str] = {}
         self.used: dict[str, ExtentRow] = {}
         self._files: dict[str, _File] = {}
@@ -58,7 +60,7 @@ class Chains:
         self._numbers = {name: i + 1 for i, name in enumerate(self._names)}
 
     def _take(self, path: Path) -> None:
-        extent = Extent(path)
+        extent = Extent(path, self._vaults)
         try:
             packed = extent.locate(False, 0)[1]
             self._files[path.name] = _File(extent.tokens, packed, os.fstat(extent.fd).st_size)

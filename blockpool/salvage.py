@@ -29,11 +29,13 @@ from agentmem.blockpool.rows import (
     SessionRow,
     TurnRow,
     agent_row,
+    open_turn,
     row_sum,
     turn_row,
     unpack,
 )
 from agentmem.blockpool.schema import IndexDamaged
+from agentmem.blockpool.vault import Locked, Vaults
 from agentmem.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class Salvage:
 
 
 def open_index(
-    folder: Path, fingerprint: str, text_identity: str, files: Files
+    folder: Path, fingerprint: str, text_identity: str, files: Files, vaults: Vaults | None = None
 ) -> tuple[Index, Salvage | None]:
     """The index of a store, checked; rebuilt before where it is damaged, or missing beside extents.
 
@@ -92,10 +94,10 @@ def open_index(
         try:
             if not _has_content(path) and any(n.endswith(SUFFIX) for n in os.listdir(folder / "extents")):
                 raise IndexDamaged("the index is missing")
-            return _checked(path, fingerprint, text_identity, files.durable), None
+            return _checked(path, fingerprint, text_identity, files.durable, vaults), None
         except (IndexDamaged, IsADirectoryError) as damage:
-            report = rebuild(folder, files, str(damage))
-        return _checked(path, fingerprint, text_identity, files.durable), report
+            report = rebuild(folder, files, str(damage), vaults)
+        return _checked(path, fingerprint, text_identity, files.durable, vaults), report
     except (OSError, sqlite3.Error) as e:
         raise StoreError(f"{path} cannot be opened: {e}") from e
 
@@ -107,8 +109,8 @@ def _has_content(path: Path) -> bool:
         return False
 
 
-def _checked(path: Path, fingerprint: str, text_identity: str, durable: bool) -> Index:
-    index = Index(path, fingerprint, text_identity, durable=durable)
+def _checked(path: Path, fingerprint: str, text_identity: str, durable: bool, vaults: Vaults | None) -> Index:
+    index = Index(path, fingerprint, text_identity, durable=durable, vaults=vaults)
     try:
         index.check()
     except BaseException:
@@ -117,19 +119,19 @@ def _checked(path: Path, fingerprint: str, text_identity: str, durable: bool) ->
     return index
 
 
-def rebuild(folder: Path, files: Files, reason: str) -> Salvage:
+def rebuild(folder: Path, files: Files, reason: str, vaults: Vaults | None = None) -> Salvage:
     """Replace the index of a store by one made from what can be read; the old file goes to the quarantine folder.
 
     Nothing is deleted: damaged extents, and those that no session's tokens lead to, go there too.
     Precondition: nobody has the index open. Raises OSError when the new file cannot be written.
     """
     path, report = folder / "index.sqlite", Salvage(reason)
-    primary = read_primary(path)
-    chains = Chains(folder / "extents")
+    primary = _opened(read_primary(path), vaults)
+    chains = Chains(folder / "extents", vaults)
     fresh = folder / "index.new"
     for leftover in _files_of(fresh):
         leftover.unlink(missing_ok=True)
-    _write(fresh, primary, chains, report)
+    _write(fresh, primary, chains, report, vaults)
     failpoint("salvage.written")
     files.publish(fresh, folder / SALVAGED)
     failpoint("salvage.published")
@@ -268,7 +270,19 @@ def _tokens(turns: list[TurnRow]) -> np.ndarray:
     return ids
 
 
-def _write(path: Path, primary: Primary, chains: Chains, report: Salvage) -> None:
+def _opened(primary: Primary, vaults: Vaults | None) -> Primary:
+    """Sealed turns in plain text, where their key is there; the others stay as they are."""
+    for session in primary.sessions.values():
+        try:
+            seal = vaults.seal(session.place[1]) if vaults is not None else None
+            if seal is not None:
+                session.turns = {n: open_turn(t, seal) for n, t in session.turns.items()}
+        except Locked:
+            continue
+    return primary
+
+
+def _write(path: Path, primary: Primary, chains: Chains, report: Salvage, vaults: Vaults | None) -> None:
     """Make the new index. What belongs to a fingerprint is written by an `Index` of that fingerprint."""
     report.lost_turns = primary.lost_turns
     texts = {session.place[0]: session.place[2] for session in primary.sessions.values()}
@@ -276,7 +290,9 @@ def _write(path: Path, primary: Primary, chains: Chains, report: Salvage) -> Non
 
     def index_of(fingerprint: str) -> Index:
         if fingerprint not in open_:
-            open_[fingerprint] = Index(path, fingerprint, texts.get(fingerprint, ""), durable=False)
+            open_[fingerprint] = Index(
+                path, fingerprint, texts.get(fingerprint, ""), durable=False, vaults=vaults
+            )
         return open_[fingerprint]
 
     try:

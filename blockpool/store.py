@@ -28,6 +28,8 @@ from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
 from agentmem.blockpool.retired import Retired
 from agentmem.blockpool.salvage import open_index
+from agentmem.blockpool.vault import Vaults
+from agentmem.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +52,15 @@ class Store:
         durable: bool = True,
         wake: Callable[[], None] = lambda: None,
         files: Files | None = None,
+        vaults: Vaults | None = None,
     ) -> None:
         self.folder = folder
         self.extents = folder / "extents"
         self.quarantine_folder = folder / "quarantine"
         self.extents.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.files = files or Files(durable)
-        self.index, self.salvage = open_index(folder, fingerprint, text_identity, self.files)
+        self.vaults = vaults
+        self.index, self.salvage = open_index(folder, fingerprint, text_identity, self.files, vaults)
         self.fingerprint = fingerprint
         self.problem: str | None = None
         self.disk_full = False
@@ -69,7 +73,7 @@ class Store:
         self._wake = wake
         self._sweep()
         self._quarantine_bytes = _folder_bytes(self.quarantine_folder)
-        self._reader = Reader(self.extents)
+        self._reader = Reader(self.extents, vaults=vaults)
         self._restores = ThreadPoolExecutor(2, thread_name_prefix="restore-job")
         self._retired = Retired()
         self._unused: list[ExtentRow] = []
@@ -177,7 +181,7 @@ class Store:
         """Write an extent, then `record` it in the index; returns its bytes. On a full disk nothing is left."""
         if self.free_disk() < self.floor:
             raise OSError(errno.ENOSPC, f"less than {self.floor} bytes are free, which stay free")
-        extent.name, extent.bytes = write_extent(self.extents, rows(), self.files)
+        extent.name, extent.bytes = self.write_rows(rows())
         try:
             record()
         except sqlite3.Error as e:
@@ -188,6 +192,11 @@ class Store:
         self._sizes[extent.id] = extent.bytes
         self.bytes_written += extent.bytes
         return extent.bytes
+
+    def write_rows(self, data: ExtentData) -> tuple[str, int]:
+        """Write an extent, sealed where its space is; see `write_extent`. Any thread."""
+        seal = self.vaults.seal(data.namespace) if self.vaults is not None else None
+        return write_extent(self.extents, data, self.files, seal)
 
     def change(self, job: Callable[[Index], None], done: Callable[[Exception | None], None]) -> None:
         """Any other transaction of the index, on the writer thread. `done(error)` is a completion."""
@@ -233,10 +242,21 @@ class Store:
 
         self._submit(work, done)
 
-    def forget(self, agent: int, pages: list[int], done: Callable[[int, Exception | None], None]) -> None:
-        """Delete an agent and pages; `done(bytes freed, error)`. Deleted rows are overwritten in the index (secure_delete)."""
+    def forget(
+        self,
+        agent: int,
+        pages: list[int],
+        done: Callable[[int, Exception | None], None],
+        vault: str | None = None,
+    ) -> None:
+        """Delete an agent and pages; `done(bytes freed, error)`. Deleted rows are overwritten in the index (secure_delete).
+
+        The key of the space `vault` goes first: from then on nothing of it can be read, whatever else fails.
+        """
 
         def work() -> int:
+            if vault is not None and self.vaults is not None:
+                self.vaults.drop(vault)
             self.index.forget(agent, pages)
             failpoint("forget.committed")
             freed = self._drop_unused()
@@ -363,6 +383,8 @@ class Store:
 
     def _fail(self, error: Exception) -> None:
         """A full disk passes; any other error means that what was written cannot be trusted to be there."""
+        if isinstance(error, StoreError):  # the keychain does not answer; the caller is told
+            return
         if is_disk_full(error):
             self.disk_full = True
             log.warning("disk full: this turn stays in RAM and is written with the next one")

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from agentmem.blockpool.archive import Archive, ArchiveInvalid
-from agentmem.blockpool.extent import ExtentData, write_extent
+from agentmem.blockpool.extent import ExtentData
 from agentmem.blockpool.index import AgentRow, ExtentRow, Index, SessionRow
 from agentmem.blockpool.page import Page, Piece
 from agentmem.blockpool.siblings import ordered
@@ -227,7 +227,7 @@ class Arrival:
         ids = np.concatenate([np.zeros(0, np.int32), *tokens[0], *tokens[1]])
         data = ExtentData(self._identity.fingerprint, parcel.space, ids, packed, raw, records)
         try:
-            extent.name, extent.bytes = write_extent(self._store.extents, data, self._store.files)
+            extent.name, extent.bytes = self._store.write_rows(data)
         except OSError as error:
             raise StoreError(f"the import does not fit or cannot be written: {error}") from error
         return extent.bytes
