@@ -293,9 +293,12 @@ class Index(Lookup):
         return [r["id"] for r in self.db.query(behind, [json.dumps(chosen)])]
 
     def delete_extents(self, extents: Iterable[ExtentRow]) -> None:
+        """Delete extents that no page refers to."""
+        checked = {name: rows for name, rows in self._checked.items() if name != "extents"}
         with self._transaction() as run:
             for e in extents:
                 run("delete from extents where id = ?", (e.id,))
+        self._checked = checked
 
     def checkpoint(self) -> None:
         """Fold the WAL into the index file and truncate it."""

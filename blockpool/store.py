@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import queue
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from agentmem.blockpool.extent import SUFFIX, ExtentData, write_extent
+from agentmem.blockpool.extent import ExtentData, write_extent
 from agentmem.blockpool.failpoint import failpoint
-from agentmem.blockpool.files import TEMPORARY, Files
+from agentmem.blockpool.files import Files
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
 from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
-from agentmem.blockpool.retired import Retired
 from agentmem.blockpool.salvage import open_index
+from agentmem.blockpool.shelf import Shelf
 from agentmem.blockpool.vault import Vaults
 from agentmem.errors import StoreError
 
@@ -55,10 +54,9 @@ class Store:
         vaults: Vaults | None = None,
     ) -> None:
         self.folder = folder
-        self.extents = folder / "extents"
-        self.quarantine_folder = folder / "quarantine"
-        self.extents.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.files = files or Files(durable)
+        self.shelf = Shelf(folder, self.files)
+        self.extents = self.shelf.folder
         self.vaults = vaults
         self.index, self.salvage = open_index(folder, fingerprint, text_identity, self.files, vaults)
         self.fingerprint = fingerprint
@@ -68,22 +66,18 @@ class Store:
         self.quarantined = len(self.salvage.bad) + len(self.salvage.unused) if self.salvage else 0
         self.bytes_written = 0
         self.completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
-        self.names: dict[int, str] = {}
-        self._sizes: dict[int, int] = {}
         self._wake = wake
-        self._sweep()
-        self._quarantine_bytes = _folder_bytes(self.quarantine_folder)
+        self.shelf.sweep(self.index)
         self._reader = Reader(self.extents, vaults=vaults)
         self._restores = ThreadPoolExecutor(2, thread_name_prefix="restore-job")
-        self._retired = Retired()
-        self._unused: list[ExtentRow] = []
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_loop, name="writer", daemon=True)
         self._writer.start()
 
     @property
-    def extent_bytes(self) -> int:
-        return sum(list(self._sizes.values()))
+    def names(self) -> dict[int, str]:
+        """File names of the extents that the index knows, by id."""
+        return self.shelf.names
 
     @property
     def index_bytes(self) -> int:
@@ -92,36 +86,14 @@ class Store:
     @property
     def disk_bytes(self) -> int:
         """Bytes of everything the store keeps: extents, index, quarantine."""
-        return self.extent_bytes + self.index_bytes + self._quarantine_bytes
+        return self.shelf.extent_bytes + self.index_bytes + self.shelf.quarantine_bytes
 
     def free_disk(self) -> int:
         """Bytes that this user may still write on the store's file system."""
         return shutil.disk_usage(self.folder).free
 
     def size_of(self, extent: int) -> int:
-        return self._sizes.get(extent, 0)
-
-    def _sweep(self) -> None:
-        """Remove what no committed turn refers to. What is no regular file is not ours and is left alone."""
-        try:
-            self.index.delete_extents(self.index.unused_extents())
-        except sqlite3.Error as e:
-            log.warning("extents that nobody uses stay in the index: %s", e)
-        for row in self.index.extents():
-            self.names[row.id] = row.name
-            self._sizes[row.id] = row.bytes
-        known = set(self.names.values())
-        with os.scandir(self.extents) as entries:
-            strangers = [e for e in entries if e.name not in known]
-        for entry in strangers:
-            if not entry.name.endswith((TEMPORARY, SUFFIX)):
-                continue
-            try:
-                if not entry.is_file(follow_symlinks=False):
-                    raise OSError(errno.EINVAL, "not a regular file")
-                self.files.unlink(Path(entry.path))
-            except OSError as e:
-                log.warning("%s is left where it is: %s", entry.path, e)
+        return self.shelf.size_of(extent)
 
     def _submit(self, work: Callable[[], T], done: Callable[[T | None, Exception | None], None]) -> None:
         """Do `work` on the writer thread; `done(result, error)` is a completion.
@@ -140,13 +112,12 @@ class Store:
             except Exception as e:  # without an outcome the turn would wait for ever
                 failure = e
                 self._fail(e)
-            held = self._retired.hold(self._unused)
-            self._unused = []
+            held = self.shelf.hold_unused()
 
             def completion() -> None:
                 done(result, failure)
-                if self._retired.release(held):
-                    self._jobs.put(self._remove_retired)
+                if self.shelf.retired.release(held):
+                    self._jobs.put(self._unlink_retired)
 
             self._complete(completion)
 
@@ -169,7 +140,7 @@ class Store:
                 self.index.commit(turn)
             self.disk_full = False
             if turn.dropped:
-                self._drop_unused()
+                self.shelf.drop_unused(self.index)
             failpoint("commit.done")
             return written
 
@@ -188,8 +159,7 @@ class Store:
             if is_disk_full(e):
                 self.files.unlink(self.extents / extent.name)
             raise
-        self.names[extent.id] = extent.name
-        self._sizes[extent.id] = extent.bytes
+        self.shelf.add(extent)
         self.bytes_written += extent.bytes
         return extent.bytes
 
@@ -213,8 +183,7 @@ class Store:
         def work() -> None:
             record(self.index)
             if extent is not None:
-                self.names[extent.id] = extent.name
-                self._sizes[extent.id] = extent.bytes
+                self.shelf.add(extent)
                 self.bytes_written += extent.bytes
 
         self._submit(work, lambda _, error: done(error))
@@ -236,7 +205,7 @@ class Store:
             move = partial(self.index.move_pieces, extent, data.namespace, moved)
             written = self._write_extent(lambda: data, extent, move)
             failpoint("compact.committed")
-            self._drop_unused()
+            self.shelf.drop_unused(self.index)
             failpoint("compact.done")
             return written
 
@@ -259,8 +228,8 @@ class Store:
                 self.vaults.drop(vault)
             self.index.forget(agent, pages)
             failpoint("forget.committed")
-            freed = self._drop_unused()
-            self._unlink_unused()
+            freed = self.shelf.drop_unused(self.index)
+            self.shelf.unlink_unused()
             failpoint("forget.unlinked")
             self.index.checkpoint()
             failpoint("forget.done")
@@ -276,8 +245,8 @@ class Store:
         def work() -> int:
             self.index.drop_pages(pages, (), heads)
             failpoint("evict.committed")
-            freed = self._drop_unused()
-            self._unlink_unused()
+            freed = self.shelf.drop_unused(self.index)
+            self.shelf.unlink_unused()
             self.index.checkpoint()
             failpoint("evict.done")
             return freed
@@ -289,41 +258,17 @@ class Store:
 
         def work() -> int:
             self.index.drop_pages(self.index.foreign_pages(need), (), {})
-            freed = self._drop_unused()
-            self._unlink_unused()
+            freed = self.shelf.drop_unused(self.index)
+            self.shelf.unlink_unused()
             return freed
 
         self._submit(work, lambda freed, error: done(freed or 0, error))
 
-    def _drop_unused(self) -> int:
-        """Delete extents that no page refers to from the index; their files go next. Returns their bytes."""
-        unused = self.index.unused_extents()
-        if unused:
-            failpoint("drop.begin")
-            self.index.delete_extents(unused)
-            self._unused += unused
-            failpoint("drop.done")
-        return sum(e.bytes for e in unused)
-
-    def _unlink_unused(self) -> None:
-        """Unlink them now, unless restores run. Precondition: the engine has no page any more that lies in them."""
-        self._retired.release(self._retired.hold(self._unused))
-        self._unused = []
-        self._remove_files(self._retired.free())
-
-    def _remove_retired(self) -> None:
+    def _unlink_retired(self) -> None:
         try:
-            self._remove_files(self._retired.free())
+            self.shelf.unlink_retired()
         except OSError as e:
             self._fail(e)
-
-    def _remove_files(self, extents: Iterable[ExtentRow]) -> None:
-        for e in extents:
-            failpoint("unlink.begin")
-            self.files.unlink(self.extents / e.name)
-            failpoint("unlink.done")
-            self.names.pop(e.id, None)
-            self._sizes.pop(e.id, None)
 
     def quarantine(
         self, bad: dict[int, str], pages: list[int], bare: list[int], heads: dict[int, int | None]
@@ -341,14 +286,10 @@ class Store:
                 self.index.drop_pages(pages, bare, heads)
                 failpoint("quarantine.committed")
                 for extent, name in names.items():
-                    path = self.extents / (name or "?")
-                    if path.exists() or path.is_symlink():
-                        self._quarantine_bytes += self.size_of(extent)
-                        self.files.move(path, self.quarantine_folder)
-                        failpoint("quarantine.moved")
-                    self._sizes.pop(extent, None)
-                self._drop_unused()
-                self._unlink_unused()
+                    if name is not None:
+                        self.shelf.put_aside(extent, name)
+                self.shelf.drop_unused(self.index)
+                self.shelf.unlink_unused()
                 failpoint("quarantine.done")
             except (OSError, sqlite3.Error) as e:
                 self._fail(e)
@@ -364,7 +305,7 @@ class Store:
     ) -> None:
         """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
 
-        ticket = self._retired.enter()
+        ticket = self.shelf.retired.enter()
 
         def job() -> None:
             try:
@@ -372,8 +313,8 @@ class Store:
             except Exception as e:  # without an outcome the request would wait for ever
                 log.exception("a restore failed")
                 result = Read([], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs})
-            if self._retired.leave(ticket):
-                self._jobs.put(self._remove_retired)
+            if self.shelf.retired.leave(ticket):
+                self._jobs.put(self._unlink_retired)
             self._complete(lambda: done(result))
 
         self._restores.submit(job)
@@ -406,7 +347,7 @@ class Store:
         self._writer.join()
         self._restores.shutdown(wait=True)
         self._reader.close()
-        self._remove_files(self._retired.drain())
+        self.shelf.unlink_all()
         if self.problem is None:
             self.index.checkpoint()
             failpoint("close.checkpointed")
@@ -418,18 +359,14 @@ class Store:
             "read_only": self.problem is not None,
             "problem": self.problem,
             "disk_full": self.disk_full,
-            "extents": len(self._sizes),
-            "extent_bytes": self.extent_bytes,
+            "extents": len(self.shelf),
+            "extent_bytes": self.shelf.extent_bytes,
             "index_bytes": self.index_bytes,
             "disk_bytes": self.disk_bytes,
             "free_bytes": self.free_disk(),
             "quarantined": self.quarantined,
             "bytes_written": self.bytes_written,
         }
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(p.lstat().st_size for p in folder.iterdir()) if folder.is_dir() else 0
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -80,11 +80,11 @@ def test_a_commit_is_one_extent_and_one_turn(folder: Path, opened: Callable[...,
     assert turn.extent is not None
     assert extents(folder) == [turn.extent.name]
     path = store.path(turn.extent.id)
-    assert written == path.stat().st_size == turn.extent.bytes == store.extent_bytes == store.bytes_written
+    assert written == path.stat().st_size == turn.extent.bytes == store.shelf.extent_bytes == store.bytes_written
     Extent(path).close()
     again = opened()
     assert again.names == {1001: turn.extent.name}
-    assert again.extent_bytes == written
+    assert again.shelf.extent_bytes == written
     assert [len(s.turns) for s in again.index.sessions()] == [1]
 
 
@@ -346,7 +346,7 @@ def test_compaction_replaces_the_extent(folder: Path, opened: Callable[..., Stor
     assert error is None
     assert after != before
     assert store.names == {5000: after}
-    assert written == store.extent_bytes == (folder / "extents" / after).stat().st_size
+    assert written == store.shelf.extent_bytes == (folder / "extents" / after).stat().st_size
     page = turn.pages[0][0]
     turn.pages = [(page, (Piece(5000, True, 0, 0, PAGE),))]
     assert restore(store, turn)[1] == {}
