@@ -22,9 +22,13 @@ from agentmem.wire import (
     agent_call,
     append_call,
     chat_call,
+    create_call,
     decode,
     explain_call,
+    fork_call,
     http_options,
+    policy_call,
+    prune_call,
     result_of,
     transport_error,
 )
@@ -122,6 +126,26 @@ class AsyncAgentMemClient:
     async def evict(self, name: str) -> dict[str, Any]:
         """See `AgentMemClient.evict`."""
         return await self._ask(agent_call("POST", name, self.namespace, "evict"))
+
+    async def create(self, name: str, **policy: Any) -> dict[str, Any]:
+        """A new agent without turns; `policy`: pinned, persist, quota_bytes. Raises AlreadyExists."""
+        return await self._ask(create_call(name, self.namespace, policy))
+
+    async def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
+        """Change `pinned` or `quota_bytes` of an agent. Raises NotFound."""
+        return await self._ask(policy_call(name, self.namespace, changes))
+
+    async def fork(
+        self, name: str, new: str, *, session: str | None = None, at: int | None = None
+    ) -> dict[str, Any]:
+        """A new agent that goes on from `name` as it was after turn `at`. Raises NotFound, AlreadyExists, BadRequest."""
+        return await self._ask(fork_call(name, new, self.namespace, session, at))
+
+    async def prune(
+        self, older_s: float, *, dry_run: bool = False, namespace: str | None = None
+    ) -> dict[str, Any]:
+        """Drop from disk the state of agents not used for `older_s` seconds; their tokens stay."""
+        return await self._ask(prune_call(older_s, dry_run, namespace))
 
     async def forget(self, name: str) -> dict[str, Any]:
         """See `AgentMemClient.forget`."""

@@ -24,9 +24,13 @@ from agentmem.wire import (
     agent_call,
     append_call,
     chat_call,
+    create_call,
     decode,
     explain_call,
+    fork_call,
     http_options,
+    policy_call,
+    prune_call,
     result_of,
     transport_error,
 )
@@ -99,7 +103,7 @@ class AgentMemClient:
     ) -> ChatResult | ChatStream:
         """One turn of `agent`. A text follows what its session remembers (history "server"); a list of
         messages is the whole conversation (history "client"). `options` are fields of the request:
-        max_tokens, temperature, …
+        max_tokens, temperature, …; `persist=False` makes a new agent that stays off the disk.
         """
         if stream:
             return self.stream_chat(agent, messages, session=session, history=history, **options)
@@ -143,6 +147,24 @@ class AgentMemClient:
     def evict(self, name: str) -> dict[str, Any]:
         """Take an agent's state out of RAM; it stays on disk. Raises NotFound."""
         return self._ask(agent_call("POST", name, self.namespace, "evict"))
+
+    def create(self, name: str, **policy: Any) -> dict[str, Any]:
+        """A new agent without turns; `policy`: pinned, persist, quota_bytes. Raises AlreadyExists."""
+        return self._ask(create_call(name, self.namespace, policy))
+
+    def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
+        """Change `pinned` or `quota_bytes` of an agent. Raises NotFound."""
+        return self._ask(policy_call(name, self.namespace, changes))
+
+    def fork(
+        self, name: str, new: str, *, session: str | None = None, at: int | None = None
+    ) -> dict[str, Any]:
+        """A new agent that goes on from `name` as it was after turn `at`. Raises NotFound, AlreadyExists, BadRequest."""
+        return self._ask(fork_call(name, new, self.namespace, session, at))
+
+    def prune(self, older_s: float, *, dry_run: bool = False, namespace: str | None = None) -> dict[str, Any]:
+        """Drop from disk the state of agents not used for `older_s` seconds; their tokens stay."""
+        return self._ask(prune_call(older_s, dry_run, namespace))
 
     def forget(self, name: str) -> dict[str, Any]:
         """Delete an agent for good: `{"agent", "deleted", "bytes_freed"}`. Raises NotFound."""

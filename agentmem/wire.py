@@ -11,6 +11,7 @@ import httpx
 
 from agentmem.daemon import DaemonNotRunning, Endpoint
 from agentmem.errors import (
+    AgentLocked,
     AgentMemError,
     AlreadyExists,
     AlreadyRunning,
@@ -83,13 +84,15 @@ def chat_call(
     options: dict[str, Any],
 ) -> Call:
     text_only = isinstance(messages, str)
-    who = {
+    who: dict[str, Any] = {
         "agent": agent,
         "namespace": namespace,
         "history": history or ("server" if text_only else "client"),
     }
     if session is not None:
         who["session"] = session
+    if (persist := options.pop("persist", None)) is not None:
+        who["persist"] = persist
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": messages}] if text_only else messages,
@@ -118,6 +121,23 @@ def append_call(
     return agent_call("POST", agent, namespace, "append")._replace(body=body)
 
 
+def create_call(agent: str, namespace: str, policy: dict[str, Any]) -> Call:
+    return Call("POST", "/v1/agents", {"agent": agent, **policy}, {"namespace": namespace})
+
+
+def policy_call(agent: str, namespace: str, changes: dict[str, Any]) -> Call:
+    return agent_call("PATCH", agent, namespace)._replace(body=changes)
+
+
+def fork_call(agent: str, new: str, namespace: str, session: str | None, at: int | None) -> Call:
+    body = {"agent": new, "session": session, "at": at}
+    return agent_call("POST", agent, namespace, "fork")._replace(body=body)
+
+
+def prune_call(older_s: float, dry_run: bool, namespace: str | None) -> Call:
+    return Call("POST", "/v1/store/prune", {"older_s": older_s, "dry_run": dry_run, "namespace": namespace})
+
+
 def explain_call(agent: str, namespace: str, session: str | None) -> Call:
     return agent_call(
         "GET", agent, namespace, "explain", **({"session": session} if session is not None else {})
@@ -129,6 +149,7 @@ _KINDS: tuple[type[AgentMemError], ...] = (
     BadArchive,
     ContextOverflow,
     Unauthorized,
+    AgentLocked,
     Forbidden,
     NotFound,
     Overloaded,

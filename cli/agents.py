@@ -1,4 +1,4 @@
-"""`agents`, `show`, `append`, `warm`, `evict`, `forget`, `models`: what is remembered, and for whom."""
+"""`agents`, `show`, `fork`, `append`, `warm`, `evict`, `pin`, `forget`, `models`: what is remembered, and for whom."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agentmem.cli.output import (
 from agentmem.cli.text_input import read_text
 from agentmem.client import AgentMemClient
 
-COLUMNS = ("AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST")
+COLUMNS = ("AGENT", "MODEL", "TOKENS", "UNIQUE", "SHARED", "STATE", "HIT%", "SAVED", "LAST", "LINEAGE")
 
 
 @click.command()
@@ -30,7 +30,8 @@ COLUMNS = ("AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST")
 def agents(as_json: bool) -> None:
     """List the agents: context, bytes on disk, and how much of what was asked was remembered.
 
-    STATE is hot (in RAM), warm (on disk) or cold (only the tokens are kept). SAVED is measured prefill time.
+    UNIQUE is what only this agent uses on disk, SHARED what others use too. STATE is hot (in RAM), warm (on disk) or
+    cold (only the tokens are kept). SAVED is measured prefill time.
     """
     with AgentMemClient() as client:
         found = client.agents()
@@ -40,7 +41,7 @@ def agents(as_json: bool) -> None:
     if not found:
         click.echo('no agents yet; try: agentmem run planner "Hello"')
         return
-    print_table(COLUMNS, map(_row, found), right=("TOKENS", "SIZE", "HIT%", "SAVED"))
+    print_table(COLUMNS, map(_row, found), right=("TOKENS", "UNIQUE", "SHARED", "HIT%", "SAVED"))
     on_disk = sum(agent["disk_bytes"] for agent in found)
     in_ram = sum(agent["ram_bytes"] for agent in found)
     plural = "" if len(found) == 1 else "s"
@@ -54,12 +55,19 @@ def _row(agent: dict[str, Any]) -> tuple[str, ...]:
         agent["agent"],
         agent["model"],
         format_count(agent["tokens"]),
-        format_bytes(agent["disk_bytes"]),
-        agent["state"],
+        format_bytes(agent["unique_bytes"]),
+        format_bytes(agent["shared_bytes"]),
+        agent["state"] + (" pinned" if agent["pinned"] else "") + ("" if agent["persist"] else " ephemeral"),
         format_share(agent["cached_tokens"], agent["prompt_tokens"]),
         format_ms(agent["saved_ms"]),
         format_ago(agent["last_used"]),
+        _lineage(agent),
     )
+
+
+def _lineage(agent: dict[str, Any]) -> str:
+    line = agent["lineage"]
+    return f"fork of {line['parent']}@t{line['turn']}" if line else "-"
 
 
 @click.command()
@@ -81,7 +89,10 @@ def show(agent: str, as_json: bool) -> None:
             ("tokens", format_count(info["tokens"])),
             ("turns", format_count(info["turns"])),
             ("on disk", _size(info)),
+            ("shared", format_bytes(info["shared_bytes"])),
             ("in RAM", format_bytes(info["ram_bytes"])),
+            ("pinned", "yes" if info["pinned"] else "no"),
+            ("lineage", _lineage(info)),
             ("remembered", f"{format_share(info['cached_tokens'], info['prompt_tokens'])} % of the prompts"),
             ("time saved", format_ms(info["saved_ms"])),
             ("last used", format_ago(info["last_used"])),
@@ -103,7 +114,7 @@ def _size(info: dict[str, Any]) -> str:
 @click.option("--session", help="Session of the agent. Default: its default session.")
 @click.option(
     "--role",
-    type=click.Choice(["system", "user", "assistant"]),
+    type=click.Choice(["system", "user"]),
     default="user",
     show_default=True,
     help="Whose message the text becomes.",
@@ -150,6 +161,42 @@ def _moved(info: dict[str, Any], where: str, size: int, as_json: bool) -> None:
         print_json({"agent": info})
     else:
         click.echo(f"{info['agent']} is {info['state']}: {format_bytes(size)} {where}")
+
+
+@click.command()
+@click.argument("agent")
+@click.argument("new")
+@click.option("--session", help="Session of the agent. Default: the one used last.")
+@click.option("--at", type=click.IntRange(min=1), help="Go on from after this turn. Default: the last.")
+@json_option
+def fork(agent: str, new: str, session: str | None, at: int | None, as_json: bool) -> None:
+    """Make agent NEW, which goes on from AGENT. Nothing is copied; each goes its own way from there."""
+    with AgentMemClient() as client:
+        info = client.fork(agent, new, session=session, at=at)
+    if as_json:
+        print_json({"agent": info})
+        return
+    click.echo(f"{new}: {_lineage(info)}, {format_count(info['tokens'])} tokens, {info['state']}")
+
+
+@click.command()
+@click.argument("agent")
+@json_option
+def pin(agent: str, as_json: bool) -> None:
+    """Keep an agent's state on disk, and in RAM as long as anything else can go."""
+    with AgentMemClient() as client:
+        info = client.set_policy(agent, pinned=True)
+    _moved(info, "on disk", info["disk_bytes"], as_json)
+
+
+@click.command()
+@click.argument("agent")
+@json_option
+def unpin(agent: str, as_json: bool) -> None:
+    """Let an agent's state go when room is needed."""
+    with AgentMemClient() as client:
+        info = client.set_policy(agent, pinned=False)
+    _moved(info, "on disk", info["disk_bytes"], as_json)
 
 
 @click.command()

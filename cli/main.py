@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 import agentmem
-from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, talk, transfer
+from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, room, talk, transfer
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.output import print_json
 from agentmem.errors import AgentMemError
@@ -90,10 +90,15 @@ for command in (
     talk.chat,
     agents.agents,
     agents.show,
+    agents.fork,
     agents.append,
     agents.warm,
     agents.evict,
+    agents.pin,
+    agents.unpin,
     agents.forget,
+    room.df,
+    room.prune,
     transfer.export_agent,
     transfer.import_agent,
     agents.models,

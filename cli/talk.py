@@ -17,6 +17,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--session", help="Session of the agent. Default: its default session."),
+    click.option("--ephemeral", is_flag=True, help="A new agent that never touches the disk."),
     click.option("--system", help="System message in front of this turn; meant for a new session."),
     click.option("--max-tokens", type=click.IntRange(1), help="Tokens of a reply at most."),
     click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token."),
@@ -85,6 +86,8 @@ def _turn(client: AgentMemClient, agent: str, text: str, options: dict[str, Any]
     if options.get("system"):
         messages.insert(0, {"role": "system", "content": options["system"]})
     request = {name: options[name] for name in ("max_tokens", "temperature") if options[name] is not None}
+    if options["ephemeral"]:
+        request["persist"] = False
     stream: ChatStream = client.stream_chat(
         agent, messages, session=options["session"], history="server", **request
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -11,19 +11,23 @@ from agentmem.blockpool.index import AgentRow, Index, SessionRow, TurnRow
 from agentmem.blockpool.page import Match, Page, match_chain
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.blockpool.vault import Where
 from agentmem.engine.agents import Agent, Session, log_bytes
 from agentmem.engine.conversation import Conversation, Tokenizer
 from agentmem.engine.journal import Done, Ids, Journal, dropped_heads
-from agentmem.errors import AlreadyExists, BadRequest, NotFound
+from agentmem.errors import AgentLocked, AlreadyExists, BadRequest, NotFound, StoreError
 
 __all__ = ["Agent", "Memory", "Session"]
+
+Encrypt = Literal["off"] | Where
 
 
 class Memory:
     """Agents and sessions of one home. Engine thread only."""
 
-    def __init__(self, store: Store, pool: Pool, tokenizer: Tokenizer) -> None:
+    def __init__(self, store: Store, pool: Pool, tokenizer: Tokenizer, encrypt: Encrypt = "off") -> None:
         self.store = store
+        self.encrypt = encrypt
         self.pool = pool
         self.ids = Ids()
         self.journal = Journal(store, pool, self.ids)
@@ -80,15 +84,16 @@ class Memory:
     ) -> tuple[Agent, Session]:
         """The agent and its session, made now where they do not exist; only a committed turn makes them last.
 
-        Raises AlreadyExists while an agent of this name is being imported, BadRequest when `persist` is not what the agent has.
+        Raises AlreadyExists while an agent of this name is being imported, BadRequest when `persist` is not what the agent has,
+        AgentLocked when its key is not there, StoreError when a new one cannot be kept.
         """
         self._check_free(namespace, agent)
         owner = self._agents.get((namespace, agent))
         if owner is None:
-            now = time.time()
             policy: dict[str, Any] = {} if persist is not False else {"persist": False}
-            owner = Agent(AgentRow(self.next_id("agents"), namespace, agent, now, now, {}, policy))
-            self._agents[namespace, agent] = owner
+            owner = self._new(namespace, agent, policy, self.encrypt if persist is not False else "off")
+        elif owner.locked:
+            raise locked(agent)
         elif persist is not None and persist != owner.persist:
             raise BadRequest(
                 f"agent {agent!r} was made with persist={str(owner.persist).lower()}; leave persist out, or forget it first",
@@ -98,6 +103,22 @@ class Memory:
             row = SessionRow(self.next_id("sessions"), owner.row.id, session, None)
             owner.sessions[session] = Session(row, Conversation(self._tokenizer))
         return owner, owner.sessions[session]
+
+    def _new(self, namespace: str, name: str, policy: dict[str, Any], encrypt: Encrypt) -> Agent:
+        now = time.time()
+        lineage = {} if encrypt == "off" else {"space": self.new_vault(namespace, encrypt)}
+        agent = Agent(AgentRow(self.next_id("agents"), namespace, name, now, now, {}, policy, lineage))
+        self._agents[namespace, name] = agent
+        return agent
+
+    def new_vault(self, namespace: str, where: Where) -> str:
+        """A space with a key of its own. Raises StoreError when there is no place for keys."""
+        if self.store.vaults is None:
+            raise StoreError("this store keeps no keys")
+        try:
+            return self.store.vaults.make(namespace, where)
+        except OSError as error:
+            raise StoreError(f"a key for the agent cannot be kept: {error}") from error
 
     def _check_free(self, namespace: str, agent: str) -> None:
         if (namespace, agent) in self.reserved:
@@ -156,9 +177,8 @@ class Memory:
     def create(self, namespace: str, name: str, policy: dict[str, Any], done: Done) -> Agent:
         """An agent without turns. `done(0, error)` once it is on disk. Raises AlreadyExists."""
         self._check_new(namespace, name)
-        now = time.time()
-        agent = Agent(AgentRow(self.next_id("agents"), namespace, name, now, now, {}, {}))
-        self._agents[namespace, name] = agent
+        encrypt = policy.pop("encrypt", self.encrypt if policy.get("persist", True) else "off")
+        agent = self._new(namespace, name, {}, encrypt)
         self.set_policy(agent, policy, done)
         return agent
 
@@ -166,7 +186,7 @@ class Memory:
         self._check_free(namespace, name)
         if (namespace, name) in self._agents:
             raise AlreadyExists(
-                f"agent {name!r} exists; choose another name or forget it first", param="name"
+                f"agent {name!r} exists; choose another name or forget it first", param="agent"
             )
 
     def session(self, agent: Agent, name: str | None) -> Session:
@@ -192,13 +212,11 @@ class Memory:
         `done(0, error)` once it is on disk. Raises AlreadyExists, or BadRequest for a turn that never was.
         Preconditions: the session is idle, and its turns are written.
         """
+        if parent.locked:
+            raise locked(parent.row.name)
         namespace, turns = parent.row.namespace, session.row.turns
         last = session.conversation.turns
-        self._check_free(namespace, name)
-        if (namespace, name) in self._agents:
-            raise AlreadyExists(
-                f"agent {name!r} exists; choose another name or forget it first", param="name"
-            )
+        self._check_new(namespace, name)
         at = last if at is None else at
         if not 1 <= at <= last:
             raise BadRequest(f"session {session.row.name!r} has turns 1 to {last}; got at={at}", param="at")
@@ -243,7 +261,8 @@ class Memory:
         gone = [page.id for page in pages if self.journal.discard_if_unused(page) and page.id is not None]
         self.journal.forget_buried()
         if agent.persist:
-            self.store.forget(agent.row.id, gone, done)
+            last = not any(a.row.space == agent.row.space for a in self._agents.values())
+            self.store.forget(agent.row.id, gone, done, agent.row.space if last else None)
         else:
             done(0, None)
 
@@ -289,6 +308,14 @@ class Memory:
 
     def _sessions(self) -> list[Session]:
         return [s for a in self._agents.values() for s in a.sessions.values()]
+
+
+def locked(agent: str) -> AgentLocked:
+    """What a request for an agent without its key is answered with."""
+    return AgentLocked(
+        f"agent {agent!r} is encrypted and its key is not there; put the key back (see the daemon's log), or forget the agent",
+        param="agent",
+    )
 
 
 def _fork(index: Index, agent: AgentRow, session: SessionRow) -> None:

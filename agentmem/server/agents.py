@@ -1,4 +1,4 @@
-"""`/v1/agents`: list, show, warm, evict, append, explain, forget. All need the token."""
+"""`/v1/agents`: list, create, show, change, fork, warm, evict, pin, append, explain, forget. All need the token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query
 
 from agentmem.engine.request import ChatRequest, check_name
-from agentmem.server.bodies import AppendBody
+from agentmem.server.bodies import AppendBody, CreateBody, ForkBody, PolicyBody
 from agentmem.server.service import Service
 
 
@@ -41,6 +41,11 @@ def agents_router(service: Service) -> APIRouter:
         """Every agent of a namespace."""
         return {"object": "list", "data": runtime.agents(namespace)}
 
+    @router.post("")
+    def create_agent(namespace: Namespace, body: CreateBody) -> dict[str, Any]:
+        """A new agent without turns."""
+        return dict(runtime.create(check_name(body.agent), body.policy(), namespace))
+
     @router.get("/{agent}")
     def show_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
         return dict(runtime.agent(agent, namespace))
@@ -60,6 +65,26 @@ def agents_router(service: Service) -> APIRouter:
     def evict_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
         """Take the agent's state out of RAM; it stays on disk."""
         return dict(runtime.evict(agent, namespace))
+
+    @router.patch("/{agent}")
+    def change_agent(agent: Agent, namespace: Namespace, body: PolicyBody) -> dict[str, Any]:
+        """Change what is asked of an agent: pinned, quota_bytes."""
+        return dict(runtime.set_policy(agent, body.changes(), namespace))
+
+    @router.post("/{agent}/pin")
+    def pin_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
+        """Keep the agent's state when room is needed."""
+        return dict(runtime.set_policy(agent, {"pinned": True}, namespace))
+
+    @router.post("/{agent}/unpin")
+    def unpin_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
+        return dict(runtime.set_policy(agent, {"pinned": False}, namespace))
+
+    @router.post("/{agent}/fork")
+    def fork_agent(agent: Agent, namespace: Namespace, body: ForkBody) -> dict[str, Any]:
+        """A new agent that goes on from this one; nothing is copied."""
+        session = None if body.session is None else check_name(body.session, "session")
+        return dict(runtime.fork(agent, check_name(body.agent), session, body.at, namespace))
 
     @router.post("/{agent}/append")
     def append_to_agent(agent: Agent, namespace: Namespace, body: AppendBody) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmem import __version__
+from agentmem.engine.request import check_name
 from agentmem.server.agents import agents_router
+from agentmem.server.bodies import PruneBody
 from agentmem.server.completions import completions_router
 from agentmem.server.errors import ErrorBody, install_handlers
 from agentmem.server.metrics import Metrics
@@ -87,6 +89,12 @@ def daemon_router(service: Service) -> APIRouter:
     def store() -> dict[str, Any]:
         """Budgets and bytes."""
         return runtime.store()
+
+    @router.post("/v1/store/prune")
+    def prune(body: PruneBody) -> dict[str, Any]:
+        """Drop from disk the state of agents that were not used for long; their tokens stay."""
+        namespace = None if body.namespace is None else check_name(body.namespace, "namespace")
+        return runtime.prune(float(body.older_s), namespace, body.dry_run)
 
     @router.get("/metrics")
     def metrics() -> Response:

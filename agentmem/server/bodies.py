@@ -52,6 +52,7 @@ class AgentFields(Body):
     session: str | None = None
     namespace: str | None = None
     history: Literal["client", "server"] = "client"
+    persist: StrictBool | None = None
 
 
 class ChatBody(Body):
@@ -160,6 +161,47 @@ class ChatBody(Body):
         if self.logit_bias:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return Sampling(**given)
+
+
+class PolicyBody(Body):
+    """`PATCH /v1/agents/{agent}`: what is named changes; a quota of null takes it away."""
+
+    pinned: StrictBool | None = None
+    quota_bytes: Annotated[StrictInt, Field(ge=1, lt=INT64)] | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """The policies that the request names."""
+        return {
+            k: v
+            for k, v in self.model_dump(include=set(PolicyBody.model_fields)).items()
+            if k in self.model_fields_set and (v is not None or k == "quota_bytes")
+        }
+
+
+class CreateBody(PolicyBody):
+    """`POST /v1/agents`: an agent without turns. `persist: false` keeps it off the disk."""
+
+    agent: str
+    persist: StrictBool = True
+
+    def policy(self) -> dict[str, Any]:
+        return self.changes() | ({} if self.persist else {"persist": False})
+
+
+class ForkBody(Body):
+    """`POST /v1/agents/{agent}/fork`: the new agent's name; which session, and after which turn."""
+
+    agent: str
+    session: str | None = None
+    at: Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)] | None = None
+
+
+class PruneBody(Body):
+    """`POST /v1/store/prune`: state of agents not used for `older_s` seconds."""
+
+    older_s: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1e10)]
+    namespace: str | None = None
+    dry_run: StrictBool = False
 
 
 class AppendBody(Body):

@@ -56,6 +56,7 @@ def chat_request(request: Request, body: ChatBody) -> ChatRequest:
         identity_source=who.source,
         messages=[message.normalised() for message in body.messages],
         history=body.agentmem.history,
+        persist=body.agentmem.persist,
         max_tokens=body.reply_limit,
         stop=list(body.stop or []),
         sampling=body.sampling(),

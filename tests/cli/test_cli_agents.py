@@ -74,7 +74,7 @@ def test_agents_lists_what_show_shows() -> None:
     assert shown["disk_bytes"] > 0
 
     table = invoke("agents").stdout.splitlines()
-    assert table[0].split() == ["AGENT", "MODEL", "TOKENS", "SIZE", "STATE", "HIT%", "SAVED", "LAST"]
+    assert table[0].split() == ["AGENT", "MODEL", "TOKENS", "UNIQUE", "SHARED", "STATE", "HIT%", "SAVED", "LAST", "LINEAGE"]
     assert any(row.split()[0] == "listed" and shown["model"] in row for row in table[1:])
     assert f"{len(listed)} agent" in table[-1]
     assert shown["model"] in invoke("show", "listed").stdout
@@ -111,7 +111,7 @@ def test_evict_and_warm_move_an_agent_without_loss() -> None:
 
 
 def test_forget_deletes_for_good() -> None:
-    invoke("run", "gone", "Hello.", *GREEDY)
+    invoke("run", "gone", "Nobody else says this.", *GREEDY)
     unconfirmed = invoke("forget", "gone")
     assert unconfirmed.exit_code == Exit.USAGE
     assert "--yes" in unconfirmed.stderr

@@ -1,0 +1,99 @@
+"""Forks, pins, quotas, ephemeral agents and prune, over HTTP and by the clients."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from agentmem.async_client import AsyncAgentMemClient
+from agentmem.client import AgentMemClient
+from agentmem.errors import AlreadyExists, BadRequest, NotFound
+from tests.server.conftest import Daemon
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> AgentMemClient:
+    return AgentMemClient(daemon.url, daemon.token)
+
+
+def test_a_fork_over_http(daemon: Daemon, client: AgentMemClient) -> None:
+    first = client.chat("f-parent", "The bell is green. " * 20, max_tokens=3)
+    client.chat("f-parent", "And now?", max_tokens=3)
+    info = client.fork("f-parent", "f-child", at=1)
+    assert info["lineage"] == {"parent": "f-parent", "session": "default", "turn": 1}
+    assert info["shared_bytes"] > 0
+    reply = client.chat("f-child", "What colour?", max_tokens=3)
+    assert reply.cached_tokens >= first.usage["prompt_tokens"] - 1
+    assert client.agent("f-child")["turns"] == 1
+    with pytest.raises(AlreadyExists):
+        client.fork("f-parent", "f-child")
+    with pytest.raises(NotFound):
+        client.fork("f-nobody", "f-other")
+    with pytest.raises(BadRequest, match="turns 1 to 2"):
+        client.fork("f-parent", "f-other", at=9)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/agents/p-ada/fork", {}, "agent"),
+        ("/v1/agents/p-ada/fork", {"agent": "../x"}, "agent"),
+        ("/v1/agents/p-ada/fork", {"agent": "x", "at": 0}, "at"),
+        ("/v1/agents/p-ada/fork", {"agent": "x", "at": "1"}, "at"),
+        ("/v1/agents", {"agent": "a/b"}, "agent"),
+        ("/v1/agents", {"agent": "p-x", "quota_bytes": 0}, "quota_bytes"),
+        ("/v1/agents", {"agent": "p-x", "pinned": "yes"}, "pinned"),
+        ("/v1/store/prune", {}, "older_s"),
+        ("/v1/store/prune", {"older_s": -1}, "older_s"),
+        ("/v1/store/prune", {"older_s": 1, "namespace": "a/b"}, "namespace"),
+    ],
+)
+def test_bad_bodies_change_nothing(daemon: Daemon, path: str, body: dict[str, object], param: str) -> None:
+    daemon.chat("p-ada", "hello")
+    before = daemon.http.get("/v1/agents").json()
+    response = daemon.http.post(path, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert daemon.http.get("/v1/agents").json() == before
+
+
+def test_policies_are_made_changed_and_kept(daemon: Daemon, client: AgentMemClient) -> None:
+    info = client.create("q-ada", pinned=True, quota_bytes=1 << 20)
+    assert (info["pinned"], info["quota_bytes"], info["state"], info["turns"]) == (True, 1 << 20, "cold", 0)
+    with pytest.raises(AlreadyExists):
+        client.create("q-ada")
+    client.chat("q-ada", "hello", max_tokens=2)
+    assert client.set_policy("q-ada", quota_bytes=None)["quota_bytes"] is None
+    assert daemon.http.post("/v1/agents/q-ada/unpin", json={}).json()["pinned"] is False
+    assert daemon.http.post("/v1/agents/q-ada/pin", json={}).json()["pinned"] is True
+    assert daemon.http.patch("/v1/agents/q-none", json={"pinned": True}).status_code == 404
+
+
+def test_an_ephemeral_agent_says_that_it_is_not_committed(client: AgentMemClient) -> None:
+    reply = client.chat("e-ghost", "hello there", max_tokens=2, persist=False)
+    assert reply.memory["committed"] is False
+    assert client.agent("e-ghost")["persist"] is False
+    assert client.chat("e-ghost", "and now", max_tokens=2).cached_tokens > 0
+    with pytest.raises(BadRequest, match="persist"):
+        client.chat("e-ghost", "more", max_tokens=2, persist=True)
+
+
+def test_prune_and_store_by_both_clients(daemon: Daemon, client: AgentMemClient) -> None:
+    client.chat("r-ada", "The tide is low. " * 20, max_tokens=2)
+    seen = client.prune(0.0, dry_run=True)
+    assert "r-ada" in seen["agents"]
+    assert seen["bytes_freed"] == 0
+    store = client.store()
+    assert 0 < store["unique_bytes"] <= store["without_sharing_bytes"]
+    assert store["namespaces"]["default"]["agents"] == len(client.agents())
+
+    async def same() -> None:
+        async with AsyncAgentMemClient(daemon.url, daemon.token) as other:
+            assert (await other.prune(0.0, dry_run=True))["agents"] == seen["agents"]
+            assert (await other.fork("r-ada", "r-bob"))["agent"] == "r-bob"
+            assert (await other.create("r-eve"))["turns"] == 0
+            assert (await other.set_policy("r-eve", pinned=True))["pinned"] is True
+            await other.forget("r-eve")
+
+    asyncio.run(same())
