@@ -107,3 +107,11 @@ class AlreadyExists(AgentMemError):
     status = 409
     type = "conflict_error"
     code = "already_exists"
+
+
+class AgentLocked(AgentMemError):
+    """The agent is encrypted, and its key is not there."""
+
+    status = 423
+    type = "permission_error"
+    code = "agent_locked"

@@ -51,6 +51,11 @@ class Home:
         return self.root / "store"
 
     @property
+    def keys(self) -> Path:
+        """Keys of encrypted agents, one file each, where they are not in the system's keychain."""
+        return self.root / "keys"
+
+    @property
     def log(self) -> Path:
         return self.root / "logs" / "daemon.log"
 

@@ -16,6 +16,7 @@ from agentmem.blockpool.extent import FORMAT_VERSION
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.blockpool.vault import Vaults
 from agentmem.engine import seam
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
@@ -145,8 +146,9 @@ class Runtime(Roster):
             text_identity(model.identity),
             durable=settings.commit != "none",
             wake=lambda: self._engine.wake(),
+            vaults=Vaults(settings.paths.keys),
         )
-        self._memory = Memory(self._store, self._pool, model.tokenizer)
+        self._memory = Memory(self._store, self._pool, model.tokenizer, settings.encrypt)
         self._memory.load()
         planner = Planner(
             self._memory,

@@ -42,6 +42,10 @@ class Settings(BaseSettings):
     max_reply: int = Field(
         default=1024, ge=1, description="tokens of a reply when the request names no limit"
     )
+    encrypt: Literal["off", "file", "keyring"] = Field(
+        default="off",
+        description="seal what new agents leave on disk; their keys are files of the home or in the keychain",
+    )
     commit: Literal["full", "batched", "none"] = "full"
     queue_limit: int = Field(default=64, ge=1)
     open_inference: bool = Field(

@@ -8,8 +8,8 @@ with it unreadable, copies and leftover disk blocks too.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable
@@ -23,13 +23,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from agentmem.errors import StoreError
 
-log = logging.getLogger(__name__)
-
 MARK = "!"
 KEY_BYTES = 32
 TAG_BYTES = 16
 NONCE_BYTES = 12
 SERVICE = "agentmem"
+VAULT = re.compile(r"[fk][0-9a-f]{16}")
 
 Where = Literal["file", "keyring"]
 
@@ -202,33 +201,41 @@ class Vaults:
     def __init__(self, folder: Path) -> None:
         self._keychains: dict[str, Keychain] = {"f": KeyFiles(folder), "k": SystemKeychain()}
         self._seals: dict[str, Seal] = {}
+        self._fresh: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     def make(self, namespace: str, where: Where) -> str:
-        """A new space of a namespace, sealed with a new key. Raises OSError or StoreError when the key cannot be kept."""
+        """A new space of a namespace with a new key, which is kept from its first use on.
+
+        Raises OSError or StoreError when the place for keys does not answer.
+        """
         vault = where[0] + secrets.token_hex(8)
-        key = secrets.token_bytes(KEY_BYTES)
-        self._keychains[where[0]].put(vault, key)
+        self._keychains[where[0]].get(vault)
         with self._lock:
-            self._seals[vault] = Seal(key)
+            self._fresh[vault] = secrets.token_bytes(KEY_BYTES)
         return f"{namespace}{MARK}{vault}"
 
     def seal(self, space: str) -> Seal | None:
-        """What seals a space, or None for one in plain text. Raises Locked when its key is not there."""
+        """What seals a space, or None for one in plain text. The key of a new space is durable when this returns.
+
+        Raises Locked when its key is not there, OSError or StoreError when a new one cannot be kept.
+        """
         vault = vault_of(space)
         if vault is None:
             return None
         with self._lock:
+            if vault in self._fresh:
+                self._keychains[vault[0]].put(vault, self._fresh[vault])
+                self._seals[vault] = Seal(self._fresh.pop(vault))
             if vault not in self._seals:
                 self._seals[vault] = Seal(self._key(vault))
             return self._seals[vault]
 
     def _key(self, vault: str) -> bytes:
-        keychain = self._keychains.get(vault[:1])
-        if keychain is None or not vault[1:].isalnum():
+        if not _ours(vault):
             raise Locked(f"{vault!r} is no vault of ours")
         try:
-            key = keychain.get(vault)
+            key = self._keychains[vault[0]].get(vault)
         except (OSError, StoreError) as error:
             raise Locked(f"the key of vault {vault} cannot be read: {error}") from error
         if key is None or len(key) != KEY_BYTES:
@@ -238,9 +245,13 @@ class Vaults:
     def drop(self, space: str) -> None:
         """Destroy a space's key. Raises OSError or StoreError when that fails."""
         vault = vault_of(space)
-        if vault is None:
+        if vault is None or not _ours(vault):
             return
         with self._lock:
             self._seals.pop(vault, None)
-            if vault[:1] in self._keychains and vault[1:].isalnum():
-                self._keychains[vault[:1]].drop(vault)
+            if self._fresh.pop(vault, None) is None:
+                self._keychains[vault[0]].drop(vault)
+
+
+def _ours(vault: str) -> bool:
+    return VAULT.fullmatch(vault) is not None

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from agentmem.daemon import DaemonNotRunning
 from agentmem.errors import (
+    AgentLocked,
     AgentMemError,
     AlreadyExists,
     AlreadyRunning,
@@ -42,6 +43,7 @@ _CODES: tuple[tuple[type[AgentMemError], Exit], ...] = (
     (BadRequest, Exit.USAGE),
     (NotFound, Exit.NOT_FOUND),
     (Unauthorized, Exit.REFUSED),
+    (AgentLocked, Exit.REFUSED),
     (Forbidden, Exit.REFUSED),
     (Overloaded, Exit.REFUSED),
     (AlreadyExists, Exit.REFUSED),

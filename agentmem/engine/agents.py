@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
 from agentmem.blockpool.page import Page
+from agentmem.blockpool.vault import vault_of
 from agentmem.engine.conversation import Conversation
 
 
@@ -64,6 +65,17 @@ class Agent:
     def pinned(self) -> bool:
         """Whether its state stays where it is when room is needed."""
         return bool(self.row.policy.get("pinned", False))
+
+    @property
+    def locked(self) -> bool:
+        """Whether it is encrypted and its key is not there."""
+        return any(s.row.locked for s in self.sessions.values())
+
+    @property
+    def encrypted(self) -> str:
+        """Where the key of what it leaves on disk is: "file" or "keyring", or "off"."""
+        vault = vault_of(self.row.space)
+        return "off" if vault is None else "keyring" if vault.startswith("k") else "file"
 
     def pages(self) -> list[Page]:
         """The pages of all its sessions, each once."""

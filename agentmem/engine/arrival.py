@@ -126,7 +126,7 @@ class Arrival:
 
     def _settle(self, parcel: Parcel) -> dict[str, Any]:
         try:
-            if parcel.kept == "state" and parcel.trust:
+            if parcel.kept == "state" and parcel.trust and self._memory.encrypt == "off":
                 self._share(parcel)
             self._call(lambda: self._lay_out(parcel))
             size = self._write_rows(parcel)
@@ -184,9 +184,11 @@ class Arrival:
 
     def _lay_out(self, parcel: Parcel) -> None:
         """On the engine thread: ids, and nodes for the pages. Nobody can use one before its rows are committed."""
+        if self._memory.encrypt != "off":
+            parcel.space = self._memory.new_vault(parcel.namespace, self._memory.encrypt)
         if parcel.kept != "state":
             return
-        if not parcel.trust:
+        if not parcel.trust and self._memory.encrypt == "off":
             parcel.space = f"{parcel.namespace}#{secrets.token_hex(8)}"
         tree = self._pool.tree(parcel.space)
         for i, ((parent, raw, _), tokens) in enumerate(

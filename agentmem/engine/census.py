@@ -78,6 +78,8 @@ class Census:
             pinned=agent.pinned,
             persist=agent.persist,
             quota_bytes=agent.row.policy.get("quota_bytes"),
+            encrypted=agent.encrypted,
+            locked=agent.locked,
             lineage={k: v for k, v in agent.row.lineage.items() if k in ("parent", "session", "turn")}
             or None,
         )

@@ -23,7 +23,7 @@ from agentmem.engine.manifest import (
     TurnRecord,
     facts,
 )
-from agentmem.engine.memory import Memory, Session
+from agentmem.engine.memory import Memory, Session, locked
 from agentmem.errors import BadRequest
 
 T = TypeVar("T")
@@ -75,8 +75,8 @@ class Departure:
     def export(self, namespace: str, name: str) -> IO[bytes]:
         """The agent's archive, a nameless file that stands at its start; the caller closes it.
 
-        Rows are copied as they are stored. Raises NotFound, Overloaded, StoreError, and BadRequest for an agent without turns or
-        with more text than an archive holds.
+        Rows are copied as they are stored. Raises NotFound, AgentLocked, Overloaded, StoreError, and BadRequest for an agent
+        without turns or with more text than an archive holds.
         """
         snapshot = self._when_idle(namespace, name, lambda: self._take(namespace, name))
         try:
@@ -101,6 +101,8 @@ class Departure:
         """On the engine thread, where `when_idle` has found the agent."""
         agent = self._memory.agent(namespace, name)
         assert agent is not None
+        if agent.locked:
+            raise locked(name)
         sessions = [
             (s.row.name, list(s.row.turns), _stored(s), s.row.text)
             for s in agent.sessions.values()

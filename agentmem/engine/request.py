@@ -144,7 +144,8 @@ class AgentInfo(TypedDict):
     """One agent as `agents` and `show` report it. Times are epoch seconds.
 
     `disk_bytes` is its share of everything on disk; `unique_bytes` and `shared_bytes` are rows that only it, and that other
-    agents too, use. `lineage` says what it was forked from: parent, session, turn.
+    agents too, use. `encrypted` says where the key is (off, file, keyring), `locked` that it is not there. `lineage` says what
+    the agent was forked from: parent, session, turn.
     """
 
     agent: str
@@ -167,4 +168,6 @@ class AgentInfo(TypedDict):
     pinned: bool
     persist: bool
     quota_bytes: int | None
+    encrypted: str
+    locked: bool
     lineage: dict[str, Any] | None

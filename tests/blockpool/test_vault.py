@@ -8,9 +8,16 @@ from pathlib import Path
 import keyring.backends.fail
 import pytest
 
-from agentmem.blockpool.vault import Locked, Seal, Vaults, vault_of
+from agentmem.blockpool.vault import Locked, Seal, Vaults, Where, vault_of
 from agentmem.errors import StoreError
 from tests.blockpool.keychain import MemoryKeyring, installed
+
+
+def made(vaults: Vaults, where: Where = "file") -> str:
+    """A space whose key is kept."""
+    space = vaults.make("default", where)
+    assert vaults.seal(space) is not None
+    return space
 
 
 def test_spaces_and_their_vaults(tmp_path: Path) -> None:
@@ -24,7 +31,7 @@ def test_spaces_and_their_vaults(tmp_path: Path) -> None:
 
 def test_a_key_is_a_private_file_of_32_bytes(tmp_path: Path) -> None:
     vaults = Vaults(tmp_path / "keys")
-    paths = [tmp_path / "keys" / str(vault_of(vaults.make("default", "file"))) for _ in range(2)]
+    paths = [tmp_path / "keys" / str(vault_of(made(vaults))) for _ in range(2)]
     assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o700
     assert {p.stat().st_mode & 0o777 for p in paths} == {0o600}
     one, two = (p.read_bytes() for p in paths)
@@ -32,9 +39,20 @@ def test_a_key_is_a_private_file_of_32_bytes(tmp_path: Path) -> None:
     assert one != two
 
 
+def test_a_key_is_kept_when_it_is_used(tmp_path: Path) -> None:
+    vaults = Vaults(tmp_path / "keys")
+    unused, used = (vaults.make("default", "file") for _ in range(2))
+    assert not (tmp_path / "keys").exists()
+    vaults.seal(used)
+    assert os.listdir(tmp_path / "keys") == [vault_of(used)]
+    vaults.drop(unused)
+    with pytest.raises(Locked):
+        vaults.seal(unused)
+
+
 def test_values_open_with_their_key_and_for_their_purpose(tmp_path: Path) -> None:
     vaults = Vaults(tmp_path / "keys")
-    spaces = [vaults.make("default", "file") for _ in range(2)]
+    spaces = [made(vaults) for _ in range(2)]
     one, two = (vaults.seal(s) for s in spaces)
     assert one is not None
     assert two is not None
@@ -70,7 +88,7 @@ def test_pieces_open_at_their_place_only() -> None:
 
 def test_a_dropped_key_is_gone(tmp_path: Path) -> None:
     vaults = Vaults(tmp_path / "keys")
-    space, other = (vaults.make("default", "file") for _ in range(2))
+    space, other = (made(vaults) for _ in range(2))
     path = tmp_path / "keys" / str(vault_of(space))
     key = path.read_bytes()
     kept = path.with_name("link")
@@ -86,14 +104,14 @@ def test_a_dropped_key_is_gone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"short", bytes(33)])
 def test_a_damaged_key_locks(tmp_path: Path, content: bytes) -> None:
-    space = Vaults(tmp_path / "keys").make("default", "file")
+    space = made(Vaults(tmp_path / "keys"))
     (tmp_path / "keys" / str(vault_of(space))).write_bytes(content)
     with pytest.raises(Locked, match="damaged"):
         Vaults(tmp_path / "keys").seal(space)
 
 
 def test_keys_are_never_read_through_links(tmp_path: Path) -> None:
-    space = Vaults(tmp_path / "keys").make("default", "file")
+    space = made(Vaults(tmp_path / "keys"))
     path = tmp_path / "keys" / str(vault_of(space))
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
@@ -116,13 +134,13 @@ def test_without_a_keychain_there_is_a_clear_error(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="set encrypt to 'file'"):
             Vaults(tmp_path).make("default", "keyring")
         with pytest.raises(Locked, match="keychain"):
-            Vaults(tmp_path).seal("default!k0123")
+            Vaults(tmp_path).seal("default!k0123456789abcdef")
 
 
 def test_keys_in_the_keychain(tmp_path: Path) -> None:
     chain = MemoryKeyring()
     with installed(chain):
-        space = Vaults(tmp_path).make("default", "keyring")
+        space = made(Vaults(tmp_path), "keyring")
         assert os.listdir(tmp_path) == []
         seal, again = (v.seal(space) for v in (Vaults(tmp_path), Vaults(tmp_path)))
         assert seal is not None
