@@ -16,6 +16,7 @@ from tests.crash.daemon import Daemon, spawn
 from tests.tiny_model import save_model
 
 AGENTS = ("ada", "bob", "cleo")
+KILLS = 20
 WORDS = ["oil", "lamp", "tide", "ledger", "winter", "bread", "seed", "wheel"]
 
 
@@ -55,11 +56,12 @@ def check(daemon: Daemon, agent: str, known: Known) -> None:
     known.turns, known.tokens = daemon.get(f"/v1/agents/{agent}")["turns"], usage["total_tokens"]
 
 
-def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
-    rng = random.Random(seed)
-    model, home = save_model(folder / "model"), folder / "home"
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    model, home = save_model(tmp_path / "model"), tmp_path / "home"
     known = {name: Known() for name in AGENTS}
-    for _ in range(kills):
+    for _ in range(KILLS):
         daemon = Daemon(home, model)
         for name in AGENTS:
             check(daemon, name, known[name])
@@ -81,21 +83,11 @@ def killed_again_and_again(folder: Path, kills: int, seed: int) -> None:
     disk = daemon.get("/v1/store")["disk"]
     assert disk["quarantined"] == 0
     assert daemon.stop() == 0
-    assert sum(k.turns for k in known.values()) > 3 * kills, "hardly anything was under way"
+    assert sum(k.turns for k in known.values()) > 3 * KILLS, "hardly anything was under way"
     on_disk = {p.name for p in (home / "store" / "extents").iterdir()}
     index = Index(home / "store" / "index.sqlite", "any")
     assert on_disk == {e.name for e in index.extents()}
     index.close()
-
-
-@pytest.mark.slow
-def test_three_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    killed_again_and_again(tmp_path, kills=3, seed=1)
-
-
-@pytest.mark.slow
-def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    killed_again_and_again(tmp_path, kills=20, seed=2)
 
 
 @pytest.mark.slow
