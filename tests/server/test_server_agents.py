@@ -5,7 +5,8 @@ from __future__ import annotations
 STORY = "The gardener writes the name of each seed on a small stone and lays it on the wall. " * 2
 FIELDS = {
     "agent", "namespace", "model", "state", "sessions", "tokens", "turns", "ram_bytes", "disk_bytes",
-    "fp16_bytes", "prompt_tokens", "cached_tokens", "saved_ms", "created", "last_used",
+    "unique_bytes", "shared_bytes", "fp16_bytes", "prompt_tokens", "cached_tokens", "saved_ms", "created", "last_used",
+    "pinned", "persist", "quota_bytes", "encrypted", "locked", "lineage",
 }  # fmt: skip
 
 
