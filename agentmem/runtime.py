@@ -27,6 +27,7 @@ from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
 from agentmem.engine.roster import Roster
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.transfer import Transfer
+from agentmem.engine.upkeep import Upkeep
 from agentmem.errors import AgentMemError, ModelUnavailable, StoreError
 from agentmem.model.identity import text_identity
 from agentmem.model.loaded import LoadedModel, Progress, load
@@ -165,6 +166,7 @@ class Runtime(Roster):
             self._memory, self._pool, self._store, self.model_name, lambda: self._engine.prefill_rate
         )
         self._budget = Budget(self._memory, self._pool, self._store, limits(settings))
+        self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
         recall = self._engine.recall
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 

@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     half_life_hours: float = Field(
         default=72.0, gt=0, description="hours without use after which state counts half when room is needed"
     )
+    scrub_mb_s: float = Field(
+        default=4.0, ge=0, description="megabytes per second that are read again in idle time; 0: none"
+    )
     max_context: int | None = Field(default=None, ge=64, description="tokens; default: the model's own")
     max_reply: int = Field(
         default=1024, ge=1, description="tokens of a reply when the request names no limit"

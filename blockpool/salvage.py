@@ -41,6 +41,7 @@ from agentmem.errors import StoreError
 log = logging.getLogger(__name__)
 
 SALVAGED = "index.salvaged"
+WANTED = "index.rebuild"
 _FLOATS = {"agents": (3, 4), "turns": (8,)}  # SQLite keeps whole floats as integers
 
 
@@ -92,14 +93,22 @@ def open_index(
     try:
         finish(folder, files)
         try:
+            if (folder / WANTED).exists():
+                raise IndexDamaged("asked for")
             if not _has_content(path) and any(n.endswith(SUFFIX) for n in os.listdir(folder / "extents")):
                 raise IndexDamaged("the index is missing")
             return _checked(path, fingerprint, text_identity, files.durable, vaults), None
         except (IndexDamaged, IsADirectoryError) as damage:
             report = rebuild(folder, files, str(damage), vaults)
+            (folder / WANTED).unlink(missing_ok=True)
         return _checked(path, fingerprint, text_identity, files.durable, vaults), report
     except (OSError, sqlite3.Error) as e:
         raise StoreError(f"{path} cannot be opened: {e}") from e
+
+
+def ask_for_rebuild(folder: Path) -> None:
+    """Make the next start rebuild the index of a store."""
+    os.close(os.open(folder / WANTED, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def _has_content(path: Path) -> bool:

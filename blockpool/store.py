@@ -26,6 +26,7 @@ from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
 from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
 from agentmem.blockpool.salvage import open_index
+from agentmem.blockpool.scrub import Scrub
 from agentmem.blockpool.shelf import Shelf
 from agentmem.blockpool.vault import Vaults
 from agentmem.errors import StoreError
@@ -70,6 +71,7 @@ class Store:
         self.shelf.sweep(self.index)
         self._reader = Reader(self.extents, vaults=vaults)
         self._restores = ThreadPoolExecutor(2, thread_name_prefix="restore-job")
+        self.scrub: Scrub | None = None
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_loop, name="writer", daemon=True)
         self._writer.start()
@@ -333,6 +335,12 @@ class Store:
             self.problem = str(error)
             log.error("the store is read-only from now on: %s", error)
 
+    def flush(self) -> None:
+        """Wait until the writer has done what it was given before."""
+        done = threading.Event()
+        self._jobs.put(done.set)
+        done.wait()
+
     def _complete(self, completion: Completion) -> None:
         self.completions.put(completion)
         self._wake()
@@ -343,6 +351,8 @@ class Store:
 
     def close(self) -> None:
         """Finish the queued writes, then close. Completions that nobody drains are dropped."""
+        if self.scrub is not None:
+            self.scrub.stop()
         self._jobs.put(None)
         self._writer.join()
         self._restores.shutdown(wait=True)
@@ -366,6 +376,7 @@ class Store:
             "free_bytes": self.free_disk(),
             "quarantined": self.quarantined,
             "bytes_written": self.bytes_written,
+            "scrub": self.scrub.status() if self.scrub is not None else None,
         }
 
 
