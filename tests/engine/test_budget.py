@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +19,13 @@ from agentmem.errors import ContextOverflow
 from agentmem.model.random import random_model
 from agentmem.runtime import Runtime
 from agentmem.settings import Settings
+from tests.engine import round_robin
 from tests.engine.turns import say, words
 
+ROOT = Path(__file__).resolve().parents[2]
 AGENTS, TURNS = 10, 50
+ALLOWANCE = 8 << 20
+"""Bytes that a process may hold beyond the RAM budget: index, token logs, what writes and restores leave behind."""
 
 
 def visit(runtime: Runtime, observe) -> list[str]:
@@ -60,6 +69,32 @@ def test_ten_agents_in_a_fifth_of_their_state(tmp_path: Path) -> None:
     assert states.count("warm") >= TURNS - 2 * AGENTS
     tail = 2 * 64 * 4 * 1024 * 4
     assert max(peaks) <= budget + tail
+
+
+@pytest.mark.slow
+def test_memory_of_the_process_follows_the_budget(tmp_path: Path) -> None:
+    """The same with large state, in processes of their own: what they hold beyond the budget is next to nothing."""
+    roomy = measured(tmp_path / "roomy", 256 << 20)
+    state = roomy["used"]
+    assert state >= 150_000_000
+    budget = state // 5
+    tight = measured(tmp_path / "tight", budget)
+    assert tight["replies"] == roomy["replies"]
+    assert tight["states"].count("warm") == round_robin.TURNS - round_robin.AGENTS
+    assert tight["active"] <= budget + ALLOWANCE
+    assert tight["rss"] <= budget + ALLOWANCE
+    assert roomy["rss"] >= state > 4 * tight["rss"]
+
+
+def measured(home: Path, budget: int) -> dict[str, Any]:
+    """Agents visited round-robin by a process whose allocator gives back at once what is freed."""
+    command = [sys.executable, "-m", "tests.engine.round_robin", str(home), str(budget)]
+    eager = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, env=os.environ | eager, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
 
 
 def test_what_can_never_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
