@@ -8,33 +8,22 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import agentmem
+from agentmem.cli.findings import Check
 from agentmem.cli.output import format_bytes
+from agentmem.cli.protection import check_protection
 from agentmem.client import AgentMemClient
 from agentmem.daemon import read_record
 from agentmem.errors import AgentMemError
 from agentmem.home import Home
-
-Status = Literal["ok", "note", "warning", "problem"]
 
 FREE_DISK_WANTED = 5 * 10**9
 HEALTH_TIMEOUT_S = 10.0
 OPENBLAS_HINT = (
     "apt install libopenblas0-pthread, or pip install faiss-cpu, which brings one; then restart the daemon"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What one check found. `hint` says what to do about it."""
-
-    name: str
-    status: Status
-    message: str
-    hint: str = ""
 
 
 def check_all(home: Home) -> list[Check]:
@@ -44,7 +33,7 @@ def check_all(home: Home) -> list[Check]:
         check_home(home),
         check_token(home),
         check_disk(home),
-        check_encryption(),
+        *check_protection(home, health),
         daemon,
         check_blas(health),
         *check_health(health),
@@ -83,16 +72,6 @@ def check_disk(home: Home) -> Check:
         hint = "free some space, or move the home with --home or AGENTMEM_HOME"
         return Check("disk", "warning", f"only {format_bytes(free)} free at {existing}", hint)
     return Check("disk", "ok", f"{format_bytes(free)} free")
-
-
-def check_encryption() -> Check:
-    """A statement, not a test: who can read what is kept."""
-    return Check(
-        "encryption",
-        "note",
-        "files are protected by their modes (0600, 0700) and by the encryption of the disk itself; "
-        "agentmem does not encrypt them",
-    )
 
 
 def check_daemon(home: Home) -> tuple[dict[str, Any], Check]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any, Literal
 
 import numpy as np
@@ -74,6 +75,16 @@ class Memory:
 
     def agents(self, namespace: str | None = None) -> list[Agent]:
         return [a for (ns, _), a in sorted(self._agents.items()) if namespace in (None, ns)]
+
+    def encryption(self) -> dict[str, Any]:
+        """How new agents are kept, how many agents are kept how, and how many of them are locked."""
+        agents = self.agents()
+        kinds = Counter(a.encrypted for a in agents)
+        return {
+            "new_agents": self.encrypt,
+            **{kind: kinds[kind] for kind in ("off", "file", "keyring")},
+            "locked": sum(a.locked for a in agents),
+        }
 
     def pinned_pages(self) -> set[Page]:
         """The pages of pinned agents."""
@@ -177,8 +188,8 @@ class Memory:
     def create(self, namespace: str, name: str, policy: dict[str, Any], done: Done) -> Agent:
         """An agent without turns. `done(0, error)` once it is on disk. Raises AlreadyExists."""
         self._check_new(namespace, name)
-        encrypt = policy.pop("encrypt", self.encrypt if policy.get("persist", True) else "off")
-        agent = self._new(namespace, name, {}, encrypt)
+        encrypt = policy.pop("encrypt", self.encrypt)
+        agent = self._new(namespace, name, {}, encrypt if policy.get("persist", True) else "off")
         self.set_policy(agent, policy, done)
         return agent
 

@@ -150,6 +150,10 @@ class Roster:
 
         return wait
 
+    def encryption(self) -> dict[str, Any]:
+        """How new agents are kept, how many agents are kept how, and how many of them are locked."""
+        return self._call(self._memory.encryption)
+
     def prune(self, older: float, namespace: str | None = None, dry_run: bool = False) -> dict[str, Any]:
         """Drop from disk the state of agents not used for `older` seconds; their tokens stay. See `Budget.prune`."""
         freed: Future[int] = Future()

@@ -78,6 +78,7 @@ def daemon_router(service: Service) -> APIRouter:
             **facts,
             "version": __version__,
             "pid": os.getpid(),
+            "encryption": runtime.encryption(),
             "model": runtime.model_name,
             "max_context": runtime.max_context,
             "home": str(service.settings.home),

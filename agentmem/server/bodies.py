@@ -179,13 +179,19 @@ class PolicyBody(Body):
 
 
 class CreateBody(PolicyBody):
-    """`POST /v1/agents`: an agent without turns. `persist: false` keeps it off the disk."""
+    """`POST /v1/agents`: an agent without turns. `persist: false` keeps it off the disk.
+
+    `encrypt` says where the key of what it leaves there is kept; without it the daemon's setting decides.
+    """
 
     agent: str
     persist: StrictBool = True
+    encrypt: Literal["off", "file", "keyring"] | None = None
 
     def policy(self) -> dict[str, Any]:
-        return self.changes() | ({} if self.persist else {"persist": False})
+        persist = {} if self.persist else {"persist": False}
+        encrypt = {} if self.encrypt is None else {"encrypt": self.encrypt}
+        return self.changes() | persist | encrypt
 
 
 class ForkBody(Body):
@@ -202,6 +208,19 @@ class PruneBody(Body):
     older_s: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1e10)]
     namespace: str | None = None
     dry_run: StrictBool = False
+
+
+class VerifyBody(Body):
+    """`POST /v1/store/verify`: read every byte or headers only; have the next start rebuild the index."""
+
+    deep: StrictBool = False
+    rebuild: StrictBool = False
+
+
+class RepairBody(Body):
+    """`POST /v1/store/repair`: empty the quarantine folder, too."""
+
+    purge: StrictBool = False
 
 
 class AppendBody(Body):
