@@ -217,6 +217,14 @@ class AsyncAgentMemClient:
         """See `AgentMemClient.store`."""
         return await self._ask(Call("GET", "/v1/store"))
 
+    async def verify(self, *, deep: bool = False, rebuild: bool = False) -> dict[str, Any]:
+        """Whether all that is kept is as it was written (`ok`), and what is not. `rebuild`: a new index at the next start."""
+        return await self._ask(Call("POST", "/v1/store/verify", {"deep": deep, "rebuild": rebuild}))
+
+    async def repair(self, *, purge: bool = False) -> dict[str, Any]:
+        """Put damaged extents aside, so that their tokens are read anew; `purge` empties the quarantine."""
+        return await self._ask(Call("POST", "/v1/store/repair", {"purge": purge}))
+
     async def close(self) -> None:
         await self._http.aclose()
 

@@ -235,6 +235,14 @@ class AgentMemClient:
         """Budgets and bytes of the block store."""
         return self._ask(Call("GET", "/v1/store"))
 
+    def verify(self, *, deep: bool = False, rebuild: bool = False) -> dict[str, Any]:
+        """Whether all that is kept is as it was written (`ok`), and what is not. `rebuild`: a new index at the next start."""
+        return self._ask(Call("POST", "/v1/store/verify", {"deep": deep, "rebuild": rebuild}))
+
+    def repair(self, *, purge: bool = False) -> dict[str, Any]:
+        """Put damaged extents aside, so that their tokens are read anew; `purge` empties the quarantine."""
+        return self._ask(Call("POST", "/v1/store/repair", {"purge": purge}))
+
     def close(self) -> None:
         self._http.close()
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 import agentmem
-from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, room, talk, transfer
+from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, room, store, talk, transfer
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.output import print_json
 from agentmem.errors import AgentMemError
@@ -99,6 +99,8 @@ for command in (
     agents.forget,
     room.df,
     room.prune,
+    store.verify,
+    store.repair,
     transfer.export_agent,
     transfer.import_agent,
     agents.models,

@@ -21,6 +21,7 @@ from agentmem.server.errors import ErrorBody, install_handlers
 from agentmem.server.metrics import Metrics
 from agentmem.server.security import Bodies, Gate, Lock
 from agentmem.server.service import Service
+from agentmem.server.store import upkeep_router
 from agentmem.server.transfer import transfer_router
 
 FAILURES: dict[int | str, dict[str, Any]] = {
@@ -38,6 +39,7 @@ def create_app(service: Service, token: str) -> FastAPI:
     app.include_router(completions_router(service))
     app.include_router(transfer_router(service))
     app.include_router(agents_router(service))
+    app.include_router(upkeep_router(service))
     app.include_router(daemon_router(service))
     # The last one added is the first to see a request.
     app.add_middleware(Bodies, settings=settings)
@@ -76,9 +78,9 @@ def daemon_router(service: Service) -> APIRouter:
             return {"status": facts["status"]}
         return {
             **facts,
+            "encryption": runtime.encryption(),
             "version": __version__,
             "pid": os.getpid(),
-            "encryption": runtime.encryption(),
             "model": runtime.model_name,
             "max_context": runtime.max_context,
             "home": str(service.settings.home),
