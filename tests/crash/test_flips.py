@@ -1,0 +1,76 @@
+"""One flipped bit, anywhere: the daemon starts, every turn is there, and nobody gets a different answer."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.crash.home import Expected, ask_all, copy_of, make_home
+from tests.runtime.agents import extents, quarantined
+
+KINDS = ("extent header", "extent payload", "index")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("original") / "home")
+
+
+@pytest.fixture(scope="module")
+def expected(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    return ask_all(copy_of(original, tmp_path_factory.mktemp("expected") / "home"))
+
+
+def flip(home: Path, kind: str, rng: random.Random) -> str:
+    """Flip one bit of that kind; says which."""
+    path = home / "store" / "index.sqlite" if kind == "index" else rng.choice(extents(home))
+    content = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    first, last = {"index": (0, len(content)), "extent header": (0, header), "extent payload": (header, len(content))}[kind]
+    at, bit = rng.randrange(first, last), rng.randrange(8)
+    content[at] ^= 1 << bit
+    path.write_bytes(content)
+    return f"{path.name} byte {at} bit {bit}"
+
+
+def outcome(home: Path, expected: Expected) -> str:
+    """What the flip led to: "quarantined" when something was put aside, else "harmless" or "read anew"."""
+    found = ask_all(home)
+    assert found.replies == expected.replies
+    assert found.prompts == expected.prompts
+    if quarantined(home):
+        return "quarantined"
+    return "harmless" if found.cached == expected.cached else "read anew"
+
+
+def flipped(original: Path, expected: Expected, folder: Path, times: int, seed: int) -> dict[str, Counter[str]]:
+    """Outcomes by kind of `times` flips, each on a fresh copy of the home."""
+    rng = random.Random(seed)
+    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+    for n in range(times):
+        home, kind = copy_of(original, folder / "home"), KINDS[n % len(KINDS)]
+        where = flip(home, kind, rng)
+        try:
+            outcomes[kind][outcome(home, expected)] += 1
+        except Exception as e:
+            raise AssertionError(f"seed {seed}, {kind}, {where}: {e}") from e
+    return outcomes
+
+
+def test_flipped_bits_change_no_answer(original: Path, expected: Expected, tmp_path: Path) -> None:
+    outcomes = flipped(original, expected, tmp_path, times=24, seed=1)
+    assert outcomes["extent header"] == Counter({"quarantined": 8})
+    assert outcomes["extent payload"]["quarantined"] > 0
+
+
+@pytest.mark.slow
+def test_a_thousand_flipped_bits_change_no_answer(original: Path, expected: Expected, tmp_path: Path) -> None:
+    outcomes = flipped(original, expected, tmp_path, times=1200, seed=2)
+    print({kind: dict(counts) for kind, counts in outcomes.items()})
+    assert sum(sum(counts.values()) for counts in outcomes.values()) == 1200
+    for counts in outcomes.values():
+        assert set(counts) <= {"quarantined", "harmless"}
+        assert counts["quarantined"] > 0
