@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from agentmem.errors import AgentMemError
-from agentmem.home import Home, default_home
+from agentmem.home import Home, default_home, private
 
 CLOCK_SLACK_S = 5.0
 
@@ -33,8 +33,7 @@ class DaemonRecord:
         """Put the record into `home` in one step, readable by the owner only."""
         temporary = home.daemon.with_name(f".daemon.{self.pid}.tmp")
         temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8", opener=private) as file:
             json.dump(asdict(self), file)
         os.replace(temporary, home.daemon)
 
@@ -54,7 +53,8 @@ class DaemonRecord:
 def read_record(home: Home) -> DaemonRecord | None:
     """The record in `home`, alive or not; None when there is none or it cannot be read."""
     try:
-        fields = json.loads(home.daemon.read_text(encoding="utf-8"))
+        with open(home.daemon, encoding="utf-8", opener=private) as file:
+            fields = json.load(file)
         return DaemonRecord(
             pid=int(fields["pid"]),
             url=str(fields["url"]),
@@ -130,6 +130,7 @@ def find_endpoint(
 
 def _read_token(home: Home) -> str | None:
     try:
-        return home.token.read_text(encoding="ascii").strip() or None
+        with open(home.token, encoding="ascii", opener=private) as file:
+            return file.read().strip() or None
     except (OSError, UnicodeDecodeError):
         return None

@@ -17,6 +17,11 @@ def default_home() -> Path:
     )
 
 
+def private(path: str | os.PathLike[str], flags: int) -> int:
+    """The opener of every file in a home: never through a link, and new files are their owner's alone."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 @dataclass(frozen=True, slots=True)
 class Home:
     """Paths inside one home folder. `root` is created on `prepare`."""

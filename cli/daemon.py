@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from agentmem.errors import AgentMemError, AlreadyRunning, BadRequest, Forbidden
-from agentmem.home import Home
+from agentmem.home import Home, private
 
 START_TIMEOUT_S = 1800.0  # a first start may fetch and convert a model
 STOP_TIMEOUT_S = 30.0
@@ -120,7 +120,7 @@ def start_daemon(
     home.prepare()
     _rotate(home.log)
     base = dict(os.environ if environment is None else environment)
-    with home.log.open("ab") as log:
+    with _log(home) as log:
         offset = log.tell()
         process = subprocess.Popen(
             server_command({"home": home.root, **(settings or {})}),
@@ -143,7 +143,7 @@ def _await_ready(
 ) -> str:
     heard = time.monotonic()
     last_words = ""
-    with home.log.open(encoding="utf-8", errors="replace") as lines:
+    with open(home.log, encoding="utf-8", errors="replace", opener=private) as lines:
         lines.seek(offset)
         partial = ""
         while True:
@@ -182,6 +182,13 @@ def _is_held(home: Home) -> bool:
             return False
     except Timeout:
         return True
+
+
+def _log(home: Home) -> BinaryIO:
+    try:
+        return open(home.log, "ab", opener=private)
+    except OSError as error:
+        raise Forbidden(f"cannot write {home.log}: {error.strerror}; is it a plain file of yours?") from error
 
 
 def _rotate(log: Path) -> None:

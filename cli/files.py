@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from agentmem.cli.output import json_option, print_json
-from agentmem.errors import NotFound
-from agentmem.home import Home, default_home
+from agentmem.errors import Forbidden, NotFound
+from agentmem.home import Home, default_home, private
 
 
 @click.group()
@@ -24,9 +24,12 @@ def token_show(as_json: bool) -> None:
     """Print the token alone, for use in scripts."""
     path = Home(default_home()).token
     try:
-        text = path.read_text(encoding="ascii").strip()
+        with open(path, encoding="ascii", opener=private) as file:
+            text = file.read().strip()
     except FileNotFoundError:
         raise NotFound(f"no token at {path}; the first start makes it: agentmem up") from None
+    except OSError as error:
+        raise Forbidden(f"cannot read {path}: {error.strerror}") from error
     if as_json:
         print_json({"token": text, "path": str(path)})
     else:
@@ -46,6 +49,8 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:
         offset, tail = _tail(path, lines)
     except FileNotFoundError:
         raise NotFound(f"no log at {path}; the first start makes it: agentmem up") from None
+    except OSError as error:
+        raise Forbidden(f"cannot read {path}: {error.strerror}") from error
     if as_json:
         print_json({"path": str(path), "lines": tail})
         return
@@ -57,13 +62,13 @@ def logs(lines: int, follow: bool, as_json: bool) -> None:
 
 def _tail(path: Path, lines: int) -> tuple[int, list[str]]:
     """The size of the file that was read, and its last `lines` lines."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=private) as file:
         last = deque(file, maxlen=lines)
         return file.tell(), [line.decode("utf-8", "replace").rstrip("\r\n") for line in last]
 
 
 def _follow(path: Path, offset: int) -> None:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace", opener=private) as file:
         file.seek(offset)
         while True:
             if piece := file.read():

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from agentmem.home import private
 from agentmem.model.progress import Progress
 
 ROPE_KEYS = ("rope", "rotary", "max_position_embeddings", "sliding_window", "layer_types")
@@ -53,7 +54,8 @@ class HashCache:
         self.path = path
         self._known: dict[str, list[Any]] = {}
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            with open(path, encoding="utf-8", opener=private) as file:
+                known = json.load(file)
         except (OSError, ValueError):
             return
         if isinstance(known, dict):

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from agentmem.daemon import read_record
 from agentmem.errors import AgentMemError, AlreadyRunning, Forbidden
-from agentmem.home import Home
+from agentmem.home import Home, private
 from agentmem.server.security import WILDCARD_HOSTS, bracketed, is_loopback_address
 from agentmem.settings import Settings
 
@@ -50,7 +50,7 @@ def held(home: Home) -> Iterator[None]:
 def load_token(home: Home) -> str:
     """The home's token, made at the first start. Only its owner can read the file."""
     try:
-        descriptor = os.open(home.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = private(home.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
         return _read_token(home)
     token = secrets.token_urlsafe(TOKEN_BYTES)
@@ -63,7 +63,7 @@ def load_token(home: Home) -> str:
 
 def _read_token(home: Home) -> str:
     try:
-        descriptor = os.open(home.token, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = private(home.token, os.O_RDONLY)
     except OSError as error:
         raise Forbidden(f"cannot read the token file {home.token}: {error.strerror}") from error
     with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from agentmem.cli.exits import Exit
 from agentmem.cli.protection import check_encryption, check_modes, encrypted_device
+from agentmem.daemon import DaemonRecord, find_endpoint, read_record
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 
@@ -86,3 +88,21 @@ def test_doctor_tells_what_is_known(home: Home, monkeypatch: pytest.MonkeyPatch)
     assert found["modes"]["status"] == "ok"
     assert found["encryption"]["status"] == "note"
     assert found["disk encryption"]["message"]
+
+
+def test_files_of_the_home_are_not_followed_elsewhere(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTMEM_HOME", str(home.root))
+    elsewhere = home.root.parent / "elsewhere"
+    elsewhere.write_text("x" * 40)
+    for path in (home.token, home.log, home.daemon):
+        path.symlink_to(elsewhere)
+    assert invoke("token", "show").exit_code == Exit.REFUSED
+    assert invoke("logs").exit_code == Exit.REFUSED
+    up = invoke("up")
+    assert up.exit_code == Exit.REFUSED
+    assert str(home.log) in up.stderr
+    assert read_record(home) is None
+    assert find_endpoint("http://127.0.0.1:1", None, home.root).token is None
+    DaemonRecord(1, "http://127.0.0.1:1", 1, "m", "0", str(home.root), 0.0).write(home)
+    assert not home.daemon.is_symlink()
+    assert elsewhere.read_text() == "x" * 40
