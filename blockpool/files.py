@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sqlite3
 import sys
 import uuid
 from collections.abc import Sequence
@@ -102,3 +104,11 @@ def _write_all(fd: int, buffers: Sequence[bytes | memoryview]) -> None:
             written -= len(pending.pop(0))
         if written:
             pending[0] = pending[0][written:]
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error of the file system or of SQLite tells of a disk without room."""
+    if isinstance(error, sqlite3.Error):
+        full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+        return getattr(error, "sqlite_errorcode", None) in full
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import sqlite3
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,7 @@ class Lookup:
         try:
             with collector_paused():
                 self._checked = self._read_all()
-        except (sqlite3.DatabaseError, ValueError, TypeError) as e:
+        except (sqlite3.DatabaseError, ValueError, TypeError, struct.error) as e:
             if isinstance(e, sqlite3.DatabaseError) and not is_damage(e):
                 raise
             raise IndexDamaged(str(e)) from e

@@ -88,9 +88,9 @@ def connect(path: Path, durable: bool) -> Database:
         ):
             connection.execute(f"pragma {pragma}")
         _check_version(connection, path)
-    except sqlite3.DatabaseError as e:
+    except (sqlite3.DatabaseError, UnicodeError) as e:  # a message may quote what is no text any more
         connection.close()
-        if is_damage(e):
+        if isinstance(e, UnicodeError) or is_damage(e):
             raise IndexDamaged(str(e)) from e
         raise StoreError(f"{path} cannot be opened: {e}") from e
     except BaseException:

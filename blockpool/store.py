@@ -21,14 +21,14 @@ import numpy as np
 
 from agentmem.blockpool.extent import ExtentData, write_extent
 from agentmem.blockpool.failpoint import failpoint
-from agentmem.blockpool.files import Files
+from agentmem.blockpool.files import Files, is_disk_full
 from agentmem.blockpool.index import ExtentRow, Index, TurnCommit
 from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Read, Reader, RestorePlan, Staged
 from agentmem.blockpool.salvage import open_index
 from agentmem.blockpool.scrub import Scrub
 from agentmem.blockpool.shelf import Shelf
-from agentmem.blockpool.vault import Vaults
+from agentmem.blockpool.vault import Locked, Vaults
 from agentmem.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class Store:
             freed = self.shelf.drop_unused(self.index)
             self.shelf.unlink_unused()
             failpoint("forget.unlinked")
-            self.index.checkpoint()
+            self._fold_log()
             failpoint("forget.done")
             return freed
 
@@ -249,7 +249,7 @@ class Store:
             failpoint("evict.committed")
             freed = self.shelf.drop_unused(self.index)
             self.shelf.unlink_unused()
-            self.index.checkpoint()
+            self._fold_log()
             failpoint("evict.done")
             return freed
 
@@ -266,9 +266,22 @@ class Store:
 
         self._submit(work, lambda freed, error: done(freed or 0, error))
 
-    def _unlink_retired(self) -> None:
+    def _fold_log(self) -> None:
+        """Fold the write-ahead log into the index; on a full disk it stays, and a later change folds it."""
         try:
-            self.shelf.unlink_retired()
+            self.index.checkpoint()
+        except sqlite3.Error as e:
+            if not is_disk_full(e):
+                raise
+            log.warning("disk full: the index keeps its write-ahead log")
+
+    def _unlink_retired(self, last: bool = False) -> None:
+        """Unlink what nobody reads any more; the `last` time all that is on its way out."""
+        try:
+            if last:
+                self.shelf.unlink_all()
+            else:
+                self.shelf.unlink_retired()
         except OSError as e:
             self._fail(e)
 
@@ -326,7 +339,9 @@ class Store:
 
     def _fail(self, error: Exception) -> None:
         """A full disk passes; any other error means that what was written cannot be trusted to be there."""
-        if isinstance(error, StoreError):  # the keychain does not answer; the caller is told
+        if isinstance(
+            error, StoreError | Locked
+        ):  # a key is missing, the drive is as it was; the caller is told
             return
         if is_disk_full(error):
             self.disk_full = True
@@ -357,9 +372,9 @@ class Store:
         self._writer.join()
         self._restores.shutdown(wait=True)
         self._reader.close()
-        self.shelf.unlink_all()
+        self._unlink_retired(last=True)
         if self.problem is None:
-            self.index.checkpoint()
+            self._fold_log()
             failpoint("close.checkpointed")
         self.index.close()
 
@@ -378,10 +393,3 @@ class Store:
             "bytes_written": self.bytes_written,
             "scrub": self.scrub.status() if self.scrub is not None else None,
         }
-
-
-def is_disk_full(error: Exception) -> bool:
-    if isinstance(error, sqlite3.Error):
-        full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
-        return getattr(error, "sqlite_errorcode", None) in full
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

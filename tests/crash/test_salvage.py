@@ -199,3 +199,9 @@ def test_strange_things_in_place_of_the_index_are_put_aside(home: Path, make: Ca
     assert runtime.agents() == []
     runtime.close()
     assert "index.sqlite" in quarantined(home)
+
+
+def test_an_error_message_that_is_no_text_is_damage_too(home: Path, expected: Expected) -> None:
+    """SQLite quotes the broken schema in its message; the quotation may be no UTF-8."""
+    overwrite(index(home), index(home).read_bytes().index(b"CREATE TABLE pieces"), b"CR\xecATE TABLE pieces")
+    assert ask_all(home) == expected
