@@ -80,6 +80,8 @@ class Index(Lookup):
 
     def update_agent(self, agent: AgentRow) -> None:
         """Record an agent's policy, lineage, counters and time of last use."""
+        if self.vaults is not None:
+            self.vaults.keep(agent.space)
         with self._transaction():
             self._put_agent(agent)
 

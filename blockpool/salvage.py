@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import zlib
 from collections.abc import Callable
@@ -217,9 +218,12 @@ def _consistent(primary: Primary) -> Primary:
         row = session.row
         if row.agent not in primary.agents:
             made = max((t.created for t in session.turns.values()), default=0.0)
+            space = session.place[1]
+            namespace = re.split(r"[#!]", space)[0]
             primary.agents[row.agent] = AgentRow(
-                row.agent, session.place[1], f"recovered-{row.agent}", made, made, {}
-            )
+                row.agent, namespace, f"recovered-{row.agent}", made, made, {},
+                lineage={} if space == namespace else {"space": space},
+            )  # fmt: skip
         if row.base is not None and row.base not in primary.sessions:
             row.base, row.base_turn = None, 0
     names: dict[tuple[str, str], AgentRow] = {}

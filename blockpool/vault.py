@@ -223,13 +223,19 @@ class Vaults:
         vault = vault_of(space)
         if vault is None:
             return None
+        self.keep(space)
+        with self._lock:
+            if vault not in self._seals:
+                self._seals[vault] = Seal(self._key(vault))
+            return self._seals[vault]
+
+    def keep(self, space: str) -> None:
+        """Make the key of a space durable, where it is new. Raises OSError or StoreError when it cannot be kept."""
+        vault = vault_of(space) or ""
         with self._lock:
             if vault in self._fresh:
                 self._keychains[vault[0]].put(vault, self._fresh[vault])
                 self._seals[vault] = Seal(self._fresh.pop(vault))
-            if vault not in self._seals:
-                self._seals[vault] = Seal(self._key(vault))
-            return self._seals[vault]
 
     def _key(self, vault: str) -> bytes:
         if not _ours(vault):

@@ -92,12 +92,22 @@ def show(agent: str, as_json: bool) -> None:
             ("shared", format_bytes(info["shared_bytes"])),
             ("in RAM", format_bytes(info["ram_bytes"])),
             ("pinned", "yes" if info["pinned"] else "no"),
+            ("encrypted", _encryption(info)),
             ("lineage", _lineage(info)),
             ("remembered", f"{format_share(info['cached_tokens'], info['prompt_tokens'])} % of the prompts"),
             ("time saved", format_ms(info["saved_ms"])),
             ("last used", format_ago(info["last_used"])),
         ]
     )
+
+
+def _encryption(info: dict[str, Any]) -> str:
+    where = {
+        "off": "no",
+        "file": "yes, the key is a file of the home",
+        "keyring": "yes, the key is in the keychain",
+    }
+    return where[info["encrypted"]] + ("; LOCKED, the key is not there" if info["locked"] else "")
 
 
 def _size(info: dict[str, Any]) -> str:

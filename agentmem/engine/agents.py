@@ -50,11 +50,12 @@ class Session:
 
 @dataclass(eq=False, slots=True)
 class Agent:
-    """A named owner of sessions."""
+    """A named owner of sessions. A `locked` one is encrypted, and its key is not there."""
 
     row: AgentRow
     sessions: dict[str, Session] = field(default_factory=dict)
     forgotten: bool = False
+    locked: bool = False
 
     @property
     def persist(self) -> bool:
@@ -65,11 +66,6 @@ class Agent:
     def pinned(self) -> bool:
         """Whether its state stays where it is when room is needed."""
         return bool(self.row.policy.get("pinned", False))
-
-    @property
-    def locked(self) -> bool:
-        """Whether it is encrypted and its key is not there."""
-        return any(s.row.locked for s in self.sessions.values())
 
     @property
     def encrypted(self) -> str:

@@ -12,7 +12,7 @@ from agentmem.blockpool.index import AgentRow, Index, SessionRow, TurnRow
 from agentmem.blockpool.page import Match, Page, match_chain
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
-from agentmem.blockpool.vault import Where
+from agentmem.blockpool.vault import Locked, Where
 from agentmem.engine.agents import Agent, Session, log_bytes
 from agentmem.engine.conversation import Conversation, Tokenizer
 from agentmem.engine.journal import Done, Ids, Journal, dropped_heads
@@ -60,8 +60,19 @@ class Memory:
         for agent in self._agents.values():
             for page in agent.pages():
                 page.last_used = max(page.last_used, agent.row.last_used + offset)
+        for agent in agents.values():
+            agent.locked = any(s.row.locked for s in agent.sessions.values()) or not self._opens(agent)
 
     def agent(self, namespace: str, name: str) -> Agent | None:
+    def _opens(self, agent: Agent) -> bool:
+        """Whether the key of an agent's space is there, where it needs one."""
+        try:
+            if self.store.vaults is not None:
+                self.store.vaults.seal(agent.row.space)
+        except Locked:
+            return False
+        return True
+
         return self._agents.get((namespace, name))
 
     def find(self, namespace: str, name: str) -> Agent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,55 @@ def test_encrypted_agents_travel(opened: Opened, tmp_path: Path) -> None:
     assert one.text == two.text == three.text
     assert cached(one) == cached(two) == cached(three) > 300
     assert holds(tmp_path / "there", MARKER) == []
+
+
+def test_merged_extents_are_sealed_too(opened: Opened, tmp_path: Path) -> None:
+    runtime, plain = opened("home"), opened("plain", encrypt="off")
+    for number in range(24):
+        text = f"{number} {MARKER}"
+        assert turn(runtime, "ada", text, max_tokens=2).text == turn(plain, "ada", text, max_tokens=2).text
+    while runtime._call(lambda: runtime._memory.unwritten):
+        time.sleep(0.005)
+    assert runtime.store()["disk"]["compactions"] > 0
+    runtime.close()
+    assert holds(tmp_path / "home", MARKER) == []
+    one, two = (turn(r, "ada", "last", max_tokens=2) for r in (opened("home"), plain))
+    assert (one.text, cached(one)) == (two.text, cached(two))
+
+
+def test_agents_that_do_not_persist_have_no_key(opened: Opened, tmp_path: Path) -> None:
+    runtime = opened("home")
+    turn(runtime, "ghost", TEXT, persist=False)
+    assert runtime.agent("ghost")["encrypted"] == "off"
+    runtime.create("shade", {"persist": False, "encrypt": "file"})
+    turn(runtime, "shade", TEXT)
+    assert keys(tmp_path / "home") == []
+    assert holds(tmp_path / "home", MARKER) == []
+
+
+def test_agents_choose_for_themselves(opened: Opened, tmp_path: Path) -> None:
+    runtime = opened("home", encrypt="off")
+    assert runtime.create("ada", {"encrypt": "file"})["encrypted"] == "file"
+    runtime.close()
+    runtime = opened("home", encrypt="off")
+    assert runtime.agent("ada")["encrypted"] == "file"
+    turn(runtime, "ada", TEXT)
+    assert holds(tmp_path / "home", MARKER) == []
+    before = keys(tmp_path / "home")
+    assert len(before) == 1
+    runtime.close()
+    runtime = opened("home", encrypt="off")
+    assert cached(turn(runtime, "ada", "go on")) > 300
+    runtime.create("bob", {"encrypt": "file"})
+    runtime.close()
+    (set(keys(tmp_path / "home")) - set(before)).pop().unlink()
+    runtime = opened("home", encrypt="off")
+    assert [a["locked"] for a in runtime.agents()] == [False, True]
+    with pytest.raises(AgentLocked):
+        turn(runtime, "bob", "hello")
+    runtime.set_policy("bob", {"pinned": True})
+    assert runtime.health()["status"] == "ok"
+    assert turn(runtime, "ada", "on").usage["agentmem"]["committed"]
 
 
 def test_a_damaged_index_is_rebuilt_with_the_keys(opened: Opened, tmp_path: Path) -> None:

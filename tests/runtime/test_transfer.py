@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agentmem.blockpool.verify import verify
 from agentmem.errors import AlreadyExists, NotFound, StoreError
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.random import random_model
@@ -240,3 +241,44 @@ def test_a_full_disk_leaves_no_trace(
     assert turn(there, "eve", "again").usage["agentmem"]["committed"]
     assert admit(there, path)["kept"] == "state"
     assert turn(there, "ada", NEXT).text == turn(here, "ada", NEXT).text
+
+
+def test_an_agent_that_does_not_persist_travels(opened: Opened, carried: Carried) -> None:
+    here, there = opened("here"), opened("there")
+    turn(here, "ada", LONG, persist=False)
+    turn(here, "ada", "go on")
+    admit(there, carried(here, "ada"))
+    there.close()
+    there = opened("there")
+    one, two = turn(here, "ada", NEXT), turn(there, "ada", NEXT)
+    assert (one.text, cached(one)) == (two.text, cached(two))
+
+
+def test_forks_travel_alone_and_of_imports_stay_apart(opened: Opened, carried: Carried) -> None:
+    here, there = opened("here"), opened("there")
+    talk(here)
+    here.fork("ada", "twin", session="default", at=1)
+    turn(here, "twin", "another way")
+    admit(there, carried(here, "twin"))
+    one, two = turn(here, "twin", NEXT), turn(there, "twin", NEXT)
+    assert (one.text, cached(one)) == (two.text, cached(two))
+    there.fork("twin", "triplet")
+    assert cached(turn(there, "triplet", "on")) > 300
+    assert cached(turn(there, "eve", LONG)) == 0
+    there.forget("twin")
+    there.close()
+    there = opened("there")
+    assert cached(turn(there, "triplet", "and on")) > 300
+
+
+def test_an_import_is_merged_and_verified(opened: Opened, carried: Carried, tmp_path: Path) -> None:
+    here, there = opened("here"), opened("there")
+    talk(here)
+    admit(there, carried(here, "ada"))
+    for number in range(12):
+        one, two = (turn(r, "ada", f"and {number}?", max_tokens=2) for r in (here, there))
+        assert one.text == two.text
+    there.close()
+    report = verify(tmp_path / "there" / "store", deep=True)
+    assert report.ok, report
+    assert report.orphans == []

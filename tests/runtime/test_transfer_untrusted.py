@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from agentmem.blockpool.verify import verify
 from agentmem.errors import BadArchive
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, cached, extents, open_runtime, turn
@@ -54,6 +55,9 @@ def left_alone(runtime: Runtime) -> Any:
     """What an import that fails must not change."""
     home = runtime._settings.home
     runtime._call(runtime._pool.check)
+    report = verify(home / "store", deep=False)
+    assert report.ok, report
+    assert report.orphans == []
     return (
         [dict(a) for a in runtime.agents()],
         sorted(os.listdir(home / "store")),
