@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from agentmem.blockpool.siblings import Siblings, ordered
+from agentmem.blockpool.siblings import NO_CHILDREN, Siblings, ordered
 
 Tokens = np.ndarray
 
@@ -53,7 +53,7 @@ class Page:
     heads: int = 0
     volatile: bool = False
     last_used: float = 0.0
-    children: Siblings = field(default_factory=Siblings)
+    children: Siblings = NO_CHILDREN
 
     @property
     def rows(self) -> int:
@@ -123,6 +123,8 @@ class PageTree:
         tokens = np.asarray(tokens, dtype=np.int32)
         assert len(tokens) > 0
         page = Page(parent, tokens, page_key(parent.key, tokens), raw, start=parent.end)
+        if parent.children is NO_CHILDREN:
+            parent.children = Siblings()
         parent.children.add(page)
         return page
 
@@ -142,7 +144,9 @@ class PageTree:
         text = ordered(np.asarray(ids, dtype=np.int32))
         best, score, open_ends = Match([], 0, 0), (0, False), [self.root]
         while open_ends:
-            page = open_ends.pop()
+            page = _straight_on(open_ends.pop(), text)
+            if (page.end, page.slots is not None) > score:
+                score, best = (page.end, page.slots is not None), Match([page], page.rows, page.end)
             for rows, child in _continuations(page, text):
                 if (page.end + rows, child.slots is not None) > score:
                     score = page.end + rows, child.slots is not None
@@ -155,13 +159,17 @@ class PageTree:
         return self.root.walk()
 
 
+def _straight_on(page: Page, text: bytes) -> Page:
+    """The page that one comes to by single children that `text` goes on with."""
+    at = 4 * page.end
+    while (child := page.children.only(text, at)) is not None and child.stored:
+        page = child
+        at += page.tokens.nbytes
+    return page
+
+
 def _continuations(page: Page, text: bytes) -> Iterator[tuple[int, Page]]:
     """(rows, child) of the children that go on as `text` does behind `page`: those used whole, and the best of the others."""
-    only = page.children.only(text, 4 * page.end)
-    if only is not None:
-        if only.stored:
-            yield only.rows, only
-        return
     longest = page.children.longest
     rest = text[4 * page.end : 4 * (page.end + longest)]
     whole = [(c.rows, c) for c in page.children.prefixes(rest) if c.stored]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class Siblings:
     def __init__(self) -> None:
         self._keys: list[bytes] = []
         self._pages: list[Page] = []
-        self._lengths: dict[int, int] = {}
+        self._lengths: dict[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -41,23 +42,31 @@ class Siblings:
     @property
     def longest(self) -> int:
         """Rows of the longest page; 0 without pages."""
-        return max(self._lengths, default=0) // WORD
+        return max(self._by_length(), default=0) // WORD
+
+    def _by_length(self) -> dict[int, int]:
+        """How many keys have which length; counted when it is first needed, since most pages have one child."""
+        if self._lengths is None:
+            self._lengths = dict(Counter(map(len, self._keys)))
+        return self._lengths
 
     def add(self, page: Page) -> None:
         key = ordered(page.tokens)
         at = bisect_left(self._keys, key)
         self._keys.insert(at, key)
         self._pages.insert(at, page)
-        self._lengths[len(key)] = self._lengths.get(len(key), 0) + 1
+        if self._lengths is not None:
+            self._lengths[len(key)] = self._lengths.get(len(key), 0) + 1
 
     def remove(self, page: Page) -> None:
         """Raises ValueError when `page` is not here."""
         key = ordered(page.tokens)
         at = self._pages.index(page, bisect_left(self._keys, key))
         del self._keys[at], self._pages[at]
-        self._lengths[len(key)] -= 1
-        if not self._lengths[len(key)]:
-            del self._lengths[len(key)]
+        if self._lengths is not None:
+            self._lengths[len(key)] -= 1
+            if not self._lengths[len(key)]:
+                del self._lengths[len(key)]
 
     def only(self, text: bytes, at: int) -> Page | None:
         """The one page that is here, when `text` goes on with all of its tokens at byte `at`."""
@@ -72,7 +81,7 @@ class Siblings:
 
     def prefixes(self, key: bytes) -> Iterator[Page]:
         """Pages all of whose tokens `key` begins with."""
-        for length in self._lengths:
+        for length in self._by_length():
             if length <= len(key):
                 yield from self.same(key[:length])
 
@@ -91,6 +100,16 @@ class Siblings:
             else:
                 yield right, self._pages[after]
                 after += 1
+
+
+class _Childless(Siblings):
+    """What every page has until it gets its first child: most of what a large tree would take otherwise."""
+
+    def add(self, page: Page) -> None:
+        raise AssertionError("add to siblings of its own")
+
+
+NO_CHILDREN = _Childless()
 
 
 def _common(a: bytes, b: bytes) -> int:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any, NoReturn
 
 import click
+
+PASSED_ON: dict[str, Any] = {
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    "add_help_option": False,
+}
 
 
 @click.group()
@@ -13,15 +19,25 @@ def bench() -> None:
     """Measure this machine. Every ratio is measured within one run."""
 
 
-@bench.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    add_help_option=False,
-)
+@bench.command(**PASSED_ON)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def restore(arguments: tuple[str, ...]) -> None:
     """Time to the first token cold, hot and warm, next to stock mlx-lm caches.
 
     Takes --json and the options that `agentmem bench restore --help` lists.
     """
-    command = [sys.executable, "-m", "agentmem.bench", "restore", *arguments]
-    sys.exit(subprocess.call(command))
+    _run("restore", arguments)
+
+
+@bench.command(**PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def store(arguments: tuple[str, ...]) -> None:
+    """What the block store makes of this disk: bandwidth, lookup, fork, opening after a crash.
+
+    Takes --json and the options that `agentmem bench store --help` lists.
+    """
+    _run("store", arguments)
+
+
+def _run(name: str, arguments: tuple[str, ...]) -> NoReturn:
+    sys.exit(subprocess.call([sys.executable, "-m", "agentmem.bench", name, *arguments]))

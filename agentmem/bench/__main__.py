@@ -1,4 +1,4 @@
-"""`python -m agentmem.bench restore ...`: what `agentmem bench` runs. JSON on stdout, progress on stderr."""
+"""`python -m agentmem.bench restore|store ...`: what `agentmem bench` runs. JSON on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -78,11 +78,29 @@ def _table(result: dict[str, Any]) -> str:
             f"{r['tokens']:6d} {r['cold_ttft_ms']:9.0f} {r['hot_ttft_ms']:9.1f} {r['warm_ttft_ms']:9.1f} "
             f"{r['speedup_warm']:8.1f}x {r['bytes_ratio']:11.3f} {q4['warm_ms']:12.1f} {q4['speedup']:14.1f}x"
         )
-    lines += [
+    return "\n".join([*lines, _checks(result)])
+
+
+def _checks(result: dict[str, Any]) -> str:
+    return "\n".join(
         f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})"
         for c in result["checks"]
-    ]
-    return "\n".join(lines)
+    )
+
+
+@bench.command()
+@click.option("--pages", default=100_000, help="Pages of the large home.")
+@click.option("--agents", default=1000, help="Agents of the large home.")
+@click.option("--turns", default=200, help="Turns of the long session.")
+@click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
+@click.option("--repeats", default=5, help="Rounds of which medians are reported.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def store(pages: int, agents: int, turns: int, megabytes: int, repeats: int, as_json: bool) -> None:
+    """Put and restore bandwidth, long sessions, delays of decoding, lookup, fork, and opening after a crash."""
+    from agentmem.bench.store import run
+
+    result = run(pages=pages, agents=agents, turns=turns, megabytes=megabytes, repeats=repeats, say=_say)
+    click.echo(json.dumps(result) if as_json else _checks(result))
 
 
 if __name__ == "__main__":

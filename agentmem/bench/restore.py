@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -14,8 +13,10 @@ import mlx.core as mx
 from pydantic import ByteSize
 
 from agentmem.bench import bandwidth, stock
+from agentmem.bench.checks import check
+from agentmem.bench.turns import finished_turn
 from agentmem.engine import seam
-from agentmem.engine.request import ChatRequest, Event, Failed, Finished
+from agentmem.engine.request import Finished
 from agentmem.model.loaded import LoadedModel
 from agentmem.quant.device import backend
 from agentmem.runtime import Runtime
@@ -43,15 +44,6 @@ def drop_page_cache(folder: Path) -> bool:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
     return True
-
-
-def _turn(runtime: Runtime, agent: str, messages: list[dict[str, Any]], reply: int) -> Finished:
-    events: queue.Queue[Event] = queue.Queue()
-    runtime.chat(ChatRequest(agent, messages, max_tokens=reply), events.put)
-    while not isinstance(event := events.get(), Finished):
-        if isinstance(event, Failed):
-            raise event.error
-    return event
 
 
 class RestoreBench:
@@ -92,9 +84,9 @@ class RestoreBench:
         try:
             self.say(f"{tokens} tokens: cold")
             self._compile(runtime, min(tokens, 200) if backend() == "cpu" else tokens)
-            cold = _turn(runtime, "bench", messages, 4)
+            cold = finished_turn(runtime, "bench", messages, 4)
             info = runtime.agent("bench")
-            hot = [_turn(runtime, "bench", messages, 4) for _ in range(self.repeats)]
+            hot = [finished_turn(runtime, "bench", messages, 4) for _ in range(self.repeats)]
         finally:
             runtime.close()
         self.say(f"{tokens} tokens: warm")
@@ -106,7 +98,7 @@ class RestoreBench:
 
     def _compile(self, runtime: Runtime, tokens: int) -> None:
         """One turn that is not measured: kernels are compiled at their first use."""
-        _turn(runtime, "compile", [{"role": "user", "content": prompt(self.model, tokens)}], 2)
+        finished_turn(runtime, "compile", [{"role": "user", "content": prompt(self.model, tokens)}], 2)
         runtime.forget("compile")
 
     def _warm(
@@ -133,7 +125,7 @@ class RestoreBench:
         runtime.evict("bench")
         if self.drop:
             drop_page_cache(home)
-        turn = _turn(runtime, "bench", messages, 4)
+        turn = finished_turn(runtime, "bench", messages, 4)
         assert turn.usage["agentmem"]["state_before"] == "warm"
         return turn
 
@@ -194,17 +186,6 @@ def run(
         "bandwidth": speed,
         "sealed_bytes_ratio": sealed,
         "checks": checks(rows, speed, sealed),
-    }
-
-
-def check(name: str, value: float, bound: float, unit: str, at_most: bool) -> dict[str, Any]:
-    """One promised figure and whether it holds."""
-    return {
-        "name": name,
-        "value": value,
-        "bound": bound,
-        "unit": unit,
-        "holds": value <= bound if at_most else value >= bound,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from agentmem.blockpool.index import AgentRow, Index, SessionRow, TurnRow
+from agentmem.blockpool.lookup import collector_paused
 from agentmem.blockpool.page import Match, Page, match_chain
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
@@ -39,6 +41,11 @@ class Memory:
 
     def load(self) -> None:
         """Read agents, token logs and page trees from the index. Called once, before any request."""
+        with collector_paused():
+            self._load()
+        gc.freeze()  # a full collection would walk all of it, between two tokens
+
+    def _load(self) -> None:
         index = self.store.index
         self.ids.start(index.last_ids())
         pages: dict[int, Page] = {}
@@ -52,18 +59,10 @@ class Memory:
             session.stored_head = session.head
             agents[row.agent].sessions[row.name] = session
         self._agents = {(a.row.namespace, a.row.name): a for a in agents.values()}
-        self._date_pages()
-
-    def _date_pages(self) -> None:
-        """Pages were last used when the last of their agents was."""
-        offset = time.monotonic() - time.time()
-        for agent in self._agents.values():
-            for page in agent.pages():
-                page.last_used = max(page.last_used, agent.row.last_used + offset)
         for agent in agents.values():
             agent.locked = any(s.row.locked for s in agent.sessions.values()) or not self._opens(agent)
+        self._date_pages()
 
-    def agent(self, namespace: str, name: str) -> Agent | None:
     def _opens(self, agent: Agent) -> bool:
         """Whether the key of an agent's space is there, where it needs one."""
         try:
@@ -73,6 +72,14 @@ class Memory:
             return False
         return True
 
+    def _date_pages(self) -> None:
+        """Pages were last used when the last of their agents was."""
+        offset = time.monotonic() - time.time()
+        for agent in self._agents.values():
+            for page in agent.pages():
+                page.last_used = max(page.last_used, agent.row.last_used + offset)
+
+    def agent(self, namespace: str, name: str) -> Agent | None:
         return self._agents.get((namespace, name))
 
     def find(self, namespace: str, name: str) -> Agent:
@@ -168,7 +175,7 @@ class Memory:
 
     def match(self, agent: Agent, session: Session, ids: list[int]) -> Match:
         """The longest prefix of `ids` with state: the session's own where it is as long as any other's of the agent's space."""
-        wanted = np.asarray(ids, dtype=np.int32)
+        wanted = np.fromiter(ids, np.int32, len(ids))  # faster than np.array
         own = match_chain(session.head, wanted) if session.head is not None else Match([], 0, 0)
         if own.tokens == len(wanted):
             return own

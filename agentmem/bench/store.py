@@ -1,0 +1,222 @@
+"""`bench store`: what the block store makes of the machine's disk, and what it costs the engine."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ByteSize
+
+from agentmem.bench import bandwidth, catalogue
+from agentmem.bench.checks import check
+from agentmem.bench.turns import say_in_turn
+from agentmem.blockpool.extent import write_extent
+from agentmem.engine.commit_rows import CommitRows
+from agentmem.engine.request import ChatRequest, Delta, Event, Failed, Finished
+from agentmem.model.loaded import LoadedModel
+from agentmem.model.random import random_model
+from agentmem.quant.device import backend
+from agentmem.runtime import Runtime
+from agentmem.settings import Settings
+
+Say = Callable[[str], None]
+
+TURNS = 200
+WIDE = {
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_size": 256,
+}
+TEXT = "The keeper counts the ships, trims the lamp, and goes to bed. "
+
+
+def wide_model() -> LoadedModel:
+    """A tiny random model whose state is wide against its arithmetic: 16 KiB a token in 16 bits."""
+    return random_model("llama", seed=0, max_position_embeddings=65536, **WIDE)
+
+
+def _runtime(home: Path) -> Runtime:
+    return Runtime.open(Settings(home=home, ram_budget=ByteSize(512 << 20), max_context=65536), wide_model)
+
+
+def _warm_seconds(runtime: Runtime, agent: str, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        runtime.evict(agent)
+        start = time.perf_counter()
+        runtime.warm(agent)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def sessions(folder: Path, turns: int, repeats: int, say: Say) -> dict[str, Any]:
+    """A session of many turns, its extents merged in the background, against the same tokens written at once."""
+    runtime = _runtime(folder)
+    try:
+        written = []
+        for n in range(turns):
+            usage = say_in_turn(runtime, "many", f"{n}: {TEXT}")
+            written.append(usage["agentmem"]["bytes_written"] / _row_bytes(runtime, usage))
+        say(f"{turns} turns written")
+        messages = runtime._call(
+            lambda: runtime._memory.find("default", "many").sessions["default"].conversation.messages
+        )
+        runtime.append(ChatRequest("once", list(messages)))
+        many, once = runtime.agent("many"), runtime.agent("once")
+        speed = {
+            name: info["tokens"] / _warm_seconds(runtime, name, repeats)
+            for name, info in (("many", many), ("once", once))
+        }
+        store = runtime.store()["disk"]
+        return {
+            "turns": turns,
+            "tokens": many["tokens"],
+            "compactions": store["compactions"],
+            "bytes_many": many["disk_bytes"],
+            "bytes_once": once["disk_bytes"],
+            "many_over_once": speed["many"] / speed["once"],
+            "written_per_turn": statistics.median(written),
+        }
+    finally:
+        runtime.close()
+
+
+def _row_bytes(runtime: Runtime, usage: dict[str, Any]) -> int:
+    """Bytes of a turn's own rows as they were first written, in 16 bits at most."""
+    tokens = usage["agentmem"]["prefilled_tokens"] + usage["completion_tokens"]
+    return int(tokens * runtime.geometry.raw_row_bytes)
+
+
+def delays(folder: Path, tokens: int, say: Say) -> dict[str, Any]:
+    """Milliseconds between the tokens of a reply, alone and while the writer puts another agent's whole state on disk."""
+    runtime = _runtime(folder / "home")
+    try:
+        runtime.append(ChatRequest("big", [{"role": "user", "content": TEXT * 300}]))
+        say_in_turn(runtime, "talker", TEXT, max_tokens=tokens)
+        alone = _gaps(runtime, tokens)
+        stop = threading.Event()
+        writes = itertools.count()
+        writer = threading.Thread(target=_keep_writing, args=(runtime, folder, stop, writes))
+        writer.start()
+        busy = _gaps(runtime, tokens)
+        stop.set()
+        writer.join()
+        say(f"{next(writes)} writes meanwhile")
+        p99 = {
+            name: 1e3 * float(np.percentile(gaps, 99)) for name, gaps in (("alone", alone), ("busy", busy))
+        }
+        return {
+            "step_ms": 1e3 * statistics.median(alone),
+            "p99_alone_ms": p99["alone"],
+            "p99_writing_ms": p99["busy"],
+        }
+    finally:
+        runtime.close()
+
+
+def _gaps(runtime: Runtime, tokens: int) -> list[float]:
+    times: list[float] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Delta):
+            times.append(time.perf_counter())
+        elif isinstance(event, Finished | Failed):
+            over.set()
+
+    messages = [{"role": "user", "content": TEXT}]
+    runtime.chat(ChatRequest("talker", messages, history="server", max_tokens=tokens), sink)
+    over.wait()
+    return [b - a for a, b in itertools.pairwise(times)]
+
+
+def _keep_writing(runtime: Runtime, folder: Path, stop: threading.Event, writes: Any) -> None:
+    """Put the big agent's state on disk again and again, through the writer thread and the way that every commit goes."""
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    while not stop.is_set():
+        done = threading.Event()
+
+        def submit(done: threading.Event = done) -> None:
+            pages = [p for p in runtime._memory.find("default", "big").pages() if p.slots is not None]
+            rows = CommitRows(runtime._pool, pages, runtime._memory.ids.extent())
+            data = rows.data("default", runtime._store.names)
+            assert data is not None
+
+            def job(_: Any) -> None:
+                name, _size = write_extent(scratch, data(), runtime._store.files)
+                os.unlink(scratch / name)
+
+            runtime._store.change(job, lambda _: done.set())
+
+        runtime._call(submit)
+        done.wait()
+        next(writes)
+
+
+def run(*, pages: int, agents: int, turns: int, megabytes: int, repeats: int, say: Say) -> dict[str, Any]:
+    """The whole benchmark with its checks."""
+    with tempfile.TemporaryDirectory(prefix="agentmem-bench-") as name:
+        folder = Path(name)
+        model = wide_model()
+        runtime = _runtime(folder / "geometry")
+        geometry = runtime.geometry
+        runtime.close()
+        say(f"bandwidth of {megabytes} MiB")
+        speed = bandwidth.measure(geometry, model.tokenizer, folder / "bandwidth", megabytes, repeats)
+        many = sessions(folder / "sessions", turns, repeats, say)
+        gaps = delays(folder / "delays", 600, say)
+        listing = catalogue.measure(folder / "catalogue", model.tokenizer, pages, agents, say)
+    figures = {"bandwidth": speed, "session": many, "decode": gaps, "catalogue": listing}
+    result = {"schema_version": 1, "backend": backend(), **figures}
+    return {**result, "checks": checks(result)}
+
+
+def checks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures that are promised for this backend."""
+    speed, many, gaps, listing = (result[k] for k in ("bandwidth", "session", "decode", "catalogue"))
+    restore = (
+        check("restore / bare mx.load", speed["restore_over_mx_load"], 0.95, "ratio", False)
+        if result["backend"] == "cuda"
+        else check("restore / parallel pread", speed["restore_over_pread"], 0.8, "ratio", False)
+    )
+    return [
+        restore,
+        check(
+            f"restore of {many['turns']} turns / of the same tokens at once",
+            many["many_over_once"],
+            0.8,
+            "ratio",
+            False,
+        ),
+        check(
+            "delay of a decode step by the writer, p99",
+            gaps["p99_writing_ms"] - gaps["p99_alone_ms"],
+            2.0,
+            "ms",
+            True,
+        ),
+        check(
+            f"lookup of 4K tokens among {listing['pages']} pages", listing["lookup_4k_ms"], 1.0, "ms", True
+        ),
+        check(
+            f"lookup of 128K tokens among {listing['pages']} pages",
+            listing["lookup_128k_ms"],
+            10.0,
+            "ms",
+            True,
+        ),
+        check("fork", listing["fork_ms"], 5.0, "ms", True),
+        check(f"open with {listing['pages']} pages after a crash", listing["open_s"], 2.0, "s", True),
+        check("bytes written by a turn / its rows in 16 bits", many["written_per_turn"], 1.2, "ratio", True),
+    ]
