@@ -1,0 +1,50 @@
+"""Homes that earlier releases left: this release opens them, knows everything, and goes on from their state."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmem import __version__
+from agentmem.quant.device import backend
+from tests.golden.make import FOLDER, make, told
+from tests.runtime.agents import open_runtime
+
+HOMES = sorted(p.parent.name for p in FOLDER.glob("*/expected.json"))
+
+
+def known(release: str) -> dict[str, Any]:
+    """What the home of a release holds; its replies only where the model's arithmetic is that of the machine that made it."""
+    expected: dict[str, Any] = json.loads((FOLDER / release / "expected.json").read_text())
+    for facts in expected.values() if backend() != "cpu" else ():
+        del facts["next"]
+    return expected
+
+
+@pytest.mark.parametrize("release", HOMES)
+def test_the_home_of_a_release_is_read_and_goes_on(tmp_path: Path, release: str) -> None:
+    expected = known(release)
+    home = Path(shutil.copytree(FOLDER / release / "home", tmp_path / "home"))
+    runtime = open_runtime(home)
+    assert runtime._store.salvage is None
+    assert told(runtime) == expected
+    assert runtime.upkeep.verify(deep=True)["ok"]
+    assert runtime.store()["disk"]["quarantined"] == 0
+    runtime.close()
+
+
+def test_this_release_has_a_home_of_its_own(tmp_path: Path) -> None:
+    """And what the program makes today is what it made then."""
+    assert __version__ in HOMES
+    make(tmp_path)
+    made = json.loads((tmp_path / "expected.json").read_text())
+    assert made == known(__version__)
+
+
+@pytest.mark.parametrize("release", HOMES)
+def test_golden_homes_are_small(release: str) -> None:
+    assert sum(p.stat().st_size for p in (FOLDER / release).rglob("*")) < 300_000
