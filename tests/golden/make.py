@@ -18,7 +18,7 @@ from tests.runtime.agents import cached, memory, open_runtime, turn
 
 FOLDER = Path(__file__).parent
 TURNS = {
-    "ada": ("the keeper counts the oil, ", "then?", "é ✓ why?"),
+    "ada": ("the keeper counts the oil, " * 3, "then?", "é ✓ why?"),
     "bob": ("the keeper counts the oil, " + "who reads?",),
 }
 FORKS = {"dora": ("ada", 2)}
