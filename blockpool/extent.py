@@ -21,7 +21,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,18 +130,19 @@ def _sealed(
 
     tokens = np.frombuffer(sealed(data.tokens.astype(np.int32).tobytes()), np.int32)
     meta["pages"] = base64.b64encode(sealed(meta["pages"].encode())).decode()
-    layers: list[list[np.ndarray]] = []
-    for kind in (data.packed, data.raw):
-        layers.append([])
-        for rows in kind:
-            step = stripe_rows(rows.shape[1])
-            parts = [
-                sealed(memoryview(np.ascontiguousarray(rows[a : a + step])).cast("B"))
-                for a in range(0, len(rows), step)
-            ]
-            layers[-1].append(np.frombuffer(b"".join(parts), np.uint32).reshape(rows.shape))
+    layers = [[_sealed_rows(rows, sealed) for rows in kind] for kind in (data.packed, data.raw)]
     new = ExtentData(data.fingerprint, data.namespace, tokens, layers[0], layers[1], data.pages)
     return new, [("tags", "U64", np.frombuffer(b"".join(tags), np.uint64))]
+
+
+def _sealed_rows(rows: np.ndarray, seal: Callable[[memoryview], bytes]) -> np.ndarray:
+    """The ciphertext of one layer's rows, stripe by stripe."""
+    out = np.empty(rows.shape, np.uint32)
+    step = stripe_rows(rows.shape[1])
+    for a in range(0, len(rows), step):
+        part = memoryview(np.ascontiguousarray(rows[a : a + step])).cast("B")
+        memoryview(out[a : a + step]).cast("B")[:] = seal(part)
+    return out
 
 
 def _bound(meta: dict[str, str], shapes: dict[str, list[int]]) -> bytes:
