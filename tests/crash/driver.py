@@ -41,7 +41,6 @@ WORDS = [
     "in",
 ]
 AGENTS = ("ada", "bob", "cleo")
-TURNS = 16
 
 
 def said(agent: str, n: int) -> str:
@@ -105,7 +104,7 @@ class Life:
 
     def speak(self, agent: str) -> None:
         n = self.turns[agent]
-        if n == TURNS:
+        if n == len(self.round.reference[agent]):
             self.forget(agent)
             return
         text = reply(self.runtime, agent, n)
@@ -163,10 +162,10 @@ def live(round: Round) -> None:
     life.runtime.close()
 
 
-def make_reference(home: Path) -> dict[str, list[str]]:
+def make_reference(home: Path, turns: int) -> dict[str, list[str]]:
     """The replies of a home that nothing happens to."""
     runtime = open_runtime(home)
-    replies = {agent: [reply(runtime, agent, n) for n in range(TURNS)] for agent in AGENTS}
+    replies = {agent: [reply(runtime, agent, n) for n in range(turns)] for agent in AGENTS}
     runtime.close()
     return replies
 
@@ -190,7 +189,7 @@ def in_child(work: Callable[[], Any]) -> int:
 def answer(job: dict[str, Any]) -> int:
     """Do one job in a child; returns how it ended."""
     if isinstance(job["reference"], str):
-        make = partial(make_reference, Path(job["home"]))
+        make = partial(make_reference, Path(job["home"]), job["turns"])
         return in_child(lambda: Path(job["reference"]).write_text(json.dumps(make())))
     return in_child(lambda: live(Round(**job)))
 
@@ -219,8 +218,10 @@ class Driver:
         assert line, self.errors.read_text()[-3000:]
         return int(json.loads(line))
 
-    def reference(self, home: Path, to: Path) -> dict[str, list[str]]:
-        assert self._ask({"home": str(home), "reference": str(to)}) == 0, self.errors.read_text()[-3000:]
+    def reference(self, folder: Path, turns: int) -> dict[str, list[str]]:
+        to = folder / "replies.json"
+        job = {"home": str(folder / "home"), "reference": str(to), "turns": turns}
+        assert self._ask(job) == 0, self.errors.read_text()[-3000:]
         return dict(json.loads(to.read_text()))
 
     def live(self, round: Round) -> int:

@@ -85,9 +85,9 @@ class Explorer:
                 shutil.rmtree(folder)
 
 
-def test_hundreds_of_power_cuts(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_power_cuts(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer(scratch, 1, monkeypatch)
-    assert explorer.explore(300) >= 300
+    assert explorer.explore(200) >= 200
     assert {k.partition(",")[0] for k in explorer.kinds} >= {"speak", "fork", "compact", "forget", "evict"}
 
 

@@ -84,9 +84,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
-def reference(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    folder = tmp_path_factory.mktemp("reference")
-    return driver.reference(folder / "home", folder / "replies.json")
+def few_replies(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return driver.reference(tmp_path_factory.mktemp("reference"), turns=5)
 
 
 def kill_at(homes: Homes, point: str, times: int) -> None:
@@ -103,9 +102,9 @@ QUICK = ("file.renamed", "index.changed", "forget.committed", "salvage.aside")
 
 @pytest.mark.parametrize("point", QUICK)
 def test_a_kill_at_a_failpoint_loses_nothing(
-    tmp_path: Path, driver: Driver, reference: dict[str, list[str]], point: str
+    tmp_path: Path, driver: Driver, few_replies: dict[str, list[str]], point: str
 ) -> None:
-    homes = Homes(tmp_path, driver, reference, seed=1)
+    homes = Homes(tmp_path, driver, few_replies, seed=1)
     if point.startswith("salvage"):
         homes.round("commit.done", 5)
     kill_at(homes, point, 1)
@@ -114,8 +113,9 @@ def test_a_kill_at_a_failpoint_loses_nothing(
 
 @pytest.mark.slow
 def test_kills_at_all_failpoints_lose_nothing(
-    tmp_path: Path, driver: Driver, reference: dict[str, list[str]]
+    tmp_path: Path, driver: Driver, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    reference = driver.reference(tmp_path_factory.mktemp("reference"), turns=16)
     homes = Homes(tmp_path, driver, reference, seed=2)
     points = [p for p in FAILPOINTS for _ in range(4)]
     homes.rng.shuffle(points)

@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.home import Expected, ask_all, copy_of, make_home
+from tests.crash.home import Expected, ask_all, copy_of
 from tests.runtime.agents import extents, quarantined
 
 KINDS = ("extent header", "extent payload", "index")
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("original") / "home")
-
-
-@pytest.fixture(scope="module")
-def expected(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    return ask_all(copy_of(original, tmp_path_factory.mktemp("expected") / "home"))
 
 
 def flip(home: Path, kind: str, rng: random.Random) -> str:
@@ -29,7 +19,11 @@ def flip(home: Path, kind: str, rng: random.Random) -> str:
     path = home / "store" / "index.sqlite" if kind == "index" else rng.choice(extents(home))
     content = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
-    first, last = {"index": (0, len(content)), "extent header": (0, header), "extent payload": (header, len(content))}[kind]
+    first, last = {
+        "index": (0, len(content)),
+        "extent header": (0, header),
+        "extent payload": (header, len(content)),
+    }[kind]
     at, bit = rng.randrange(first, last), rng.randrange(8)
     content[at] ^= 1 << bit
     path.write_bytes(content)
@@ -46,7 +40,9 @@ def outcome(home: Path, expected: Expected) -> str:
     return "harmless" if found.cached == expected.cached else "read anew"
 
 
-def flipped(original: Path, expected: Expected, folder: Path, times: int, seed: int) -> dict[str, Counter[str]]:
+def flipped(
+    original: Path, expected: Expected, folder: Path, times: int, seed: int
+) -> dict[str, Counter[str]]:
     """Outcomes by kind of `times` flips, each on a fresh copy of the home."""
     rng = random.Random(seed)
     outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
@@ -61,8 +57,8 @@ def flipped(original: Path, expected: Expected, folder: Path, times: int, seed: 
 
 
 def test_flipped_bits_change_no_answer(original: Path, expected: Expected, tmp_path: Path) -> None:
-    outcomes = flipped(original, expected, tmp_path, times=24, seed=1)
-    assert outcomes["extent header"] == Counter({"quarantined": 8})
+    outcomes = flipped(original, expected, tmp_path, times=9, seed=1)
+    assert outcomes["extent header"] == Counter({"quarantined": 3})
     assert outcomes["extent payload"]["quarantined"] > 0
 
 

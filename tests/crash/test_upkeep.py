@@ -18,23 +18,8 @@ from agentmem.blockpool.files import Files
 from agentmem.blockpool.scrub import Scrub
 from agentmem.blockpool.shelf import Shelf
 from agentmem.blockpool.verify import purge, verify
-from tests.crash.home import TURNS, Expected, ask_all, copy_of, make_home, start
+from tests.crash.home import TURNS, Expected, ask_all, start
 from tests.runtime.agents import extents, quarantined, turn
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_home(tmp_path_factory.mktemp("original") / "home")
-
-
-@pytest.fixture(scope="module")
-def expected(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    return ask_all(copy_of(original, tmp_path_factory.mktemp("expected") / "home"))
-
-
-@pytest.fixture
-def home(original: Path, tmp_path: Path) -> Path:
-    return copy_of(original, tmp_path / "home")
 
 
 def flip(path: Path, at: int) -> None:
@@ -181,7 +166,10 @@ def test_a_rebuild_is_done_by_the_next_start(home: Path, expected: Expected) -> 
     assert quarantined(home).count("index.sqlite") == 1
 
 
-@pytest.mark.parametrize("flags", [("--deep",), ("--rebuild",), ("--repair",)])
+@pytest.mark.parametrize(
+    "flags",
+    [("--rebuild",), *(pytest.param(f, marks=pytest.mark.slow) for f in [("--deep",), ("--repair",)])],
+)
 def test_the_program_on_a_sound_store(home: Path, expected: Expected, flags: tuple[str, ...]) -> None:
     report = program(home, *flags)
     assert report["ok"]

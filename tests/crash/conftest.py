@@ -1,0 +1,27 @@
+"""One home for all tests of a folder, made once; each test damages a copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.crash.home import Expected, ask_all, copy_of, make_home
+
+
+@pytest.fixture(scope="package")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home that nobody may touch."""
+    return make_home(tmp_path_factory.mktemp("original") / "home")
+
+
+@pytest.fixture(scope="package")
+def expected(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """What the agents of that home say next."""
+    return ask_all(copy_of(original, tmp_path_factory.mktemp("expected") / "home"))
+
+
+@pytest.fixture
+def home(original: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return copy_of(original, tmp_path / "home")
