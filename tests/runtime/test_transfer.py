@@ -282,3 +282,12 @@ def test_an_import_is_merged_and_verified(opened: Opened, carried: Carried, tmp_
     report = verify(tmp_path / "there" / "store", deep=True)
     assert report.ok, report
     assert report.orphans == []
+
+
+def test_nobody_speaks_as_an_agent_that_is_on_its_way_in(opened: Opened) -> None:
+    runtime = opened("here")
+    runtime._call(lambda: runtime._memory.reserved.add(("default", "ada")))
+    with pytest.raises(AlreadyExists, match="being imported"):
+        turn(runtime, "ada", "hello")
+    runtime._call(lambda: runtime._memory.reserved.clear())
+    assert turn(runtime, "ada", "hello").usage["agentmem"]["committed"]
