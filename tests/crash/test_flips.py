@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from pathlib import Path
@@ -47,6 +48,11 @@ def flipped(
     rng = random.Random(seed)
     outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for n in range(times):
+        if (
+            n % 20 == 19
+        ):  # a runtime's pages are kept from the collector; hundreds of them would fill the memory
+            gc.unfreeze()
+            gc.collect()
         home, kind = copy_of(original, folder / "home"), KINDS[n % len(KINDS)]
         where = flip(home, kind, rng)
         try:
