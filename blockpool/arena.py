@@ -62,10 +62,10 @@ class Arena(ABC):
         )
 
     def _raw_rows(self, layer: int, slots: Sequence[int], rows: int) -> mx.array:
-        return self.raw(layer, mx.array(slots), rows)
+        return self.raw(layer, mx.array(list(slots)), rows)
 
     def _packed_rows(self, layer: int, slots: Sequence[int], rows: int) -> mx.array:
-        return self.packed(layer, mx.array(slots))[:rows]
+        return self.packed(layer, mx.array(list(slots)))[:rows]
 
     @abstractmethod
     def collect(self, packed: np.ndarray, raw: np.ndarray) -> Callable[[], tuple[Rows, Rows]]:

@@ -145,8 +145,8 @@ def turn_row(columns: Sequence[Any]) -> TurnRow:
     if spans == SEALED:
         return TurnRow(n, keep_tokens, keep_messages, np.zeros(0, np.int32), [], [], {}, created, ids)
     tokens = np.frombuffer(ids, dtype="<i4")
-    texts = (json.loads(text) for text in (spans, messages, stats))
-    return TurnRow(n, keep_tokens, keep_messages, tokens, *texts, created)
+    texts = [json.loads(text) for text in (spans, messages, stats)]
+    return TurnRow(n, keep_tokens, keep_messages, tokens, texts[0], texts[1], texts[2], created)
 
 
 def seal_turn(turn: TurnRow, seal: Seal) -> TurnRow:

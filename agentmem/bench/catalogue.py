@@ -6,6 +6,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,8 @@ def measure(
         agent = memory.find("default", f"agent-{owner}")
         session = agent.sessions["default"]
         text = np.concatenate([session.row.turns[0].ids, np.zeros(length, np.int32)])[:length].tolist()
-        out[f"lookup_{name}_ms"] = max(
-            _median_ms(20, lambda t=text, a=agent, s=session: memory.match(a, s, t)),
-            _median_ms(20, lambda t=text: memory.match(*stranger, t)),
-        )
+        lookups = [partial(memory.match, *who, text) for who in ((agent, session), stranger)]
+        out[f"lookup_{name}_ms"] = max(_median_ms(20, lookup) for lookup in lookups)
     names = iter(range(1000))
     parent = memory.find("default", "agent-1")
 

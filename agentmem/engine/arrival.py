@@ -147,9 +147,9 @@ class Arrival:
         """Find the pages that are here already, bytes included, and pin them."""
         found = self._call(lambda: self._same_tokens(parcel))
         at, starts = [0, 0], []
-        for _, raw, rows in parcel.manifest.pages:
+        for _, raw, count in parcel.manifest.pages:
             starts.append(at[raw])
-            at[raw] += rows
+            at[raw] += count
         number = {page: i for i, page in found.items()}
         try:
             for group in self._fetch.groups(list(found.values())):

@@ -111,10 +111,10 @@ def check_log(manifest: Manifest, archive: Archive, vocabulary: int | None) -> l
     if sum(t.ids for s in manifest.sessions for t in s.turns) != len(archive.log):
         raise ArchiveInvalid("log", "the turns name more or fewer token ids than the log holds")
     top = vocabulary if vocabulary is not None else 1 << 31
-    for name, ids in (("log", archive.log), ("tokens", archive.tokens)):
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= top):
+    for name, named in (("log", archive.log), ("tokens", archive.tokens)):
+        if named.size and (int(named.min()) < 0 or int(named.max()) >= top):
             raise ArchiveInvalid("log", f"{name} holds token ids beyond the vocabulary of {top}")
-    at, replayed = 0, []
+    at, replayed = 0, list[list[int]]()
     for session in manifest.sessions:
         ids, messages = list[int](), 0
         for n, turn in enumerate(session.turns, 1):
