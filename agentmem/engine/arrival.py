@@ -227,6 +227,9 @@ class Arrival:
             for kind in (0, 1)
         )
         ids = np.concatenate([np.zeros(0, np.int32), *tokens[0], *tokens[1]])
+        need = sum(a.nbytes for a in (*packed, *raw))
+        if self._store.free_disk() < need + self._store.floor:
+            raise StoreError(f"the import takes {need} bytes; with it, less than disk_floor would stay free")
         data = ExtentData(self._identity.fingerprint, parcel.space, ids, packed, raw, records)
         try:
             extent.name, extent.bytes = self._store.write_rows(data)

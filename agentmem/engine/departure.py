@@ -24,7 +24,7 @@ from agentmem.engine.manifest import (
     facts,
 )
 from agentmem.engine.memory import Memory, Session, locked
-from agentmem.errors import BadRequest
+from agentmem.errors import BadRequest, StoreError
 
 T = TypeVar("T")
 
@@ -94,6 +94,8 @@ class Departure:
             return file
         except ArchiveInvalid as error:
             raise BadRequest(f"agent {name!r} cannot be exported: {error}", param="agent") from error
+        except OSError as error:
+            raise StoreError(f"there is no room for the archive of agent {name!r}: {error}") from error
         finally:
             self._call(lambda: self._release(snapshot))
 

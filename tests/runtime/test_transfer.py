@@ -220,6 +220,33 @@ def test_nothing_to_export(opened: Opened) -> None:
         opened("here").transfer.export("nobody")
 
 
+def test_imports_leave_the_floor_of_the_disk_free(opened: Opened, carried: Carried, tmp_path: Path) -> None:
+    here, there = opened("here"), opened("there", disk_floor=1 << 60)
+    talk(here)
+    path = carried(here, "ada")
+    with pytest.raises(StoreError, match="disk_floor"):
+        admit(there, path)
+    assert extents(tmp_path / "there") == []
+    assert there.agents() == []
+
+
+def test_no_room_for_an_archive(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = opened("here")
+    talk(runtime)
+    before = sorted(os.listdir(tmp_path / "here" / "store"))
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StoreError, match="no space"):
+            runtime.transfer.export("ada")
+    assert sorted(os.listdir(tmp_path / "here" / "store")) == before
+    runtime.transfer.export("ada").close()
+    assert runtime.forget("ada")["bytes_freed"] > 0
+
+
 def test_a_full_disk_leaves_no_trace(
     opened: Opened, carried: Carried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
