@@ -287,6 +287,7 @@ class Arrival:
             if old is not None:
                 memory.forget(old, lambda *_: None)
             memory.attach(agent, {s.row.name: head for s, head in sessions})
+            memory.journal.settled(agent)
             outcome.set_result(None)
 
         self._store.adopt(parcel.extent, write, done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,22 @@ def test_imports_leave_the_floor_of_the_disk_free(opened: Opened, carried: Carri
         admit(there, path)
     assert extents(tmp_path / "there") == []
     assert there.agents() == []
+
+
+def test_imports_stay_within_the_disk_budget(opened: Opened, carried: Carried) -> None:
+    here, there = opened("here"), opened("there", disk_budget=1 << 20)
+    for session in range(12):
+        turn(here, "ada", f"{session} {LONG}", session=f"s{session}", max_tokens=1)
+    path = carried(here, "ada")
+    assert path.stat().st_size > 1 << 20
+    admit(there, path)
+    deadline = time.monotonic() + 30
+    while there.store()["disk"]["disk_bytes"] > 1 << 20 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert there.store()["disk"]["disk_bytes"] <= 1 << 20
+    assert there.agent("ada")["tokens"] == here.agent("ada")["tokens"]
+    for session in ("s0", "s11"):
+        assert turn(there, "ada", NEXT, session=session).usage["prompt_tokens"] > 400
 
 
 def test_no_room_for_an_archive(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
