@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PAGE_SIZE = 4096
+from agentmem.blockpool.wal import PAGE_SIZE, read_log
+
 FILE_HEADER = 100
-FRAME_HEADER = 24
-WAL_HEADER = 32
-WAL_MAGIC = (0x377F0682, 0x377F0683)  # checksums in little-endian, in big-endian words
 
 _INTEGER_BYTES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
 
@@ -27,48 +25,12 @@ def carve(path: Path) -> Iterator[tuple[int, list[Any]]]:
 
 
 def _pages(path: Path) -> dict[int, bytes]:
-    """The file's pages by number, with what committed transactions left in the write-ahead log."""
+    """The file's pages by number, with what finished transactions left in the write-ahead log."""
     data = path.read_bytes() if path.is_file() else b""
     pages = {i // PAGE_SIZE + 1: data[i : i + PAGE_SIZE] for i in range(0, len(data), PAGE_SIZE)}
     log = path.with_name(f"{path.name}-wal")
-    if log.is_file():
-        pages |= _logged(log.read_bytes())
-    return pages
-
-
-def _logged(log: bytes) -> dict[int, bytes]:
-    """Pages of the log up to its last sound commit, by SQLite's own rule."""
-    if len(log) < WAL_HEADER:
-        return {}
-    magic, _, page_size = struct.unpack_from(">3I", log)
-    if magic not in WAL_MAGIC or page_size != PAGE_SIZE:
-        return {}
-    order = "<" if magic == WAL_MAGIC[0] else ">"
-    sums = _checksum(order, log[:24], (0, 0))
-    if sums != struct.unpack_from(">2I", log, 24):
-        return {}
-    committed: dict[int, bytes] = {}
-    pending: dict[int, bytes] = {}
-    for at in range(WAL_HEADER, len(log) - FRAME_HEADER - PAGE_SIZE + 1, FRAME_HEADER + PAGE_SIZE):
-        number, commit = struct.unpack_from(">2I", log, at)
-        page = log[at + FRAME_HEADER : at + FRAME_HEADER + PAGE_SIZE]
-        sums = _checksum(order, page, _checksum(order, log[at : at + 8], sums))
-        if log[at + 8 : at + 16] != log[16:24] or sums != struct.unpack_from(">2I", log, at + 16):
-            break
-        pending[number] = page
-        if commit:
-            committed |= pending
-            pending = {}
-    return committed
-
-
-def _checksum(order: str, data: bytes, sums: tuple[int, int]) -> tuple[int, int]:
-    a, b = sums
-    words = struct.unpack(f"{order}{len(data) // 4}I", data)
-    for i in range(0, len(words), 2):
-        a = (a + words[i] + b) & 0xFFFFFFFF
-        b = (b + words[i + 1] + a) & 0xFFFFFFFF
-    return a, b
+    frames = read_log(log.read_bytes()) if log.is_file() else None
+    return pages | frames.content() if frames is not None else pages
 
 
 def _leaf(page: bytes, start: int, pages: dict[int, bytes]) -> Iterator[tuple[int, list[Any]]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from sqlite_utils import Database
 
-from agentmem.blockpool.carve import FILE_HEADER, PAGE_SIZE
+from agentmem.blockpool.carve import FILE_HEADER
+from agentmem.blockpool.wal import PAGE_SIZE, read_log
 from agentmem.errors import StoreError
 
 WAL_BYTES = 1 << 20
@@ -74,6 +75,7 @@ def connect(path: Path, durable: bool) -> Database:
     Raises IndexDamaged when it is not readable, StoreError when another release wrote it or the file cannot be used.
     """
     _check_header(path)
+    _check_log(path.with_name(f"{path.name}-wal"))
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         for pragma in (
@@ -118,6 +120,16 @@ def _check_header(path: Path) -> None:
         raise IndexDamaged("not a database")
     if (write, read) not in ((1, 1), (2, 2)):
         raise IndexDamaged(f"unknown modes {write} and {read}")
+
+
+def _check_log(path: Path) -> None:
+    """See damage that would make SQLite pass over finished transactions."""
+    try:
+        log = read_log(path.read_bytes())
+    except FileNotFoundError:
+        return
+    if log is not None and log.damaged:
+        raise IndexDamaged("the write-ahead log is damaged")
 
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:

@@ -12,7 +12,14 @@ from tests.crash.home import Expected, ask_all, copy_of, make_home
 @pytest.fixture(scope="package")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home that nobody may touch."""
-    return make_home(tmp_path_factory.mktemp("original") / "home")
+    folder = tmp_path_factory.mktemp("original")
+    return make_home(folder / "home", folder / "crashed")
+
+
+@pytest.fixture(scope="package")
+def crashed(original: Path) -> Path:
+    """The same home as a killed process would have left it, with a write-ahead log; nobody may touch it."""
+    return original.with_name("crashed")
 
 
 @pytest.fixture(scope="package")

@@ -25,11 +25,15 @@ def start(home: Path, **options: Any) -> Runtime:
     return Runtime.open(Settings(home=home, **{"ram_budget": BUDGET, **options}), lambda: MODEL)
 
 
-def make_home(home: Path) -> Path:
+def make_home(home: Path, crashed: Path | None = None) -> Path:
+    """A home; `crashed` becomes what a process that was killed in the end would have left of it."""
     runtime = start(home)
     for agent, texts in TURNS.items():
         for text in texts:
             turn(runtime, agent, text)
+    if crashed is not None:
+        runtime._store.flush()
+        shutil.copytree(home, crashed)
     runtime.close()
     return home
 

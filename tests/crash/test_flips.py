@@ -12,16 +12,18 @@ import pytest
 from tests.crash.home import Expected, ask_all, copy_of
 from tests.runtime.agents import extents, quarantined
 
-KINDS = ("extent header", "extent payload", "index")
+KINDS = ("extent header", "extent payload", "index", "log")
 
 
 def flip(home: Path, kind: str, rng: random.Random) -> str:
     """Flip one bit of that kind; says which."""
-    path = home / "store" / "index.sqlite" if kind == "index" else rng.choice(extents(home))
+    names = {"index": "index.sqlite", "log": "index.sqlite-wal"}
+    path = home / "store" / names[kind] if kind in names else rng.choice(extents(home))
     content = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
     first, last = {
         "index": (0, len(content)),
+        "log": (0, len(content)),
         "extent header": (0, header),
         "extent payload": (header, len(content)),
     }[kind]
@@ -41,36 +43,45 @@ def outcome(home: Path, expected: Expected) -> str:
     return "harmless" if found.cached == expected.cached else "read anew"
 
 
-def flipped(
-    original: Path, expected: Expected, folder: Path, times: int, seed: int
-) -> dict[str, Counter[str]]:
-    """Outcomes by kind of `times` flips, each on a fresh copy of the home."""
-    rng = random.Random(seed)
-    outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    for n in range(times):
-        if (
-            n % 20 == 19
-        ):  # a runtime's pages are kept from the collector; hundreds of them would fill the memory
-            gc.unfreeze()
-            gc.collect()
-        home, kind = copy_of(original, folder / "home"), KINDS[n % len(KINDS)]
-        where = flip(home, kind, rng)
-        try:
-            outcomes[kind][outcome(home, expected)] += 1
-        except Exception as e:
-            raise AssertionError(f"seed {seed}, {kind}, {where}: {e}") from e
-    return outcomes
+class Homes:
+    """Homes to damage, and what their agents must say."""
+
+    def __init__(self, original: Path, crashed: Path, expected: Expected, folder: Path) -> None:
+        self.original, self.crashed, self.expected = original, crashed, expected
+        self.folder = folder
+
+    def flip(self, times: int, seed: int) -> dict[str, Counter[str]]:
+        """Outcomes by kind of `times` flips, each on a fresh copy; those of the log on what a killed process left."""
+        rng = random.Random(seed)
+        outcomes: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+        for n in range(times):
+            if n % 20 == 19:  # a runtime's pages are kept from the collector; hundreds would fill the memory
+                gc.unfreeze()
+                gc.collect()
+            kind = KINDS[n % len(KINDS)]
+            home = copy_of(self.crashed if kind == "log" else self.original, self.folder / "home")
+            where = flip(home, kind, rng)
+            try:
+                outcomes[kind][outcome(home, self.expected)] += 1
+            except Exception as e:
+                raise AssertionError(f"seed {seed}, {kind}, {where}: {e}") from e
+        return outcomes
 
 
-def test_flipped_bits_change_no_answer(original: Path, expected: Expected, tmp_path: Path) -> None:
-    outcomes = flipped(original, expected, tmp_path, times=9, seed=1)
+@pytest.fixture
+def homes(original: Path, crashed: Path, expected: Expected, tmp_path: Path) -> Homes:
+    return Homes(original, crashed, expected, tmp_path)
+
+
+def test_flipped_bits_change_no_answer(homes: Homes) -> None:
+    outcomes = homes.flip(times=12, seed=1)
     assert outcomes["extent header"] == Counter({"quarantined": 3})
     assert outcomes["extent payload"]["quarantined"] > 0
 
 
 @pytest.mark.slow
-def test_a_thousand_flipped_bits_change_no_answer(original: Path, expected: Expected, tmp_path: Path) -> None:
-    outcomes = flipped(original, expected, tmp_path, times=1200, seed=2)
+def test_a_thousand_flipped_bits_change_no_answer(homes: Homes) -> None:
+    outcomes = homes.flip(times=1200, seed=2)
     print({kind: dict(counts) for kind, counts in outcomes.items()})
     assert sum(sum(counts.values()) for counts in outcomes.values()) == 1200
     for counts in outcomes.values():

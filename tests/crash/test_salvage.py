@@ -11,7 +11,7 @@ import pytest
 
 from agentmem.blockpool.files import Files
 from agentmem.blockpool.salvage import SALVAGED, finish, rebuild
-from tests.crash.home import Expected, ask_all, start
+from tests.crash.home import Expected, ask_all, copy_of, start
 from tests.runtime.agents import extents, quarantined
 
 PAGE = 4096
@@ -199,3 +199,21 @@ def test_an_error_message_that_is_no_text_is_damage_too(home: Path, expected: Ex
     """SQLite quotes the broken schema in its message; the quotation may be no UTF-8."""
     overwrite(index(home), index(home).read_bytes().index(b"CREATE TABLE pieces"), b"CR\xecATE TABLE pieces")
     assert ask_all(home) == expected
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda p: overwrite(p, 0, b"x"), lambda p: overwrite(p, 40, b"\xff" * 3000)]
+)
+def test_what_only_the_log_holds_is_kept_when_the_index_is_damaged(
+    crashed: Path, tmp_path: Path, expected: Expected, damage: Callable[[Path], None]
+) -> None:
+    home = copy_of(crashed, tmp_path / "home")
+    assert index(home).with_name("index.sqlite-wal").stat().st_size > 10 * PAGE
+    damage(index(home))
+    assert ask_all(home) == expected
+
+
+def test_a_log_that_a_killed_process_left_is_read(crashed: Path, tmp_path: Path, expected: Expected) -> None:
+    home = copy_of(crashed, tmp_path / "home")
+    assert ask_all(home) == expected
+    assert quarantined(home) == []
