@@ -294,7 +294,10 @@ def test_compaction_moves_pages_that_are_still_there(index: Index) -> None:
     index.commit(author.commit([1, 2], extent="a"))
     index.commit(author.commit([3, 4], extent="b"))
     new = ExtentRow(9000, "merged", 77)
-    places = [(1001, (Piece(9000, True, 0, 0, 2),)), (5555, (Piece(9000, True, 2, 0, 2),))]
+    places: list[tuple[int, tuple[Piece, ...]]] = [
+        (1001, (Piece(9000, True, 0, 0, 2),)),
+        (5555, (Piece(9000, True, 2, 0, 2),)),
+    ]
     index.move_pieces(new, "default", places)
     assert [(r[0], r[4]) for r in index.pages("default")] == [
         (1001, places[0][1]),

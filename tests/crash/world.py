@@ -6,7 +6,6 @@ Every row of state is a function of the tokens up to it, so that whoever finds r
 from __future__ import annotations
 
 import json
-import queue
 import random
 import zlib
 from collections.abc import Callable
@@ -78,13 +77,8 @@ class World:
         while not got:
             self.store.completions.get(timeout=30)()
         assert got[0][-1] is None, got[0][-1]
-        self.flush()
+        self.store.flush()
         self.log = self.doing
-
-    def flush(self) -> None:
-        done: queue.Queue[None] = queue.Queue()
-        self.store._jobs.put(lambda: done.put(None))
-        done.get(timeout=30)
 
     def _note(self, speaker: Speaker) -> None:
         self.doing = {**self.log, speaker.agent.name: noted(speaker.agent, speaker.session.turns)}
@@ -264,13 +258,12 @@ class World:
         gone = self._take(lost)
         self.doing = self.log
         self.store.quarantine({bad: "a test says so"}, gone, [], heads)
-        self.flush()
+        self.store.flush()
 
     def checkpoint(self) -> None:
         self.doing = self.log
-        done: queue.Queue[None] = queue.Queue()
-        self.store._jobs.put(lambda: (self.store.index.checkpoint(), done.put(None))[1])
-        done.get(timeout=30)
+        self.store._jobs.put(self.store.index.checkpoint)
+        self.store.flush()
 
     OPERATIONS = (
         ("speak", 10), ("fork", 2), ("policy", 1), ("forget", 1), ("evict", 1), ("compact", 2), ("quarantine", 1),
@@ -320,7 +313,8 @@ def check_store(folder: Path, allowed: list[Log]) -> None:
 
 def _check_pages(store: Store) -> None:
     """Every page that is offered has the rows that belong to its tokens."""
-    tree, pages = PageTree(FINGERPRINT, SPACE), {}
+    tree = PageTree(FINGERPRINT, SPACE)
+    pages: dict[int, Page] = {}
     wanted, slot = [], 0
     for id_, parent, raw, tokens, pieces in store.index.pages(SPACE):
         page = tree.add(pages[parent] if parent is not None else tree.root, tokens, raw=raw)
