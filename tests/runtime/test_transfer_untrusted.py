@@ -237,20 +237,11 @@ def mutate(c: Content, data: st.DataObject) -> None:
                 array[data.draw(st.integers(0, len(array) - 1))] = data.draw(st.integers(-1, 300))
 
 
-@settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-@given(data=st.data())
-def test_no_manifest_is_worse_than_a_refusal(
-    runtime: Runtime, exported: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def try_out(runtime: Runtime, exported: Path, path: Path, data: st.DataObject) -> None:
     """A changed manifest is refused by name, or it makes an agent that speaks, exports and can be forgotten."""
     changed_content = content(exported)
     mutate(changed_content, data)
-    path = seal(changed_content, tmp_path_factory.getbasetemp() / "mutated")
+    seal(changed_content, path)
     before = left_alone(runtime)
     try:
         admit(runtime, path)
@@ -266,3 +257,27 @@ def test_no_manifest_is_worse_than_a_refusal(
     runtime.forget("guest")
     assert left_alone(runtime)[0] == before[0]
     runtime._call(runtime._pool.check)
+
+
+fuzzed = settings(
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@settings(fuzzed, max_examples=40)
+@given(data=st.data())
+def test_no_manifest_is_worse_than_a_refusal(
+    runtime: Runtime, exported: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    try_out(runtime, exported, tmp_path_factory.getbasetemp() / "mutated", data)
+
+
+@pytest.mark.slow
+@settings(fuzzed, max_examples=1000)
+@given(data=st.data())
+def test_no_manifest_of_a_thousand_is(
+    runtime: Runtime, exported: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    try_out(runtime, exported, tmp_path_factory.getbasetemp() / "mutated", data)
