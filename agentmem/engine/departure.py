@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from agentmem.blockpool.archive import ArchiveInvalid, ArchiveWriter, Shape
 from agentmem.blockpool.index import TurnRow
@@ -92,7 +93,7 @@ class Departure:
                 file.close()
                 raise
             return file
-        except ArchiveInvalid as error:
+        except (ArchiveInvalid, ValidationError) as error:
             raise BadRequest(f"agent {name!r} cannot be exported: {error}", param="agent") from error
         except OSError as error:
             raise StoreError(f"there is no room for the archive of agent {name!r}: {error}") from error
@@ -172,7 +173,7 @@ def _turn(turn: TurnRow, text: bool) -> TurnRecord:
         keep_messages=turn.keep_messages,
         ids=len(turn.ids) if text else 0,
         spans=[(kind, n, words) for kind, n, words in turn.spans] if text else [],
-        messages=[MessageRecord(role=m["role"], content=m["content"]) for m in turn.messages],
+        messages=[MessageRecord(**m) for m in turn.messages],
         stats=facts(turn.stats),
         created=turn.created,
     )

@@ -38,7 +38,8 @@ PageRecord = tuple[Count | None, bool, Annotated[int, Field(ge=1, le=1 << 16)]]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # Errors end in logs, so they do not show what was said.
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class MessageRecord(Part):

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from agentmem.blockpool.verify import verify
-from agentmem.errors import AlreadyExists, NotFound, StoreError
+from agentmem.engine.request import ChatRequest
+from agentmem.errors import AlreadyExists, BadRequest, NotFound, StoreError
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.random import random_model
 from agentmem.runtime import Runtime
 from agentmem.settings import Settings
-from tests.runtime.agents import BUDGET, LONG, cached, extents, memory, turn
+from tests.runtime.agents import BUDGET, LONG, Running, cached, extents, memory, turn
 
 Opened = Callable[..., Runtime]
 Carried = Callable[[Runtime, str], Path]
@@ -214,6 +215,15 @@ def test_forgetting_an_import_leaves_nothing(opened: Opened, carried: Carried, t
     assert extents(tmp_path / "there") == []
     assert there.store()["ram"]["used_bytes"] == 0
     admit(there, path)
+
+
+@pytest.mark.parametrize("odd", [{"role": "oracle"}, {"role": "user", "name": "bob"}])
+def test_a_log_that_archives_do_not_hold(opened: Opened, odd: dict[str, str]) -> None:
+    runtime = opened("here")
+    Running(runtime, ChatRequest("ada", [{"content": "Swordfish", **odd}])).end()
+    with pytest.raises(BadRequest, match="cannot be exported") as error:
+        runtime.transfer.export("ada")
+    assert "Swordfish" not in error.value.message
 
 
 def test_nothing_to_export(opened: Opened) -> None:
