@@ -149,7 +149,7 @@ class AgentMemClient:
         return self._ask(agent_call("POST", name, self.namespace, "evict"))
 
     def create(self, name: str, **policy: Any) -> dict[str, Any]:
-        """A new agent without turns; `policy`: pinned, persist, quota_bytes. Raises AlreadyExists."""
+        """A new agent without turns; `policy`: pinned, persist, quota_bytes, encrypt. Raises AlreadyExists."""
         return self._ask(create_call(name, self.namespace, policy))
 
     def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
