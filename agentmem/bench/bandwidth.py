@@ -1,4 +1,4 @@
-"""Restore bandwidth of many pages against raw reads of the same bytes, in one run."""
+"""Bandwidth of putting and restoring many pages against raw writes and reads of the same bytes, in one run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from agentmem.blockpool.extent import write_extent
 from agentmem.blockpool.geometry import Geometry
-from agentmem.blockpool.index import TurnRow
+from agentmem.blockpool.index import ExtentRow, TurnRow
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.engine.commit_rows import CommitRows
 from agentmem.engine.conversation import Tokenizer
 from agentmem.engine.memory import Memory
 from agentmem.engine.recall import Recall
 
 READ = 1 << 20
+WRITE = 64 << 20
 
 
 def _drain(store: Store, until: Callable[[], bool]) -> None:
@@ -71,6 +74,32 @@ def _pread(path: Path, threads: int) -> float:
     return seconds
 
 
+def _put(pool: Pool, store: Store, chain: list[Page], scratch: Path) -> float:
+    """Seconds of writing the rows of `chain` as a commit does: collected, summed, written, synced, renamed."""
+    start = time.perf_counter()
+    data = CommitRows(pool, chain, ExtentRow(0, "", 0)).data("bench", {})
+    assert data is not None
+    name, _ = write_extent(scratch, data(), store.files)
+    seconds = time.perf_counter() - start
+    (scratch / name).unlink()
+    return seconds
+
+
+def _pwrite(path: Path, scratch: Path) -> float:
+    """Seconds of writing the bytes of `path`, which are in memory, to a file of its own, and syncing it."""
+    content = memoryview(path.read_bytes())
+    target = scratch / "raw"
+    start = time.perf_counter()
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    for at in range(0, len(content), WRITE):
+        os.pwrite(fd, content[at : at + WRITE], at)
+    os.fsync(fd)
+    os.close(fd)
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
 def _mx_load(path: Path) -> float:
     start = time.perf_counter()
     arrays: Any = mx.load(str(path))
@@ -102,8 +131,12 @@ def measure(
     _drain(store, lambda: memory.unwritten == 0)
     chain = head.chain()
     path = next(store.extents.iterdir())
-    times: dict[str, list[float]] = {"restore": [], "pread": [], "mx_load": []}
+    times: dict[str, list[float]] = {name: [] for name in ("put", "pwrite", "restore", "pread", "mx_load")}
+    scratch = folder / "scratch"
+    scratch.mkdir()
     for _ in range(repeats):
+        times["put"].append(_put(pool, store, chain, scratch))
+        times["pwrite"].append(_pwrite(path, scratch))
         for page in chain:
             pool.evict(page)
         times["restore"].append(_restore(recall, store, chain))
@@ -115,6 +148,7 @@ def measure(
     return {
         "bytes": size,
         **{f"{name}_gb_s": s for name, s in speed.items()},
+        "put_over_pwrite": speed["put"] / speed["pwrite"],
         "restore_over_pread": speed["restore"] / speed["pread"],
         "restore_over_mx_load": speed["restore"] / speed["mx_load"],
         "threads": threads,

@@ -82,13 +82,26 @@ def test_memory_of_the_process_follows_the_budget(tmp_path: Path) -> None:
     assert tight["replies"] == roomy["replies"]
     assert tight["states"].count("warm") == round_robin.TURNS - round_robin.AGENTS
     assert tight["active"] <= budget + ALLOWANCE
+    assert abs(tight["active"] - tight["capacity"]) <= 0.05 * tight["capacity"] + ALLOWANCE
     assert tight["rss"] <= budget + ALLOWANCE
     assert roomy["rss"] >= state > 4 * tight["rss"]
 
 
-def measured(home: Path, budget: int) -> dict[str, Any]:
+@pytest.mark.slow
+def test_a_hundred_agents_on_a_budget_for_ten(tmp_path: Path) -> None:
+    """Five hundred turns: memory and disk stay within their budgets, and nothing fails. State that left the disk is read anew."""
+    budget, disk = 160 << 20, 900 << 20
+    result = measured(tmp_path, budget, 100, 500, disk)
+    assert len(result["replies"]) == 500
+    assert result["used"] <= budget
+    assert result["rss"] <= 1.1 * budget
+    assert budget < result["on_disk"] <= disk
+    assert result["states"].count("warm") > 100
+
+
+def measured(home: Path, *options: int) -> dict[str, Any]:
     """Agents visited round-robin by a process whose allocator gives back at once what is freed."""
-    command = [sys.executable, "-m", "tests.engine.round_robin", str(home), str(budget)]
+    command = [sys.executable, "-m", "tests.engine.round_robin", str(home), *map(str, options)]
     eager = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
         command, env=os.environ | eager, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
