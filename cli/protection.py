@@ -73,8 +73,9 @@ def check_disk_encryption(home: Home) -> Check:
         return Check("disk encryption", "note", f"unknown: the system does not say whether {what} is in use")
     if known:
         return Check("disk encryption", "ok", f"the disk is encrypted ({what})")
-    hint = 'encrypt the disk, or the agents: encrypt = "keyring" in config.toml'
-    return Check("disk encryption", "note", f"the disk is not encrypted ({what} is off)", hint)
+    message = f"{what} is not in use under the home; whether the drive itself encrypts is unknown"
+    hint = 'without an encrypted disk, encrypt the agents: encrypt = "keyring" in config.toml'
+    return Check("disk encryption", "note", message, hint)
 
 
 def _filevault() -> bool | None:
