@@ -2,7 +2,8 @@
 
 SQLite stops at the first frame whose checksum is wrong and passes over the rest without a word: after a power cut that is the
 unfinished end, after a flipped bit it is acknowledged work. Every frame's sum begins with the sum that the frame before it
-stores, so the frames behind a damaged one can still be told from leftovers.
+stores, so the frames behind a damaged one can still be told from leftovers. The sum is linear: it tells whether a single bit
+has flipped, mostly which, and so a damaged last frame from one that was never finished.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ MAGIC = (0x377F0682, 0x377F0683)  # sums over little-endian words, over big-endi
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The frames of one generation of a log. `sound` and `commits` are per frame: sum as it should be, end of a transaction."""
+    """The frames of one generation of a log, flipped bits set right where it is known which.
+
+    Per frame: `sound`, its sum is as it should be; `mended`, it was but for one bit; `commits`, it ends a transaction.
+    """
 
     numbers: np.ndarray
     pages: np.ndarray
     sound: np.ndarray
+    mended: np.ndarray
     commits: np.ndarray
     header_sound: bool
 
@@ -40,7 +45,7 @@ class Log:
     @property
     def written(self) -> int:
         """Frames up to the end of the last transaction of which any sound trace is left."""
-        ends = np.flatnonzero(self.commits & self.sound)
+        ends = np.flatnonzero(self.commits & (self.sound | self.mended))
         return int(ends[-1]) + 1 if ends.size else 0
 
     @property
@@ -49,7 +54,7 @@ class Log:
         return self.written > self.readable
 
     def content(self) -> dict[int, bytes]:
-        """Pages by number as the last finished transaction left them; damaged ones as they are."""
+        """Pages by number as the last finished transaction left them; those that cannot be mended as they are."""
         n = self.written
         return {
             int(number): page.tobytes() for number, page in zip(self.numbers[:n], self.pages[:n], strict=True)
@@ -71,18 +76,53 @@ def read_log(data: bytes) -> Log | None:
     )
     salts = np.array(struct.unpack_from(">2I", data, 16), np.uint32) if header_sound else heads[0, 2:4]
     same = (heads[:, 2:4] == salts).all(axis=1)
-    live = int(np.argmin(same)) if not same.all() else frames
-    live = _with_damaged_salts(same, live)
-    before = np.vstack([start[None], heads[: live - 1, 4:6]]) if live else np.zeros((0, 2), np.uint32)
+    live = min(_last_of(same) + 2, frames)  # one more: its salt may be what is damaged
+    before = np.vstack([start[None], heads[: live - 1, 4:6]])
     summed = np.hstack([raw[:live, :8], raw[:live, FRAME_HEADER:]])
-    sound = (_sums(summed, before, order) == heads[:live, 4:6]).all(axis=1) & same[:live]
-    return Log(heads[:live, 0], raw[:live, FRAME_HEADER:], sound, heads[:live, 1] > 0, header_sound)
+    right = (_sums(summed, before, order) == heads[:live, 4:6]).all(axis=1)
+    sound, mended = right & same[:live], np.zeros(live, bool)
+    for i in np.flatnonzero(~sound):
+        if not same[i]:
+            mended[i] = right[i] and _bits(heads[i, 2:4], salts) == 1
+        elif (whole := _mend(summed[i], before[i], heads[i, 4:6], order)) is not None:
+            summed[i], mended[i] = whole, True
+    fields = np.ascontiguousarray(summed[:, :8]).view(">u4")
+    return Log(fields[:, 0], summed[:, 8:], sound, mended, fields[:, 1] > 0, header_sound)
 
 
-def _with_damaged_salts(same: np.ndarray, live: int) -> int:
-    """Frames of this generation, those between others of it whose salt is damaged counted in."""
-    later = np.flatnonzero(same[live:])
-    return live + int(later[-1]) + 1 if later.size else live
+def _last_of(same: np.ndarray) -> int:
+    """The last frame of this generation; what lies behind the log's end is older."""
+    found = np.flatnonzero(same)
+    return int(found[-1]) if found.size else -1
+
+
+def _bits(a: np.ndarray, b: np.ndarray) -> int:
+    """How many bits differ."""
+    return sum(int(x).bit_count() for x in a ^ b)
+
+
+def _mend(data: np.ndarray, before: np.ndarray, stored: np.ndarray, order: str) -> np.ndarray | None:
+    """`data` as it was before one bit flipped in it or in its stored sum; None when no single bit explains the sum.
+
+    The upper bits of a word leave little trace in the sum. Where several bits explain it, the data comes back as it is.
+    """
+    got = _sums(data[None], before[None], order)[0]
+    words = np.ascontiguousarray(data).view(f"{order}u4").astype(np.uint32)
+    weights, _ = _weights(len(words) // 2)
+    each = np.empty((2, len(words)), np.uint32)
+    each[:, 0::2], each[:, 1::2] = weights[:, 0] + weights[:, 1], weights[:, 1]
+    missing = stored - got
+    found = []
+    for bit in range(32):
+        change = np.where(words >> bit & 1, np.uint32((1 << 32) - (1 << bit)), np.uint32(1 << bit))
+        fits = np.flatnonzero((change * each == missing[:, None]).all(axis=0))
+        found += [(int(word), bit) for word in fits]
+    in_sum = _bits(got, stored) == 1
+    if len(found) == 1 and not in_sum:
+        ((word, bit),) = found
+        words[word] ^= np.uint32(1 << bit)
+        return words.astype(f"{order}u4").view(np.uint8)
+    return data if found or in_sum else None
 
 
 def _sums(data: np.ndarray, before: np.ndarray, order: str) -> np.ndarray:

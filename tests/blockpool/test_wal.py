@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sqlite3
 from pathlib import Path
@@ -115,7 +116,36 @@ def test_a_flipped_bit_hides_nothing(database: Path, part: str) -> None:
     found = log(database)
     assert found.damaged
     assert found.written > found.readable
+    assert notes(database) == set(range(1, 11))
+
+
+@pytest.mark.parametrize("byte", [3, 7, 9, 14, 18, 22, FRAME_HEADER, FRAME_HEADER + 2048, FRAME - 1])
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_a_flipped_bit_in_the_last_frame_is_told_from_an_unfinished_one(
+    database: Path, byte: int, bit: int
+) -> None:
+    content = bytearray(log_file(database).read_bytes())
+    content[len(content) - FRAME + byte] ^= 1 << bit
+    log_file(database).write_bytes(content)
+    assert readable_or_zero(database) < 10
+    found = log(database)
+    assert found.damaged
+    assert found.written == len(found.sound)
     assert len(notes(database)) >= 9
+
+
+def test_single_bits_are_set_right_where_it_is_known_which(database: Path) -> None:
+    data, whole = log_file(database).read_bytes(), log(database).content()
+    rng, right = random.Random(1), 0
+    for _ in range(300):
+        at = rng.randrange(HEADER, len(data))
+        content = bytearray(data)
+        content[at] ^= 1 << rng.randrange(8)
+        found = read_log(bytes(content))
+        assert found is not None
+        assert found.written == len(found.sound), at
+        right += found.content() == whole
+    assert right > 200
 
 
 def readable_or_zero(database: Path) -> int:
