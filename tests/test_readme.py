@@ -179,7 +179,7 @@ def written(value: Any) -> str:
         return value.human_readable().replace(".0", "")
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if value != [] else "none"
+    return str(value) if value not in ([], None) else "none"
 
 
 def test_every_command_is_in_the_table() -> None:
