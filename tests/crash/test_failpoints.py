@@ -41,6 +41,7 @@ class Homes:
         self.driver, self.reference = driver, reference
         self.rng = random.Random(seed)
         self.allowed: dict[str, list[int]] = {agent: [0] for agent in AGENTS}
+        self.lossy: list[str] = []
         self.killed: Counter[str] = Counter()
         self.rounds = 0
 
@@ -51,7 +52,9 @@ class Homes:
             self._break_index()
         actions = list(WAYS[point.partition(".")[0]]) if point else []
         seed, armed = self.rng.randrange(1 << 30), f"{point}:{n}" if point else ""
-        life = Round(str(self.home), str(self.journal), self.reference, self.allowed, seed, armed, actions)
+        life = Round(
+            str(self.home), str(self.journal), self.reference, self.allowed, seed, armed, actions, self.lossy
+        )
         status = self.driver.live(life)
         assert status in (0, -signal.SIGKILL), self.driver.errors.read_text()[-4000:]
         self.rounds += 1
@@ -64,10 +67,14 @@ class Homes:
             note = json.loads(line)
             if "found" in note:
                 self.allowed = {agent: [turns, turns + 1] for agent, turns in note["found"].items()}
+            elif "lossy" in note:
+                self.lossy = note["lossy"]
             elif "forgetting" in note:
                 self.allowed[note["agent"]].append(0)
             else:
                 self.allowed[note["agent"]] = [note["turns"], note["turns"] + 1]
+                if note["turns"] == 0:
+                    self.lossy = [agent for agent in self.lossy if agent != note["agent"]]
 
     def _break_index(self) -> None:
         path = self.home / "store" / "index.sqlite"
