@@ -12,6 +12,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -68,14 +69,21 @@ def verify(folder: Path, *, deep: bool) -> Verification:
         with _reading(folder) as index:
             _check_index(index, report)
             known = _names(index)
-            for name in known:
-                _check_file(folder / "extents" / name, report, tokens)
-            if deep:
+        # Files are read outside of a transaction: an old reader would keep a daemon from folding its log.
+        for name in known:
+            _check_file(folder / "extents" / name, report, tokens)
+        if deep:
+            with _reading(folder) as index:
                 _check_tokens(index, tokens, report)
         strangers = set(on_disk) - set(known)
         if strangers or report.missing:
             _look_again(folder, strangers, report)
-    except sqlite3.Error as e:
+    except (
+        sqlite3.Error,
+        ValueError,
+        TypeError,
+        struct.error,
+    ) as e:  # columns of another kind than was written
         report.index.append(str(e))
     report.seconds = time.monotonic() - start
     return report

@@ -4,9 +4,12 @@ nothing happened to."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +136,20 @@ def test_kills_at_all_failpoints_lose_nothing(
     print(f"{homes.rounds} rounds, {kills} kills at {len(FAILPOINTS)} failpoints")
     assert set(homes.killed) - {""} == set(FAILPOINTS)
     assert kills >= 100
+
+
+@pytest.mark.slow
+def test_the_environment_arms_a_failpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.crash.speaker", str(tmp_path / "home"), "4"]
+    deadly = {**os.environ, "AGENTMEM_FAILPOINT": "index.committed:3"}
+    killed = subprocess.run(command, cwd=ROOT, env=deadly, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    acknowledged = len(killed.stdout.splitlines()) - 1
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    first = json.loads(again.stdout.splitlines()[1])["n"]
+    assert acknowledged <= first <= acknowledged + 1
+    assert acknowledged >= 1
 
 
 def test_every_failpoint_is_somewhere_in_the_code() -> None:
