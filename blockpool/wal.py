@@ -79,12 +79,15 @@ def read_log(data: bytes) -> Log | None:
     live = min(_last_of(same) + 2, frames)  # one more: its salt may be what is damaged
     before = np.vstack([start[None], heads[: live - 1, 4:6]])
     summed = np.hstack([raw[:live, :8], raw[:live, FRAME_HEADER:]])
-    right = (_sums(summed, before, order) == heads[:live, 4:6]).all(axis=1)
+    sums, stored = _sums(summed, before, order), heads[:live, 4:6]
+    right = (sums == stored).all(axis=1)
     sound, mended = right & same[:live], np.zeros(live, bool)
     for i in np.flatnonzero(~sound):
         if not same[i]:
             mended[i] = right[i] and _bits(heads[i, 2:4], salts) == 1
-        elif (whole := _mend(summed[i], before[i], heads[i, 4:6], order)) is not None:
+        elif i and (_sums(summed[i : i + 1], sums[i - 1 : i], order) == stored[i]).all():
+            mended[i] = True  # what is damaged is the sum that the frame before it stores
+        elif (whole := _mend(summed[i], before[i], stored[i], order)) is not None:
             summed[i], mended[i] = whole, True
     fields = np.ascontiguousarray(summed[:, :8]).view(">u4")
     return Log(fields[:, 0], summed[:, 8:], sound, mended, fields[:, 1] > 0, header_sound)

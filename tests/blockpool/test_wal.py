@@ -134,6 +134,15 @@ def test_a_flipped_bit_in_the_last_frame_is_told_from_an_unfinished_one(
     assert len(notes(database)) >= 9
 
 
+@pytest.mark.parametrize("byte", [9, 18, 22, FRAME_HEADER + 5, FRAME - 2])
+def test_a_flipped_bit_in_the_last_frame_but_one_hides_nothing(database: Path, byte: int) -> None:
+    flip(log_file(database), log_file(database).stat().st_size - 2 * FRAME + byte)
+    found = log(database)
+    assert found.damaged
+    assert found.written == len(found.sound)
+    assert notes(database) == set(range(1, 11))
+
+
 def test_single_bits_are_set_right_where_it_is_known_which(database: Path) -> None:
     data, whole = log_file(database).read_bytes(), log(database).content()
     rng, right = random.Random(1), 0
