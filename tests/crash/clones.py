@@ -112,6 +112,15 @@ class Recorder(Files):
                 self.moments.append(checkpoint)
             self._record("after a transaction")
 
+    def folded(self, before: tuple[bytes, bytes]) -> None:
+        """Called after a checkpoint: the database is written page by page, and only then the log is cut."""
+        database, log = before
+        here = Moment(
+            dict(self.entries), self.pending, (database, self.index_files()[0]), (log,), "in a checkpoint"
+        )
+        self.moments.append(here)
+        self._record("after a checkpoint")
+
 
 def applied(entries: dict[str, Content], changes: Sequence[Change]) -> dict[str, Content]:
     """Folder entries after `changes`."""

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from agentmem.blockpool.extent import ExtentData
-from agentmem.blockpool.files import Files
 from agentmem.blockpool.page import Page, PageTree, Piece
 from agentmem.blockpool.restore import RestorePlan
 from agentmem.blockpool.rows import AgentRow, ExtentRow, SessionRow, TurnCommit, TurnRow
 from agentmem.blockpool.store import Store
 from agentmem.quant.format import LayerShape
 from tests.blockpool.layout import PAGE, geometry
+from tests.crash.clones import Recorder
 
 FINGERPRINT = "f" * 64
 SPACE = "default"
@@ -57,8 +57,9 @@ class Speaker:
 class World:
     """Runs operations one at a time. `log` is what was acknowledged, `doing` what the operation under way would make of it."""
 
-    def __init__(self, folder: Path, files: Files, rng: random.Random) -> None:
-        self.store = Store(folder, FINGERPRINT, files=files, durable=False)
+    def __init__(self, folder: Path, recorder: Recorder, rng: random.Random) -> None:
+        self.recorder = recorder
+        self.store = Store(folder, FINGERPRINT, files=recorder, durable=False)
         self.tree = PageTree(FINGERPRINT, SPACE)
         self.rng = rng
         self.speakers: dict[str, Speaker] = {}
@@ -262,8 +263,10 @@ class World:
 
     def checkpoint(self) -> None:
         self.doing = self.log
+        before = self.recorder.index_files()
         self.store._jobs.put(self.store.index.checkpoint)
         self.store.flush()
+        self.recorder.folded(before)
 
     OPERATIONS = (
         ("speak", 10), ("fork", 2), ("policy", 1), ("forget", 1), ("evict", 1), ("compact", 2), ("quarantine", 1),
