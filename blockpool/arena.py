@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +48,7 @@ class Arena(ABC):
         return pages[:, : per * words].reshape(-1, words)[:rows]
 
     @abstractmethod
-    def write_packed(self, slots: Sequence[int], rows: list[mx.array], first_row: int = 0) -> None:
+    def write_packed(self, slots: Sequence[int], rows: Sequence[Any], first_row: int = 0) -> None:
         """Put evaluated packed rows of every layer, uint32 [n, packed_words], into slots, from `first_row` of the first on."""
 
     @abstractmethod
@@ -90,7 +91,7 @@ class HostArena(Arena):
     def view(self, layer: int) -> np.ndarray:
         return self._views[layer]
 
-    def write_packed(self, slots: Sequence[int], rows: list[mx.array], first_row: int = 0) -> None:
+    def write_packed(self, slots: Sequence[int], rows: Sequence[Any], first_row: int = 0) -> None:
         g = self.geometry
         n = rows[0].shape[0]
         where = _packed_rows(slots, first_row, n, g.page_tokens)

@@ -23,7 +23,7 @@ from agentmem.blockpool.vault import Vaults
 
 IOV_MAX = 1024
 HEADERS = 256
-JOB_STRIPES = 4
+JOB_BYTES = 4 << 20
 
 
 class Run(NamedTuple):
@@ -144,11 +144,17 @@ class Reader:
                     opened[extent] = self._open(names[extent])
                 except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
                     bad[extent] = f"{type(e).__name__}: {e}"
+            units: dict[int, list[Unit]] = {e: [] for e in opened}
+            for (extent, raw), layer, runs, targets in _targets(plan, views, scratch, stage):
+                if extent in opened and extent not in bad:
+                    try:
+                        units[extent] += _units(opened[extent], raw, layer, runs, targets)
+                    except ExtentCorrupt as e:
+                        bad[extent] = f"ExtentCorrupt: {e}"
             jobs = [
-                (key[0], self._pool.submit(_read_stripes, opened[key[0]], key[1], layer, part, runs, targets))
-                for key, layer, runs, targets in _targets(plan, views, scratch, stage)
-                if key[0] not in bad
-                for part in _parts(opened[key[0]], key[1], layer, runs)
+                (extent, self._pool.submit(_read_units, opened[extent], portion))
+                for extent, mine in units.items()
+                for portion in _portions(mine)
             ]
             for extent, job in jobs:
                 try:
@@ -247,34 +253,57 @@ class Targets:
         return memoryview(part).cast("B")
 
 
-def _parts(extent: Extent, raw: bool, layer: int, runs: list[Run]) -> list[list[int]]:
-    """The stripes that hold `runs`, in parts of one job each."""
-    _, _, words = extent.locate(raw, layer)
-    step = stripe_rows(words) if words else 1
-    needed = sorted(
-        {s for r in runs for s in range(r.extent_row // step, (r.extent_row + r.rows - 1) // step + 1)}
-    )
-    return [needed[i : i + JOB_STRIPES] for i in range(0, len(needed), JOB_STRIPES)]
+class Unit(NamedTuple):
+    """One stripe of one layer: rows [first, last) of the extent, `bytes` of them in all, and the runs that some of them fill."""
+
+    raw: bool
+    layer: int
+    stripe: int
+    first: int
+    last: int
+    bytes: int
+    runs: list[Run]
+    targets: Targets
 
 
-def _read_stripes(
-    extent: Extent, raw: bool, layer: int, stripes: Sequence[int], runs: list[Run], targets: Targets
-) -> None:
-    """Read whole stripes, the rows of `runs` into place and the others into a throw-away buffer; check each stripe."""
-    offset, total, words = extent.locate(raw, layer)
+def _units(extent: Extent, raw: bool, layer: int, runs: list[Run], targets: Targets) -> Iterator[Unit]:
+    """The stripes that hold `runs`. Raises ExtentCorrupt when they lie beyond the layer's rows."""
+    _, total, words = extent.locate(raw, layer)
     if runs[-1].extent_row + runs[-1].rows > total:
         raise ExtentCorrupt(f"rows beyond the {total} rows of layer {layer}")
     step = stripe_rows(words)
-    for stripe in stripes:
+    for stripe in sorted(
+        {s for r in runs for s in range(r.extent_row // step, (r.extent_row + r.rows - 1) // step + 1)}
+    ):
         first, last = stripe * step, min(total, (stripe + 1) * step)
-        buffers = _stripe_buffers(runs, first, last, words, targets)
-        at = offset + first * words * 4
+        yield Unit(raw, layer, stripe, first, last, (last - first) * words * 4, runs, targets)
+
+
+def _portions(units: list[Unit]) -> Iterator[list[Unit]]:
+    """Units in groups of about JOB_BYTES: a job of its own would cost more than reading a small stripe."""
+    portion, size = list[Unit](), 0
+    for unit in units:
+        portion.append(unit)
+        size += unit.bytes
+        if size >= JOB_BYTES:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _read_units(extent: Extent, units: list[Unit]) -> None:
+    """Read whole stripes, the rows of their runs into place and the others into a throw-away buffer; check each stripe."""
+    for unit in units:
+        offset, _, words = extent.locate(unit.raw, unit.layer)
+        buffers = _stripe_buffers(unit.runs, unit.first, unit.last, words, unit.targets)
+        at = offset + unit.first * words * 4
         if not extent.sealed:
-            extent.check(raw, layer, stripe, _read_and_hash(extent.fd, buffers, at))
+            extent.check(unit.raw, unit.layer, unit.stripe, _read_and_hash(extent.fd, buffers, at))
             continue
-        sealed = bytearray((last - first) * words * 4)
-        extent.check(raw, layer, stripe, _read_and_hash(extent.fd, [memoryview(sealed)], at))
-        _scatter(extent.open_stripe(raw, layer, stripe, sealed), buffers)
+        sealed = bytearray(unit.bytes)
+        extent.check(unit.raw, unit.layer, unit.stripe, _read_and_hash(extent.fd, [memoryview(sealed)], at))
+        _scatter(extent.open_stripe(unit.raw, unit.layer, unit.stripe, sealed), buffers)
 
 
 def _scatter(data: bytes, buffers: list[memoryview]) -> None:

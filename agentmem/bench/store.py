@@ -12,24 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from pydantic import ByteSize
 
-from agentmem.bench import bandwidth, catalogue
+from agentmem.bench import bandwidth, catalogue, sessions
 from agentmem.bench.checks import check
 from agentmem.bench.turns import say_in_turn
 from agentmem.blockpool.extent import write_extent
+from agentmem.blockpool.geometry import Geometry
 from agentmem.engine.commit_rows import CommitRows
 from agentmem.engine.request import ChatRequest, Delta, Event, Failed, Finished
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.random import random_model
 from agentmem.quant.device import backend
+from agentmem.quant.format import LayerShape, kv_format
+from agentmem.quant.rows import RowCodec
 from agentmem.runtime import Runtime
 from agentmem.settings import Settings
 
 Say = Callable[[str], None]
 
-TURNS = 200
 WIDE = {
     "num_hidden_layers": 8,
     "num_attention_heads": 4,
@@ -38,6 +41,17 @@ WIDE = {
     "hidden_size": 256,
 }
 TEXT = "The keeper counts the ships, trims the lamp, and goes to bed. "
+
+
+WIDTH = {"cpu": (30, 3, 64), "metal": (32, 8, 128), "cuda": (32, 8, 128)}
+"""Layers, KV heads and head size of what is stored: SmolLM2-135M's on a CPU, Llama-3.1-8B's on a GPU."""
+
+
+def layered(layers: int, heads: int, size: int) -> Geometry:
+    """Pages of 64 tokens of a model of that shape."""
+    shape = LayerShape(heads, size, size)
+    codec = RowCodec(shape, kv_format("q4-plain").for_shape(shape), mx.float16)
+    return Geometry((codec,) * layers, 64)
 
 
 def wide_model() -> LoadedModel:
@@ -49,59 +63,11 @@ def _runtime(home: Path) -> Runtime:
     return Runtime.open(Settings(home=home, ram_budget=ByteSize(512 << 20), max_context=65536), wide_model)
 
 
-def _warm_seconds(runtime: Runtime, agent: str, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        runtime.evict(agent)
-        start = time.perf_counter()
-        runtime.warm(agent)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def sessions(folder: Path, turns: int, repeats: int, say: Say) -> dict[str, Any]:
-    """A session of many turns, its extents merged in the background, against the same tokens written at once."""
-    runtime = _runtime(folder)
-    try:
-        written = []
-        for n in range(turns):
-            usage = say_in_turn(runtime, "many", f"{n}: {TEXT}")
-            written.append(usage["agentmem"]["bytes_written"] / _row_bytes(runtime, usage))
-        say(f"{turns} turns written")
-        messages = runtime._call(
-            lambda: runtime._memory.find("default", "many").sessions["default"].conversation.messages
-        )
-        runtime.append(ChatRequest("once", list(messages)))
-        many, once = runtime.agent("many"), runtime.agent("once")
-        speed = {
-            name: info["tokens"] / _warm_seconds(runtime, name, repeats)
-            for name, info in (("many", many), ("once", once))
-        }
-        store = runtime.store()["disk"]
-        return {
-            "turns": turns,
-            "tokens": many["tokens"],
-            "compactions": store["compactions"],
-            "bytes_many": many["disk_bytes"],
-            "bytes_once": once["disk_bytes"],
-            "many_over_once": speed["many"] / speed["once"],
-            "written_per_turn": statistics.median(written),
-        }
-    finally:
-        runtime.close()
-
-
-def _row_bytes(runtime: Runtime, usage: dict[str, Any]) -> int:
-    """Bytes of a turn's own rows as they were first written, in 16 bits at most."""
-    tokens = usage["agentmem"]["prefilled_tokens"] + usage["completion_tokens"]
-    return int(tokens * runtime.geometry.raw_row_bytes)
-
-
 def delays(folder: Path, tokens: int, say: Say) -> dict[str, Any]:
     """Milliseconds between the tokens of a reply, alone and while the writer puts another agent's whole state on disk."""
     runtime = _runtime(folder / "home")
     try:
-        runtime.append(ChatRequest("big", [{"role": "user", "content": TEXT * 300}]))
+        runtime.append(ChatRequest("big", [{"role": "user", "content": TEXT * 50}]))
         say_in_turn(runtime, "talker", TEXT, max_tokens=tokens)
         alone = _gaps(runtime, tokens)
         stop = threading.Event()
@@ -169,12 +135,10 @@ def run(*, pages: int, agents: int, turns: int, megabytes: int, repeats: int, sa
     with tempfile.TemporaryDirectory(prefix="agentmem-bench-") as name:
         folder = Path(name)
         model = wide_model()
-        runtime = _runtime(folder / "geometry")
-        geometry = runtime.geometry
-        runtime.close()
+        geometry = layered(*WIDTH[backend()])
         say(f"bandwidth of {megabytes} MiB")
         speed = bandwidth.measure(geometry, model.tokenizer, folder / "bandwidth", megabytes, repeats)
-        many = sessions(folder / "sessions", turns, repeats, say)
+        many = sessions.measure(folder / "sessions", geometry, model.tokenizer, turns, repeats, say)
         gaps = delays(folder / "delays", 600, say)
         listing = catalogue.measure(folder / "catalogue", model.tokenizer, pages, agents, say)
     figures = {"bandwidth": speed, "session": many, "decode": gaps, "catalogue": listing}

@@ -1,20 +1,22 @@
-"""Compaction: which small extents at the end of a session are to be merged into one."""
+"""Compaction: which pages at the end of a session are to be written once more, packed and side by side."""
 
 from __future__ import annotations
 
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page
 
-FAN = 8
+FAN = 4
 """Extents that a merge takes at least."""
 
 
 def fragments(chain: list[Page], geometry: Geometry) -> list[Page]:
-    """Pages at the end of `chain` whose rows are worth writing side by side; empty when there is nothing to gain.
+    """Pages of `chain` whose rows are worth writing side by side; empty when there is nothing to gain.
 
     From the end backwards every extent is taken that is no larger than all behind it. Like a binary counter this merges
     extents of like size: each row is written again about log2(turns / FAN) times, and a chain lies in few extents.
-    Rows that lie raw on disk though their page is packed are packed on the way. All pages must be in RAM.
+
+    Where there is nothing to merge, packed pages go whose rows lie raw on disk, because they were the tail of a turn: packing
+    them takes longer than reading them, so it must not be left to the restore. All pages must be in RAM.
     """
     sizes = _sizes(chain, geometry)
     taken: set[int] = set()
@@ -25,8 +27,9 @@ def fragments(chain: list[Page], geometry: Geometry) -> list[Page]:
         taken.add(extent)
         total += sizes[extent]
     if len(taken) < FAN:
-        return []
-    pages = [p for p in chain if any(x.extent in taken for x in p.pieces or ())]
+        pages = [p for p in chain if not p.raw and any(x.raw for x in p.pieces or ())]
+    else:
+        pages = [p for p in chain if any(x.extent in taken for x in p.pieces or ())]
     return pages if all(p.slots is not None and p.id is not None for p in pages) else []
 
 

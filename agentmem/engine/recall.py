@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import groupby
 
 import mlx.core as mx
+import numpy as np
 
 from agentmem.blockpool.arena import DeviceArena, HostArena
+from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.restore import Read, RestorePlan, Staged
@@ -81,10 +84,11 @@ class Recall:
 
     def _repack(self, plan: RestorePlan, scratch: list[mx.array]) -> None:
         """Pack rows that lay raw on disk in pages that are packed in RAM. Row-wise, so the bits are those of the first time."""
+        if not plan.repack:
+            return
+        packed = _packed(plan.geometry, scratch)
         for slots, page_row, at, rows in plan.repack:
-            packed = [c.pack(a[at : at + rows]) for c, a in zip(plan.geometry.codecs, scratch, strict=True)]
-            mx.eval(packed)
-            self._pool.arena.write_packed(slots, packed, page_row)
+            self._pool.arena.write_packed(slots, [p[at : at + rows] for p in packed], page_row)
 
     def _staged(
         self,
@@ -121,3 +125,14 @@ class Recall:
             words = max(least, min(STAGE_WORDS, self._pool.capacity_bytes // 16))
             self._stages = make_stage(words), make_stage(words)
         return self._stages
+
+
+def _packed(geometry: Geometry, scratch: list[mx.array]) -> list[np.ndarray]:
+    """Raw rows of every layer, packed; layers of one codec together, because few rows a layer are mostly overhead."""
+    packed: list[np.ndarray] = []
+    for codec, layers in groupby(range(geometry.layers), key=lambda layer: geometry.codecs[layer]):
+        group = [scratch[layer] for layer in layers]
+        rows = codec.pack(mx.concatenate(group))
+        mx.eval(rows)
+        packed.extend(np.split(np.array(rows, copy=False), len(group)))
+    return packed

@@ -25,7 +25,11 @@ def chain(tree: PageTree, pages: int, first_extent: int, last_used: float, per_e
 
 def reclaim(tree: PageTree, kept: set[Page] | None = None) -> Reclaim:
     return Reclaim(
-        tree.pages(), kept=kept or set(), row_bytes=lambda raw: 36 if raw else 10, half_life=HOUR, now=10 * HOUR
+        tree.pages(),
+        kept=kept or set(),
+        row_bytes=lambda raw: 36 if raw else 10,
+        half_life=HOUR,
+        now=10 * HOUR,
     )
 
 

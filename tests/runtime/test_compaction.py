@@ -27,7 +27,9 @@ def test_a_long_session_lies_in_few_extents_of_packed_rows(tmp_path: Path) -> No
     store, info = runtime.store(), runtime.agent("ada")
     assert store["disk"]["compactions"] >= 3
     assert len(extents(tmp_path)) == store["disk"]["extents"] <= 16
-    pieces = runtime._call(lambda: [x for p in runtime._memory.find("default", "ada").pages() for x in p.pieces or ()])
+    pieces = runtime._call(
+        lambda: [x for p in runtime._memory.find("default", "ada").pages() for x in p.pieces or ()]
+    )
     packed = sum(x.rows for x in pieces if not x.raw)
     assert packed > 0.5 * sum(x.rows for x in pieces)
     assert info["disk_bytes"] < 0.7 * info["fp16_bytes"]

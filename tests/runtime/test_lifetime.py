@@ -99,6 +99,7 @@ def test_evict_frees_ram_and_forget_frees_all(tmp_path: Path) -> None:
     assert runtime.warm("ada")["state"] == "hot"
     assert runtime.store()["ram"]["used_bytes"] == used
     assert cached(turn(runtime, "ada", "why?")) > 300
+    runtime.evict("ada")  # waits until nothing is being written
     on_disk = sum(p.stat().st_size for p in extents(tmp_path))
     assert runtime.forget("ada") == {"agent": "ada", "bytes_freed": on_disk}
     check(runtime)
