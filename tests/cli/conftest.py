@@ -27,6 +27,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     for name in [name for name in os.environ if name.startswith("AGENTMEM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AGENTMEM_MODELS", str(models))
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 @pytest.fixture

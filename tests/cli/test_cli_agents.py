@@ -74,7 +74,18 @@ def test_agents_lists_what_show_shows() -> None:
     assert shown["disk_bytes"] > 0
 
     table = invoke("agents").stdout.splitlines()
-    assert table[0].split() == ["AGENT", "MODEL", "TOKENS", "UNIQUE", "SHARED", "STATE", "HIT%", "SAVED", "LAST", "LINEAGE"]
+    assert table[0].split() == [
+        "AGENT",
+        "MODEL",
+        "TOKENS",
+        "UNIQUE",
+        "SHARED",
+        "STATE",
+        "HIT%",
+        "SAVED",
+        "LAST",
+        "LINEAGE",
+    ]
     assert any(row.split()[0] == "listed" and shown["model"] in row for row in table[1:])
     assert f"{len(listed)} agent" in table[-1]
     assert shown["model"] in invoke("show", "listed").stdout

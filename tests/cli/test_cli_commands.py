@@ -16,7 +16,7 @@ from agentmem.errors import AlreadyRunning, BadRequest, Forbidden, ModelUnavaila
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 
-PASSES_ARGUMENTS_ON = {"bench restore"}
+PASSES_ARGUMENTS_ON = {"bench restore", "bench store"}
 
 
 def walk(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -61,6 +61,11 @@ NEED_A_DAEMON = [
     ("append", "planner", "-"),
     ("warm", "planner"),
     ("evict", "planner"),
+    ("fork", "planner", "coder"),
+    ("pin", "planner"),
+    ("unpin", "planner"),
+    ("df",),
+    ("prune", "--older", "1d"),
     ("forget", "planner", "--yes"),
 ]
 
