@@ -126,9 +126,9 @@ class HostArena(Arena):
 class DeviceArena(Arena):
     """Arena on a discrete GPU. Every write is an eval of its own: read-then-write in one graph would copy the arena."""
 
-    def write_packed(self, slots: Sequence[int], rows: list[mx.array], first_row: int = 0) -> None:
+    def write_packed(self, slots: Sequence[int], rows: Sequence[Any], first_row: int = 0) -> None:
         where = mx.array(_packed_rows(slots, first_row, rows[0].shape[0], self.geometry.page_tokens))
-        self._scatter(where, rows)
+        self._scatter(where, list(rows))
 
     def write_raw(self, slots: Sequence[int], rows: list[mx.array]) -> None:
         g = self.geometry

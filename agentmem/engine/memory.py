@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections import Counter
 from typing import Any, Literal
@@ -43,7 +42,6 @@ class Memory:
         """Read agents, token logs and page trees from the index. Called once, before any request."""
         with collector_paused():
             self._load()
-        gc.freeze()  # a full collection would walk all of it, between two tokens
 
     def _load(self) -> None:
         index = self.store.index

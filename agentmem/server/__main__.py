@@ -7,6 +7,7 @@ Prints `agentmem ready URL` on stdout when it serves. Exit status: 0 after a cle
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -85,6 +86,7 @@ def serve(settings: Settings) -> None:
 
         log.info("loading the model %s", settings.model)
         with closing(Runtime.open(settings, progress=_announce)) as runtime:
+            gc.freeze()  # a full collection would walk the whole memory, between two tokens
             stop.at_once = False
             record = DaemonRecord(
                 pid=os.getpid(),

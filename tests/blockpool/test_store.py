@@ -80,7 +80,9 @@ def test_a_commit_is_one_extent_and_one_turn(folder: Path, opened: Callable[...,
     assert turn.extent is not None
     assert extents(folder) == [turn.extent.name]
     path = store.path(turn.extent.id)
-    assert written == path.stat().st_size == turn.extent.bytes == store.shelf.extent_bytes == store.bytes_written
+    assert (
+        written == path.stat().st_size == turn.extent.bytes == store.shelf.extent_bytes == store.bytes_written
+    )
     Extent(path).close()
     again = opened()
     assert again.names == {1001: turn.extent.name}
