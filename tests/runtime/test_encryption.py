@@ -148,11 +148,11 @@ def test_without_its_key_an_agent_is_locked(opened: Opened, tmp_path: Path, dama
         ):
             with pytest.raises(AgentLocked, match="key is not there"):
                 refused()
+    assert set(kept) <= set(extents(home))
     for agent in {"ada", "bob", "eve"} - set(locked):
         assert cached(turn(runtime, agent, "still there?")) > 300
     assert runtime.health()["status"] == "ok"
     runtime.close()
-    assert set(kept) <= set(extents(home))
     assert quarantined(home) == []
 
     (home / "keys" / space).write_bytes(by_agent[space])
@@ -251,6 +251,7 @@ def test_encrypted_agents_travel(opened: Opened, tmp_path: Path) -> None:
     assert holds(tmp_path / "there", MARKER) == []
 
 
+@pytest.mark.slow
 def test_merged_extents_are_sealed_too(opened: Opened, tmp_path: Path) -> None:
     runtime, plain = opened("home"), opened("plain", encrypt="off")
     for number in range(24):

@@ -217,6 +217,7 @@ def test_forgetting_an_import_leaves_nothing(opened: Opened, carried: Carried, t
     admit(there, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [{"role": "oracle"}, {"role": "user", "name": "bob"}])
 def test_a_log_that_archives_do_not_hold(opened: Opened, odd: dict[str, str]) -> None:
     runtime = opened("here")

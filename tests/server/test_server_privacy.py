@@ -12,6 +12,9 @@ STORY = f"The password of the lighthouse is {MARKER}. " * 8
 BINARY = {"content-type": "application/octet-stream"}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def chatty(start, tmp_path_factory: pytest.TempPathFactory):
     """A daemon that logs everything it logs at all, and that has heard the marker in every way there is."""
