@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +41,9 @@ from agentmem.quant.selftest import self_test
 from agentmem.settings import Settings
 
 log = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 5e-4
+"""How long the engine may wait for a thread that copies rows; Python's own 5 ms is several decode steps."""
 
 
 def fingerprint(identity: dict[str, str], format: KVFormat, geometry: Geometry) -> str:
@@ -96,6 +100,7 @@ class Runtime(Roster):
         Precondition: the caller holds the home's lock. Raises ModelUnavailable or StoreError.
         """
         settings.paths.prepare()
+        sys.setswitchinterval(SWITCH_SECONDS)
         runtime = cls(settings, model, progress)
         runtime._thread.start()
         runtime._ready.result()

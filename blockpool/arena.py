@@ -6,8 +6,11 @@ arrays as constants. On a discrete GPU the arrays are updated in place by MLX on
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -75,6 +78,10 @@ class Arena(ABC):
         The result may be called on any thread while the slots stay referenced; it gives one array per layer.
         """
 
+    def advance(self) -> bool:
+        """Go on with copies that were begun; returns whether there was one. Called between steps."""
+        return False
+
 
 class HostArena(Arena):
     """Arena in memory that the host can address. `view(layer)` is uint32 [slots, slot_words]; host threads may write to
@@ -126,6 +133,11 @@ class HostArena(Arena):
 class DeviceArena(Arena):
     """Arena on a discrete GPU. Every write is an eval of its own: read-then-write in one graph would copy the arena."""
 
+    def __init__(self, geometry: Geometry, slots: int) -> None:
+        super().__init__(geometry, slots)
+        self._copies: deque[Callable[[], None]] = deque()
+        self._thread = threading.get_ident()
+
     def write_packed(self, slots: Sequence[int], rows: Sequence[Any], first_row: int = 0) -> None:
         where = mx.array(_packed_rows(slots, first_row, rows[0].shape[0], self.geometry.page_tokens))
         self._scatter(where, list(rows))
@@ -153,21 +165,37 @@ class DeviceArena(Arena):
         mx.eval(layers)
 
     def collect(self, packed: np.ndarray, raw: np.ndarray) -> Callable[[], tuple[Rows, Rows]]:
+        """The copies are made a layer at a time by `advance`, so that no step waits for all of them. On another thread the
+        result waits for them."""
         g = self.geometry
-        packed_ids, slot_ids, row_ids = (
-            mx.array(packed),
-            mx.array(raw // g.raw_per_slot),
-            raw % g.raw_per_slot,
-        )
-        out_packed, out_raw = [], []
-        for layer, a in enumerate(self._layers):
-            words, per = g.raw_words[layer], g.raw_per_slot
-            out_packed.append(a[packed_ids])
+        packed_ids, slot_ids = mx.array(packed), mx.array(raw // g.raw_per_slot)
+        row_ids, numbers = mx.array(raw % g.raw_per_slot), mx.arange(len(raw))
+        rows: tuple[Rows, Rows] = ([], [])
+        complete = threading.Event()
+
+        def copy(layer: int) -> None:
+            a, words, per = self._layers[layer], g.raw_words[layer], g.raw_per_slot
             pages = a.reshape(self.slots, -1)[slot_ids][:, : per * words].reshape(-1, per, words)
-            out_raw.append(pages[mx.arange(len(raw)), mx.array(row_ids)])
-        mx.eval(out_packed, out_raw)
-        copies = [np.array(a) for a in out_packed], [np.array(a) for a in out_raw]
-        return lambda: copies
+            rows[0].append(np.array(a[packed_ids]))
+            rows[1].append(np.array(pages[numbers, row_ids]))
+            if layer + 1 == len(self._layers):
+                complete.set()
+
+        self._copies.extend(partial(copy, layer) for layer in range(len(self._layers)))
+
+        def result() -> tuple[Rows, Rows]:
+            while threading.get_ident() == self._thread and not complete.is_set():
+                self.advance()
+            complete.wait()
+            return rows
+
+        return result
+
+    def advance(self) -> bool:
+        if not self._copies:
+            return False
+        self._copies.popleft()()
+        return True
 
 
 def _packed_rows(slots: Sequence[int], first_row: int, n: int, page_tokens: int) -> np.ndarray:

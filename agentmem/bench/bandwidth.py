@@ -28,8 +28,11 @@ READ = 1 << 20
 WRITE = 64 << 20
 
 
-def _drain(store: Store, until: Callable[[], bool]) -> None:
+def drain(pool: Pool, store: Store, until: Callable[[], bool]) -> None:
+    """What the engine does between steps, until `until` holds."""
     while not until():
+        while pool.arena.advance():
+            pass
         store.completions.get(timeout=120)()
 
 
@@ -107,12 +110,12 @@ def _mx_load(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def _restore(recall: Recall, store: Store, chain: list[Page]) -> float:
+def _restore(pool: Pool, recall: Recall, store: Store, chain: list[Page]) -> float:
     """Seconds until every page of `chain` is back in RAM."""
     done: list[float] = []
     start = time.perf_counter()
     recall.start(chain, lambda _, seconds: done.append(seconds))
-    _drain(store, lambda: bool(done))
+    drain(pool, store, lambda: bool(done))
     return time.perf_counter() - start
 
 
@@ -128,7 +131,7 @@ def measure(
     recall = Recall(pool, store)
     threads = min(16, os.cpu_count() or 2)
     head = _fill(pool, memory, pages)
-    _drain(store, lambda: memory.unwritten == 0)
+    drain(pool, store, lambda: memory.unwritten == 0)
     chain = head.chain()
     path = next(store.extents.iterdir())
     times: dict[str, list[float]] = {name: [] for name in ("put", "pwrite", "restore", "pread", "mx_load")}
@@ -139,7 +142,7 @@ def measure(
         times["pwrite"].append(_pwrite(path, scratch))
         for page in chain:
             pool.evict(page)
-        times["restore"].append(_restore(recall, store, chain))
+        times["restore"].append(_restore(pool, recall, store, chain))
         times["pread"].append(_pread(path, threads))
         times["mx_load"].append(_mx_load(path))
     size = path.stat().st_size

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from agentmem.bench.bandwidth import drain
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.index import TurnRow
 from agentmem.blockpool.pool import Pool
@@ -70,8 +71,7 @@ class Bench:
         return written[0]
 
     def _drain(self) -> None:
-        while self.memory.unwritten:
-            self.store.completions.get(timeout=120)()
+        drain(self.pool, self.store, lambda: not self.memory.unwritten)
 
     def restore_seconds(self, name: str) -> float:
         """From nothing in RAM until every page is back."""
@@ -82,8 +82,7 @@ class Bench:
         done: list[float] = []
         start = time.perf_counter()
         self.recall.start(pages, lambda _, seconds: done.append(seconds))
-        while not done:
-            self.store.completions.get(timeout=120)()
+        drain(self.pool, self.store, lambda: bool(done))
         return time.perf_counter() - start
 
     def extents(self, name: str) -> int:

@@ -112,7 +112,7 @@ class Engine:
 
     def step(self) -> bool:
         """One step of every running sequence; returns whether anything was done."""
-        drained = self._drain()
+        drained = self._drain() | self.pool.arena.advance()
         chunks = self.plan()
         outcomes = [self.run(*chunk) for chunk in chunks]
         self.settle([o for o in outcomes if o is not None])
