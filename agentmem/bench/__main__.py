@@ -92,14 +92,19 @@ def _checks(result: dict[str, Any]) -> str:
 @click.option("--pages", default=100_000, help="Pages of the large home.")
 @click.option("--agents", default=1000, help="Agents of the large home.")
 @click.option("--turns", default=200, help="Turns of the long session.")
+@click.option("--steps", default=400, help="Decode steps that are timed.")
 @click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
 @click.option("--repeats", default=5, help="Rounds of which medians are reported.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def store(pages: int, agents: int, turns: int, megabytes: int, repeats: int, as_json: bool) -> None:
+def store(
+    pages: int, agents: int, turns: int, steps: int, megabytes: int, repeats: int, as_json: bool
+) -> None:
     """Put and restore bandwidth, long sessions, delays of decoding, lookup, fork, and opening after a crash."""
     from agentmem.bench.store import run
 
-    result = run(pages=pages, agents=agents, turns=turns, megabytes=megabytes, repeats=repeats, say=_say)
+    result = run(
+        pages=pages, agents=agents, turns=turns, steps=steps, megabytes=megabytes, repeats=repeats, say=_say
+    )
     click.echo(json.dumps(result) if as_json else _checks(result))
 
 

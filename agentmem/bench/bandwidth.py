@@ -36,7 +36,7 @@ def drain(pool: Pool, store: Store, until: Callable[[], bool]) -> None:
         store.completions.get(timeout=120)()
 
 
-def _fill(pool: Pool, memory: Memory, pages: int) -> Page:
+def fill(pool: Pool, memory: Memory, pages: int) -> Page:
     """A chain of `pages` packed pages with random contents, committed as one turn."""
     g, head = pool.geometry, pool.tree("bench").root
     rng = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def measure(
     memory.load()
     recall = Recall(pool, store)
     threads = min(16, os.cpu_count() or 2)
-    head = _fill(pool, memory, pages)
+    head = fill(pool, memory, pages)
     drain(pool, store, lambda: memory.unwritten == 0)
     chain = head.chain()
     path = next(store.extents.iterdir())

@@ -63,11 +63,14 @@ def _runtime(home: Path) -> Runtime:
     return Runtime.open(Settings(home=home, ram_budget=ByteSize(512 << 20), max_context=65536), wide_model)
 
 
+BIG_PAGES = 64
+
+
 def delays(folder: Path, tokens: int, say: Say) -> dict[str, Any]:
     """Milliseconds between the tokens of a reply, alone and while the writer puts another agent's whole state on disk."""
     runtime = _runtime(folder / "home")
     try:
-        runtime.append(ChatRequest("big", [{"role": "user", "content": TEXT * 50}]))
+        runtime._call(lambda: bandwidth.fill(runtime._pool, runtime._memory, BIG_PAGES))
         say_in_turn(runtime, "talker", TEXT, max_tokens=tokens)
         alone = _gaps(runtime, tokens)
         stop = threading.Event()
@@ -114,7 +117,7 @@ def _keep_writing(runtime: Runtime, folder: Path, stop: threading.Event, writes:
         done = threading.Event()
 
         def submit(done: threading.Event = done) -> None:
-            pages = [p for p in runtime._memory.find("default", "big").pages() if p.slots is not None]
+            pages = [p for p in runtime._memory.find("bench", "bench").pages() if p.slots is not None]
             rows = CommitRows(runtime._pool, pages, runtime._memory.ids.extent())
             data = rows.data("default", runtime._store.names)
             assert data is not None
@@ -130,7 +133,9 @@ def _keep_writing(runtime: Runtime, folder: Path, stop: threading.Event, writes:
         next(writes)
 
 
-def run(*, pages: int, agents: int, turns: int, megabytes: int, repeats: int, say: Say) -> dict[str, Any]:
+def run(
+    *, pages: int, agents: int, turns: int, steps: int, megabytes: int, repeats: int, say: Say
+) -> dict[str, Any]:
     """The whole benchmark with its checks."""
     with tempfile.TemporaryDirectory(prefix="agentmem-bench-") as name:
         folder = Path(name)
@@ -139,7 +144,7 @@ def run(*, pages: int, agents: int, turns: int, megabytes: int, repeats: int, sa
         say(f"bandwidth of {megabytes} MiB")
         speed = bandwidth.measure(geometry, model.tokenizer, folder / "bandwidth", megabytes, repeats)
         many = sessions.measure(folder / "sessions", geometry, model.tokenizer, turns, repeats, say)
-        gaps = delays(folder / "delays", 600, say)
+        gaps = delays(folder / "delays", steps, say)
         listing = catalogue.measure(folder / "catalogue", model.tokenizer, pages, agents, say)
     figures = {"bandwidth": speed, "session": many, "decode": gaps, "catalogue": listing}
     result = {"schema_version": 1, "backend": backend(), **figures}

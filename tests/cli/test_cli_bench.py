@@ -33,7 +33,20 @@ def test_its_exit_code_is_passed_on() -> None:
 
 @pytest.mark.slow
 def test_a_small_store_is_measured_to_the_end() -> None:
-    small = ("--pages", "3000", "--agents", "20", "--turns", "20", "--megabytes", "16", "--repeats", "1")
+    small = (
+        "--pages",
+        "3000",
+        "--agents",
+        "20",
+        "--turns",
+        "20",
+        "--steps",
+        "20",
+        "--megabytes",
+        "16",
+        "--repeats",
+        "1",
+    )
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, "bench", "store", *small, "--json"],
         capture_output=True, text=True, timeout=300, check=True,

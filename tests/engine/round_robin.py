@@ -31,10 +31,12 @@ NARROW = {"num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads
 """Less than half of that, for a hundred agents."""
 
 
-def visit(runtime: Runtime, agents: int, turns: int, reply: int, observe: Callable[[Turn], None]) -> None:
-    """Turns round-robin over the agents, each of which begins with a long text of its own."""
+def visit(
+    runtime: Runtime, agents: int, turns: int, reply: int, observe: Callable[[Turn], None], text: int = 32
+) -> None:
+    """Turns round-robin over the agents, each of which begins with `text` words of its own."""
     rng = random.Random(5)
-    histories = [[{"role": "system", "content": f"Agent {a}: {words(rng, 32)}"}] for a in range(agents)]
+    histories = [[{"role": "system", "content": f"Agent {a}: {words(rng, text)}"}] for a in range(agents)]
     for n in range(turns):
         history = histories[n % agents]
         history.append({"role": "user", "content": words(rng, 2)})
@@ -72,7 +74,7 @@ def measure(
 
     sample()
     runtime = Runtime.open(Settings(home=home / "home", ram_budget=budget, disk_budget=disk), lambda: model)
-    visit(runtime, agents, turns_in_all, 1, observe)
+    visit(runtime, agents, turns_in_all, 1, observe, 32 if disk is None else 4)
     used, capacity = (runtime.store()["ram"][k] for k in ("used_bytes", "capacity_bytes"))
     runtime.close()
     return {

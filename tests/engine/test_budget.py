@@ -127,7 +127,7 @@ def test_what_can_never_fit_is_refused_and_changes_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_bytes_on_disk(tmp_path: Path, architecture: str) -> None:
     """Bytes of a committed turn against fp16 KV, everything included, and what one more turn adds."""
-    model = random_model(architecture, seed=0, num_hidden_layers=8)
+    model = random_model(architecture, seed=0, num_hidden_layers=16)
     runtime = Runtime.open(Settings(home=tmp_path, ram_budget="96MiB"), lambda: model)
     fp16_row = runtime.store()["row_bytes"]["fp16"]
     for tokens, bound in ((1024, 0.37), (4096, 0.31)):
