@@ -57,7 +57,9 @@ SET_UP_LINES = [block.code.strip() for block in blocks() if block.heading == SET
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """A person's shell with the environment activated, an empty home and a free port."""
-    plain = {name: v for name, v in os.environ.items() if name != "COLUMNS" and not name.startswith("AGENTMEM_")}
+    plain = {
+        name: v for name, v in os.environ.items() if name != "COLUMNS" and not name.startswith("AGENTMEM_")
+    }
     models = Path(platformdirs.user_cache_dir("agentmem-tests", False)) / "models"
     return {
         **plain,
