@@ -128,6 +128,8 @@ class Runtime(Roster):
         except Exception as error:
             log.exception("the engine stopped")
             self._engine.fail_all(AgentMemError(f"the engine stopped: {error}"))
+        while self._pool.arena.advance():  # the writer waits for copies that were begun
+            pass
         self._store.close()
 
     def _build(self) -> None:

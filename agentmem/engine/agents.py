@@ -50,11 +50,13 @@ class Session:
 
 @dataclass(eq=False, slots=True)
 class Agent:
-    """A named owner of sessions. A `locked` one is encrypted, and its key is not there."""
+    """A named owner of sessions. One that was `made` on purpose stays without a turn. A `locked` one is encrypted, and its
+    key is not there."""
 
     row: AgentRow
     sessions: dict[str, Session] = field(default_factory=dict)
     forgotten: bool = False
+    made: bool = False
     locked: bool = False
 
     @property

@@ -58,6 +58,7 @@ class Memory:
             agents[row.agent].sessions[row.name] = session
         self._agents = {(a.row.namespace, a.row.name): a for a in agents.values()}
         for agent in agents.values():
+            agent.made = not agent.sessions
             agent.locked = any(s.row.locked for s in agent.sessions.values()) or not self._opens(agent)
         self._date_pages()
 
@@ -164,7 +165,7 @@ class Memory:
         """Forget a session, and an agent, that never got a turn."""
         if session.conversation.turns == 0 and not session.busy:
             agent.sessions.pop(session.row.name, None)
-            if not agent.sessions:
+            if not agent.sessions and not agent.made:
                 self._agents.pop((agent.row.namespace, agent.row.name), None)
 
     def next_id(self, table: str) -> int:
@@ -206,6 +207,7 @@ class Memory:
         self._check_new(namespace, name)
         encrypt = policy.pop("encrypt", self.encrypt)
         agent = self._new(namespace, name, {}, encrypt if policy.get("persist", True) else "off")
+        agent.made = True
         self.set_policy(agent, policy, done)
         return agent
 

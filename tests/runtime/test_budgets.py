@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agentmem.errors import BadRequest
+from agentmem.errors import BadRequest, ContextOverflow
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, Running, ask, cached, extents, memory, open_runtime, turn
 
@@ -215,4 +215,19 @@ def test_persist_is_settled_when_an_agent_is_made(tmp_path: Path) -> None:
         with pytest.raises(BadRequest, match="persist"):
             Running(runtime, ask(name, "again", persist=persist)).end()
     assert Running(runtime, ask("ghost", "again", persist=False)).end().text
+    runtime.close()
+
+
+def test_an_agent_made_on_purpose_outlives_a_request_that_fails(tmp_path: Path) -> None:
+    """Forgotten in RAM alone, it would come back under another id, which the index refuses."""
+    runtime = open_runtime(tmp_path)
+    runtime.create("ada", {"pinned": True})
+    for _ in range(2):
+        with pytest.raises(ContextOverflow):
+            turn(runtime, "ada", "hello", max_tokens=10**6)
+        assert runtime.agent("ada")["pinned"]
+        runtime.close()
+        runtime = open_runtime(tmp_path)
+    assert memory(turn(runtime, "ada", "hello"))["committed"]
+    assert runtime.health()["status"] == "ok"
     runtime.close()
