@@ -231,6 +231,10 @@ class Runtime(Roster):
         }
 
     def store(self) -> dict[str, Any]:
+        """Budgets and bytes of RAM and disk, and what agents share. Looks at every page."""
+        return {**self.budgets(), **self._call(self._census.bytes)}
+
+    def budgets(self) -> dict[str, Any]:
         """Budgets and bytes of RAM and disk."""
         pool = self._pool
         return {
@@ -251,7 +255,6 @@ class Runtime(Roster):
                 "exceeded": self._budget.exceeded,
                 "compactions": self._memory.journal.compactions,
             },
-            **self._call(self._census.bytes),
             "row_bytes": {"packed": pool.geometry.packed_row_bytes, "fp16": pool.geometry.raw_row_bytes},
             "page_tokens": pool.geometry.page_tokens,
         }

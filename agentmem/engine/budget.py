@@ -40,6 +40,7 @@ class Budget:
     def __init__(self, memory: Memory, pool: Pool, store: Store, limits: Limits) -> None:
         self._memory, self._pool, self._store, self.limits = memory, pool, store, limits
         self._evicting = False
+        self._foreign = True
         self.evicted_bytes = 0
         self.exceeded: str | None = None
         store.floor = limits.floor
@@ -49,21 +50,22 @@ class Budget:
         """Called when a turn of `agent` is on disk: drop what exceeds a limit."""
         if self._evicting or self._memory.unwritten:
             return
+        exceeded = None
         for name, limit, over, pages in self._violations(agent):
             if over <= 0:
                 continue
-            chosen, size = self._reclaim(pages()).until(over + limit // ROOM, self._store.size_of)
-            self.exceeded = None if size >= over else name
+            need = over + limit // ROOM
+            if name == "disk" and self._foreign:
+                self._evict_foreign(need, agent)
+                return
+            chosen, size = self._reclaim(pages()).until(need, self._store.size_of)
+            if size < over:
+                exceeded = name
+                log.warning("%s is exceeded by %d bytes that are pinned, shared or in use", name, over - size)
             if chosen:
                 self._evict(chosen)
-            elif name == "disk":
-                self._evict_foreign(over)
-            else:
-                log.warning(
-                    "%s is exceeded by %d bytes; what is left is pinned, shared or in use", name, over
-                )
-            return
-        self.exceeded = None
+                break
+        self.exceeded = exceeded
 
     def _violations(self, agent: Agent) -> Iterable[tuple[str, int, int, Any]]:
         """(limit's name, its bytes, bytes beyond it, what may go) of every limit that applies."""
@@ -123,17 +125,15 @@ class Budget:
 
         self._memory.drop(pages, done)
 
-    def _evict_foreign(self, need: int) -> None:
-        """State of other models or formats, which is of no use now, goes when nothing else may."""
+    def _evict_foreign(self, need: int, agent: Agent) -> None:
+        """State of other models or formats, which is of no use now, goes before any that is."""
         self._evicting = True
 
         def done(freed: int, error: Exception | None) -> None:
             self._evicting = False
             self.evicted_bytes += freed
-            if freed < need:
-                log.warning(
-                    "the disk budget is exceeded by %d bytes; the rest is pinned or in use", need - freed
-                )
+            self._foreign = freed > 0
+            self.enforce(agent)
 
         self._store.evict_foreign(need, done)
 

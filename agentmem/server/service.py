@@ -62,7 +62,7 @@ class Service:
         """Numbers of this moment. Blocks."""
         health = self.runtime.health()
         return {
-            **flat("store", self.runtime.store()),
+            **flat("store", self.runtime.budgets()),
             "turns_active": health["active"],
             "turns_waiting": health["waiting"],
             "uptime_seconds": time.time() - self.started,

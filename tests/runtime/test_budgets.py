@@ -231,3 +231,23 @@ def test_an_agent_made_on_purpose_outlives_a_request_that_fails(tmp_path: Path) 
     assert memory(turn(runtime, "ada", "hello"))["committed"]
     assert runtime.health()["status"] == "ok"
     runtime.close()
+
+
+def test_state_of_another_format_goes_before_any_that_is_of_use(tmp_path: Path) -> None:
+    runtime = open_runtime(tmp_path, kv_format="q8-plain")
+    fill(runtime, [f"old{i}" for i in range(6)])
+    size = on_disk(tmp_path)
+    runtime.close()
+    runtime = open_runtime(tmp_path, disk_budget=size)
+    fill(runtime, ["new0", "new1", "new2"])
+    disk = runtime.store()["disk"]
+    assert disk["evicted_bytes"] > 0
+    assert disk["bytes"] <= size
+    runtime.close()
+    runtime = open_runtime(tmp_path, disk_budget=size)
+    assert {runtime.agent(f"new{i}")["state"] for i in range(3)} == {"warm"}
+    runtime.close()
+    runtime = open_runtime(tmp_path, kv_format="q8-plain")
+    assert runtime.agent("old0")["state"] == "cold"
+    assert turn(runtime, "old0", "go on").usage["prompt_tokens"] > 200
+    runtime.close()
