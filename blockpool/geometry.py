@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from agentmem.quant.keymap import KeyMap
 from agentmem.quant.rows import RowCodec
 
 WORD = 4
@@ -12,10 +13,18 @@ WORD = 4
 
 @dataclass(frozen=True)
 class Geometry:
-    """One slot holds `page_tokens` packed rows of every layer, or `raw_per_slot` raw rows of every layer."""
+    """One slot holds `page_tokens` packed rows of every layer, or `raw_per_slot` raw rows of every layer.
+
+    `key_maps`, one a layer, say how keys are changed before they become rows; by default as the formats say.
+    """
 
     codecs: tuple[RowCodec, ...]
     page_tokens: int
+    key_maps: tuple[KeyMap, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.key_maps:
+            object.__setattr__(self, "key_maps", tuple(KeyMap(c.format.rotation) for c in self.codecs))
 
     @property
     def layers(self) -> int:

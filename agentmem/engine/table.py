@@ -16,7 +16,7 @@ import numpy as np
 from agentmem.blockpool.page import Match, Page, PageTree
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.siblings import ordered
-from agentmem.quant.attention import Path, rotate
+from agentmem.quant.attention import Path
 
 Origin = tuple[Page, int]
 
@@ -319,6 +319,7 @@ class LayerView:
         self._table = table
         self._stored = LayerRows(history, layer)
         self._codec = table.pool.geometry.codecs[layer]
+        self._key_map = table.pool.geometry.key_maps[layer]
         self._rows: mx.array | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -341,8 +342,7 @@ class LayerView:
         sinks: mx.array | None,
     ) -> mx.array:
         """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
-        rotation = self._codec.format.rotation
-        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        queries, keys = self._key_map.queries(queries), self._key_map.keys(keys)
         out, self._rows = self._table.path(
             self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks
         )
