@@ -16,6 +16,7 @@ from agentmem.blockpool.rows import ExtentRow
 from agentmem.blockpool.vault import Vaults
 
 Place = tuple[str, str]
+Rank = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,17 @@ class Chains:
         self.bad: dict[str, str] = {}
         self.used: dict[str, ExtentRow] = {}
         self._files: dict[str, _File] = {}
-        self._children: dict[Place, dict[str, list[tuple[str, dict[str, Any]]]]] = {}
+        self._children: dict[Place, dict[str, list[tuple[Rank, str, dict[str, Any]]]]] = {}
         self._pages: dict[tuple[Place, bytes], Page] = {}
         for name in sorted(os.listdir(folder)):
             if name.endswith(SUFFIX):
                 try:
                     self._take(folder / name)
-                except (ExtentCorrupt, OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+                except (ExtentCorrupt, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
                     self._files.pop(name, None)
                     self.bad[name] = f"{type(e).__name__}: {e}"
+        for records in (r for by_parent in self._children.values() for r in by_parent.values()):
+            records.sort(key=lambda entry: entry[0])
         self._names = list(self._files)
         self._numbers = {name: i + 1 for i, name in enumerate(self._names)}
 
@@ -67,7 +70,7 @@ class Chains:
             place = (extent.meta["fingerprint"], extent.meta["namespace"])
             for record in extent.pages():
                 known = self._children.setdefault(place, {}).setdefault(str(record["parent"]), [])
-                known.append((path.name, record))
+                known.append((_rank(record, len(extent.tokens)), path.name, record))
         finally:
             extent.close()
 
@@ -100,7 +103,7 @@ class Chains:
 
     def _behind(self, place: Place, page: Page, ids: np.ndarray) -> Iterator[Page]:
         """Pages behind `page` whose tokens `ids` begins with, each with its rows' places by file name."""
-        for name, record in self._children.get(place, {}).get(page.key.hex(), []):
+        for _, name, record in self._children.get(place, {}).get(page.key.hex(), []):
             try:
                 yield self._child(place, page, name, record, ids)
             except (KeyError, ValueError, TypeError, IndexError):
@@ -144,3 +147,14 @@ class Chains:
             if name not in self.used:
                 self.used[name] = ExtentRow(piece.extent, name, self._files[name].bytes)
                 chain.extents.append(self.used[name])
+
+
+def _rank(record: dict[str, Any], rows: int) -> Rank:
+    """Sorts records of one page; the one that a merge wrote comes before those it was made from.
+
+    A merge writes pages packed, in one piece, and in an extent of more rows. An extent that it took a page from keeps its
+    record of that page as long as other pages lie there.
+    """
+    pieces = record["pieces"]
+    to_pack = 0 if record["raw"] else sum(bool(piece[1]) for piece in pieces)
+    return to_pack, len(pieces), -rows
