@@ -24,6 +24,16 @@ def _lengths(_: click.Context, __: click.Parameter, value: str) -> list[int]:
     return lengths
 
 
+def _counts(_: click.Context, __: click.Parameter, value: str) -> list[int]:
+    try:
+        counts = [int(v) for v in value.split(",")]
+    except ValueError:
+        raise click.BadParameter("give counts like 1,4,8") from None
+    if not all(1 <= n <= 64 for n in counts):
+        raise click.BadParameter("counts lie between 1 and 64")
+    return counts
+
+
 @click.group()
 def bench() -> None:
     """Benchmarks that print ratios measured in one run."""
@@ -105,6 +115,31 @@ def store(
     result = run(
         pages=pages, agents=agents, turns=turns, steps=steps, megabytes=megabytes, repeats=repeats, say=_say
     )
+    click.echo(json.dumps(result) if as_json else _checks(result))
+
+
+@bench.command()
+@click.option("--heads", default=8, help="KV heads.")
+@click.option("--query-heads", default=32, help="Query heads.")
+@click.option("--dim", default=128, help="Head size.")
+@click.option("--format", default="q4-plain", help="KV format.")
+@click.option(
+    "--batch", "batches", default="1,8", callback=_counts, help="Sequences at once, such as 1,8,16."
+)
+@click.option(
+    "--tokens",
+    "lengths",
+    default="4096,32768",
+    callback=_lengths,
+    help="Context lengths, such as 4096,32768.",
+)
+@click.option("--repeats", default=5, help="Graphs of which the median is reported.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def attention(as_json: bool, **options: Any) -> None:
+    """One decode step's attention: fused over packed rows, against SDPA over 16-bit keys and values."""
+    from agentmem.bench.attention import run
+
+    result = run(**options, say=_say)
     click.echo(json.dumps(result) if as_json else _checks(result))
 
 

@@ -1,0 +1,55 @@
+// What the bodies need of CUDA.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define FN __device__ __forceinline__
+#define GLOBAL
+#define NOTHING -1e30f
+#define PRIVATE
+#define SHARED_ARGUMENT
+#define UNROLL _Pragma("unroll")
+#define BARRIER __syncthreads()
+#define ANY(x) __any_sync(0xffffffffu, x)
+#define AS_FLOAT(x) __uint_as_float(x)
+#define LOAD(p) __ldg(p)
+
+// The tensor cores take subnormal numbers as they are: a code is a float16 already, times 2^-24.
+#define CODES(x) (x)
+#define CODE_UNIT 16777216.0f
+#define WEIGHT_UNIT 16.0f
+#define OUT_UNIT 1048576.0f
+
+FN void LOAD_TWO(unsigned* to, const unsigned* from) {
+  const uint2 x = __ldg((const uint2*)from);
+  to[0] = x.x;
+  to[1] = x.y;
+}
+FN float FROM_HALF(unsigned x) { return __half2float(__ushort_as_half((unsigned short)x)); }
+FN unsigned PACK_HALF(float x, float y) {
+  const __half2 pair = __floats2half2_rn(x, y);
+  return *(const unsigned*)&pair;
+}
+FN float EXP2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FN float COL_SUM(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+FN float COL_MAX(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+FN float WARP_MAX(float x) {
+  for (int mask = 16; mask; mask /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
+}
+
+FN void product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

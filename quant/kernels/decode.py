@@ -1,0 +1,103 @@
+"""The fused path of a decode step: attention of one query per sequence over packed pages, raw pages and tails.
+
+Two launches: `flash_decode` gives a partial result for every (item, sequence), `combine` merges those of a sequence by their
+log-sum-exp. After Flash-Decoding (Dao et al., 2023); sequences that share a prefix read it once, after Hydragen (Juravsky et
+al., 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from agentmem.quant.device import backend
+from agentmem.quant.kernels.plan import WIDE_ROWS, Batch
+from agentmem.quant.kernels.source import kernel
+from agentmem.quant.rows import RowCodec
+
+LOG2_E = 1.4426950408889634
+THREADS = 128
+BITS = (3, 4, 8)
+
+_INPUTS = ("queries", "arena", "tails", "items", "entries", "runs", "state", "scale")
+_BODY = """
+  flash_decode<Shape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
+      queries, arena, tails, items, entries, runs, state, scale[0], items_shape[0], partial, stats,
+      group * (threads / 32) + thread / 32, row, col);
+"""
+_COMBINE = """
+  SHARED float parts[WARPS * (DV + 1)];
+  combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, parts, group, thread / 32, lane);
+"""
+
+
+def supported(codec: RowCodec, query_heads: int) -> bool:
+    """Whether the kernel has this layer's shape and format, on a GPU."""
+    shape, format = codec.shape, codec.format
+    if backend() == "cpu" or query_heads % shape.heads or query_heads // shape.heads > WIDE_ROWS:
+        return False
+    if shape.key_dim % 32 or shape.value_dim % 32 or max(shape.key_dim, shape.value_dim) > 256:
+        return False
+    codes = [c for c in (format.keys, format.values) if c is not None]
+    return all(c.bits in BITS and c.group in (32, 64) for c in codes)
+
+
+def template(codec: RowCodec, query_heads: int, wide: bool) -> dict[str, Any]:
+    """The constants that a kernel is compiled for. Raw rows need groups too: of dims that a lane holds."""
+    shape, keys, values = codec.shape, codec.format.keys, codec.format.values
+    group = 64 if shape.key_dim % 64 == 0 and shape.value_dim % 64 == 0 else 32
+    return {
+        "H": shape.heads, "R": query_heads // shape.heads, "DK": shape.key_dim, "DV": shape.value_dim,
+        "KB": keys.bits if keys else 4, "KG": keys.group if keys else group,
+        "VB": values.bits if values else 4, "VG": values.group if values else group,
+        "PACKS": codec.format.packs, "BF": codec.stored == mx.bfloat16, "WIDE": wide,
+    }  # fmt: skip
+
+
+def flash_decode(
+    codec: RowCodec, queries: mx.array, arena: mx.array, tails: mx.array, batch: Batch, *,
+    scale: float, sinks: mx.array | None = None,
+) -> mx.array:  # fmt: skip
+    """queries [B, H, 1, key_dim], rotated as the format says -> [B, H, 1, value_dim] of the same dtype.
+
+    arena: uint32, the layer's rows; tails uint32 [slots, page_tokens, raw_words]. Every stored row of a sequence, its own token
+    among them, is visible to its query, from `batch.lows` on. Precondition: `supported(codec, H)`.
+    """
+    count, heads, _, _ = queries.shape
+    dim, entries = codec.shape.value_dim, batch.entries.size
+    layout = batch.layout(codec)
+    constants = template(codec, heads, batch.wide)
+    partial, stats = kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats"))(
+        inputs=[
+            queries, arena, tails, layout.items, batch.entries, layout.runs, batch.state,
+            mx.array([scale * LOG2_E], mx.float32),
+        ],
+        template=[("T", queries.dtype), *constants.items()],
+        grid=(-(-layout.items.shape[0] * codec.shape.heads * 32 // THREADS) * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(entries, heads, dim), (entries, heads, 2)],
+        output_dtypes=[mx.float32, mx.float32],
+    )  # fmt: skip
+    merge = kernel(
+        "agentmem_combine",
+        "combine.h",
+        _COMBINE,
+        ("partial", "stats", "starts", "order", "sinks"),
+        ("out",),
+    )
+    (out,) = merge(
+        inputs=[
+            partial,
+            stats,
+            batch.starts,
+            batch.order,
+            sinks.astype(mx.float32) if sinks is not None else stats,
+        ],
+        template=[("T", queries.dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sinks is not None)],
+        grid=(count * heads * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[(count, heads, 1, dim)],
+        output_dtypes=[queries.dtype],
+    )
+    return out

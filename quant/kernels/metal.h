@@ -1,0 +1,69 @@
+// What the bodies need of Metal. Written from the language's specification; admitted by the self-test only.
+
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+
+#define FN inline
+#define GLOBAL device
+#define NOTHING -1e30f
+#define PRIVATE thread
+#define SHARED_ARGUMENT threadgroup
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
+#define ANY(x) simd_any(x)
+#define AS_FLOAT(x) as_type<float>(x)
+#define LOAD(p) (*(p))
+#define EXP2(x) fast::exp2(x)
+
+// Subnormal numbers may be flushed here: codes become whole numbers.
+#define CODE_UNIT 1.0f
+#define WEIGHT_UNIT 1.0f
+#define OUT_UNIT 1.0f
+
+FN unsigned CODES(unsigned x) { return as_type<unsigned>(as_type<half2>(x | 0x64006400u) - half2(1024.0h)); }
+FN void LOAD_TWO(thread unsigned* to, const device unsigned* from) {
+  to[0] = from[0];
+  to[1] = from[1];
+}
+FN float FROM_HALF(unsigned x) { return float(as_type<half>(ushort(x))); }
+FN unsigned PACK_HALF(float x, float y) { return as_type<unsigned>(half2(half(x), half(y))); }
+
+// Lanes lie in an 8 x 8 matrix of a simdgroup so that bits 0 and 3 of a lane are its column pair, the others its row.
+FN unsigned row_of(unsigned lane) { return (lane / 2) % 4 + (lane / 16) * 4; }
+FN unsigned col_of(unsigned lane) { return lane % 2 + (lane / 8) % 2 * 2; }
+FN unsigned lane_of(unsigned row, unsigned col) { return col % 2 + row % 4 * 2 + col / 2 * 8 + row / 4 * 16; }
+
+FN float COL_SUM(float x) {
+  x += simd_shuffle_xor(x, 1);
+  return x + simd_shuffle_xor(x, 8);
+}
+FN float COL_MAX(float x) {
+  x = fmax(x, simd_shuffle_xor(x, 1));
+  return fmax(x, simd_shuffle_xor(x, 8));
+}
+FN float WARP_MAX(float x) { return simd_max(x); }
+
+// `b` comes as its columns lie in the lanes; the hardware wants its rows there.
+FN simdgroup_half8x8 turned(unsigned b, unsigned row, unsigned col) {
+  const unsigned x = simd_shuffle(b, lane_of(2 * col, row / 2)), y = simd_shuffle(b, lane_of(2 * col + 1, row / 2));
+  simdgroup_half8x8 m;
+  m.thread_elements() = vec<half, 2>(as_type<half2>(x)[row % 2], as_type<half2>(y)[row % 2]);
+  return m;
+}
+FN void product(thread float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  const unsigned lane = __metal_get_thread_index_in_simdgroup(ushort());
+  const unsigned row = row_of(lane), col = col_of(lane);
+  const simdgroup_half8x8 first = turned(b0, row, col), second = turned(b1, row, col);
+  const unsigned a[2][2] = {{a0, a2}, {a1, a3}};
+  for (int h = 0; h < 2; h++) {
+    simdgroup_half8x8 left, right;
+    simdgroup_float8x8 sum;
+    left.thread_elements() = as_type<half2>(a[h][0]);
+    right.thread_elements() = as_type<half2>(a[h][1]);
+    sum.thread_elements() = float2(c[2 * h], c[2 * h + 1]);
+    simdgroup_multiply_accumulate(sum, left, first, sum);
+    simdgroup_multiply_accumulate(sum, right, second, sum);
+    c[2 * h] = sum.thread_elements()[0];
+    c[2 * h + 1] = sum.thread_elements()[1];
+  }
+}

@@ -1,0 +1,42 @@
+"""Kernel sources: one body for every device behind a header for each, compiled by MLX when they are first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+from agentmem.quant.device import backend
+
+Kernel = Callable[..., list[mx.array]]
+
+THREADS = {
+    "cuda": "const unsigned group = blockIdx.x, thread = threadIdx.x, threads = blockDim.x, lane = thread % 32;\n"
+    "const unsigned row = lane / 4, col = lane % 4;\n"
+    "#define SHARED __shared__\n",
+    "metal": "const unsigned group = threadgroup_position_in_grid.x, thread = thread_position_in_threadgroup.x;\n"
+    "const unsigned threads = threads_per_threadgroup.x, lane = thread % 32, row = row_of(lane), col = col_of(lane);\n"
+    "#define SHARED threadgroup\n",
+}
+"""Where a thread is. Metal gives a kernel only what its source names, so these are text of the body, not of a header."""
+
+
+def text(name: str) -> str:
+    """A source file of this folder."""
+    return resources.files(__package__).joinpath(name).read_text()
+
+
+@cache
+def kernel(name: str, file: str, body: str, inputs: Sequence[str], outputs: Sequence[str]) -> Kernel:
+    """A kernel of this device whose functions are in `file`; `body` sees `group`, `thread`, `threads`, `lane`, `row`, `col`."""
+    fast: Any = mx.fast
+    device = "metal" if backend() == "metal" else "cuda"
+    make = fast.metal_kernel if device == "metal" else fast.cuda_kernel
+    made: Kernel = make(
+        name=name, input_names=list(inputs), output_names=list(outputs),
+        source=THREADS[device] + body, header=text(f"{device}.h") + text(file),
+    )  # fmt: skip
+    return made

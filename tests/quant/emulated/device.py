@@ -1,0 +1,69 @@
+"""The fused path's kernels on a CPU: compiled with the machine's C++ compiler, one library per shape."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from agentmem.quant.kernels.decode import LOG2_E, template
+from agentmem.quant.kernels.plan import Batch
+from agentmem.quant.rows import RowCodec
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("c++")
+
+
+@cache
+def _library(shape: str) -> ctypes.CDLL:
+    assert COMPILER is not None
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "kernels.so"
+        subprocess.run(
+            [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-DSHAPE={shape}", str(HERE / "kernels.cpp"), "-o", str(made)],
+            check=True,
+        )  # fmt: skip
+        return ctypes.CDLL(str(made))
+
+
+def _word(value: object) -> str:
+    return str(value).lower()
+
+
+def _at(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def attend(
+    codec: RowCodec, queries: mx.array, arena: mx.array, tails: mx.array, batch: Batch, scale: float,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """What `flash_decode` gives for float32 queries [B, H, 1, D]."""
+    count, heads, _, _ = queries.shape
+    dim = codec.shape.value_dim
+    library = _library(",".join(_word(v) for v in template(codec, heads, batch.wide).values()))
+    layout = batch.layout(codec)
+    held = [
+        np.ascontiguousarray(x)
+        for x in (queries, arena, tails, layout.items, batch.entries, layout.runs, batch.state)
+    ]
+    entries = batch.entries.size
+    partial = np.full((entries, heads, dim), np.nan, np.float32)
+    stats = np.full((entries, heads, 2), np.nan, np.float32)
+    library.run_decode(
+        *map(_at, held), ctypes.c_float(scale * LOG2_E), ctypes.c_uint(layout.items.shape[0]), _at(partial), _at(stats)
+    )  # fmt: skip
+    out = np.full((count, heads, 1, dim), np.nan, np.float32)
+    starts, order = np.array(batch.starts), np.array(batch.order)
+    sunk = None if sinks is None else np.ascontiguousarray(sinks, np.float32)
+    library.run_combine(
+        _at(partial), _at(stats), _at(starts), _at(order), _at(sunk) if sunk is not None else None,
+        ctypes.c_uint(heads), ctypes.c_uint(count), _at(out),
+    )  # fmt: skip
+    return out

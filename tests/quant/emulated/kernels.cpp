@@ -1,0 +1,30 @@
+// The fused path's two kernels for one shape, as functions of a shared library. SHAPE holds the template's constants.
+
+#include "host.h"
+
+#include "../../../quant/kernels/combine.h"
+#include "../../../quant/kernels/decode.h"
+
+using S = Shape<SHAPE>;
+
+extern "C" void run_decode(const float* queries, const unsigned* arena, const unsigned* tails, const unsigned* items,
+                           const unsigned* entries, const unsigned* runs, const unsigned* state, float scale,
+                           unsigned count, float* partial, float* stats) {
+  for (unsigned warp = 0; warp < count * S::H; warp++) {
+    run_group(32, [&](unsigned lane) {
+      flash_decode<S, float>(queries, arena, tails, items, entries, runs, state, scale, count, partial, stats, warp,
+                             lane / 4, lane % 4);
+    });
+  }
+}
+
+extern "C" void run_combine(const float* partial, const float* stats, const unsigned* starts, const unsigned* order,
+                            const float* sinks, unsigned heads, unsigned sequences, float* out) {
+  for (unsigned group = 0; group < sequences * heads; group++) {
+    std::vector<float> parts(WARPS * (S::DV + 1));
+    run_group(32 * WARPS, [&](unsigned thread) {
+      combine<S::DV, float>(partial, stats, starts, order, sinks, sinks != nullptr, heads, out, parts.data(), group,
+                         thread / 32, thread % 32);
+    });
+  }
+}

@@ -1,0 +1,93 @@
+"""The fused path's kernels against plain arithmetic over the same stored rows: on a GPU as they are, on a CPU lane by lane."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from agentmem.quant.device import backend
+from agentmem.quant.format import Code, KVFormat, LayerShape
+from agentmem.quant.kernels.decode import flash_decode
+from agentmem.quant.rows import RowCodec
+from tests.quant.emulated import device
+from tests.quant.stored_batch import StoredBatch
+
+pytestmark = pytest.mark.skipif(
+    backend() == "cpu" and device.COMPILER is None, reason="neither a GPU nor a C++ compiler"
+)
+
+BOUND = 2e-3
+
+
+def codec(
+    heads: int, dim: int, keys: int, values: int, group: int, stored: mx.Dtype = mx.float16
+) -> RowCodec:
+    shape = LayerShape(heads, dim, dim)
+    if not keys:
+        return RowCodec(shape, KVFormat("raw", None, None), stored)
+    return RowCodec(shape, KVFormat("test", Code(keys, group), Code(values, group)), stored)
+
+
+def error(stored: StoredBatch, **options: object) -> float:
+    sinks: Any = options.get("sinks")
+    inputs = (stored.codec, stored.queries, stored.arena, stored.tails, stored.batch)
+    if backend() == "cpu":
+        out = device.attend(*inputs, stored.scale, sinks)
+    else:
+        sunk = mx.array(sinks) if sinks is not None else None
+        out = np.array(flash_decode(*inputs, scale=stored.scale, sinks=sunk))
+    return float(np.abs(out - stored.expected(**options)).max())  # type: ignore[arg-type]
+
+
+SHAPES = {
+    "4 bits, 64": (2, 8, 128, 4, 4, 64),
+    "4 bits, 32": (2, 4, 64, 4, 4, 32),
+    "3 bits, 96": (1, 3, 96, 3, 3, 32),
+    "3 bits, 64": (1, 2, 64, 3, 3, 64),
+    "8 and 4 bits": (3, 9, 64, 8, 4, 64),
+    "4 and 8 bits, 32": (1, 4, 64, 4, 8, 32),
+    "256": (1, 4, 256, 4, 4, 64),
+    "many heads": (1, 12, 64, 4, 4, 64),
+    "16 bits": (2, 4, 64, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_ragged_batch(shape: tuple[int, ...]) -> None:
+    heads, query_heads, *rest = shape
+    lengths = [1, 63, 64, 65, 128, 129, 200]
+    assert error(StoredBatch(codec(heads, *rest), query_heads, lengths)) < BOUND
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_bfloat16(bits: int) -> None:
+    assert error(StoredBatch(codec(2, 64, bits, bits, 64, mx.bfloat16), 4, [5, 150])) < BOUND
+
+
+def test_pages_that_were_cut() -> None:
+    assert error(StoredBatch(codec(1, 64, 4, 4, 64), 2, [30, 100, 219], cut=True)) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "count", "wide"), [(2, 3, False), (4, 3, True), (4, 6, True), (12, 2, True)]
+)
+def test_a_shared_prefix_is_read_once(query_heads: int, count: int, wide: bool) -> None:
+    stored = StoredBatch(codec(1, 64, 4, 4, 64), query_heads, [200 + 7 * i for i in range(count)], shared=3)
+    assert (stored.batch.bytes_shared > 0) == (query_heads * 2 <= 16)
+    assert stored.batch.wide == wide
+    assert error(stored) < BOUND
+
+
+def test_a_window() -> None:
+    stored = StoredBatch(codec(1, 64, 4, 4, 64), 4, [200, 70, 10])
+    lows = [137, 66, 0]
+    stored.batch.advance(stored.tail_rows, lows)
+    assert error(stored, lows=lows) < BOUND
+
+
+def test_sinks() -> None:
+    sinks = np.array([0.5, 3.0, -2.0, 6.0])
+    assert error(StoredBatch(codec(2, 64, 4, 4, 64), 4, [100, 3]), sinks=sinks) < BOUND
