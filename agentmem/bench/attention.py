@@ -1,7 +1,7 @@
 """`bench attention`: one decode step's attention over packed rows against fused SDPA over 16-bit keys and values.
 
-Calls are chained, the output of one being the query of the next, and evaluated as one graph. Each call reads other arrays, together more than
-a cache holds, as the layers of a model do.
+Calls are chained, the output of one being the query of the next, and evaluated as one graph. Each call reads other arrays,
+together more than a cache holds, as the layers of a model do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Attend = Callable[[mx.array, int], mx.array]
 
 
 class Stored:
-    """Random rows of `batch` sequences of `tokens` tokens each, in `layers` arenas: a raw first page, packed pages, a raw tail."""
+    """Random rows of `batch` sequences of `tokens` tokens each, in `layers` arenas: raw first page, packed pages, raw tail."""
 
     def __init__(self, codec: RowCodec, query_heads: int, batch: int, tokens: int, layers: int) -> None:
         self.codec, self.scale = codec, codec.shape.key_dim**-0.5
@@ -168,7 +168,7 @@ def measure(codec: RowCodec, query_heads: int, batch: int, tokens: int, repeats:
 
     row: dict[str, Any] = {"batch": batch, "tokens": tokens, "bytes": stored.bytes}
     row["sdpa_us"] = 1e6 * seconds(sixteen_bits, stored.queries, layers, repeats)
-    del wide
+    wide.clear()
     if tokens * batch <= 1 << 17:
         row["dequantise_us"] = 1e6 * seconds(stored.reference, stored.queries, layers, 1)
     if decode.supported(codec, query_heads):

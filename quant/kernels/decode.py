@@ -18,6 +18,7 @@ from agentmem.quant.rows import RowCodec
 
 LOG2_E = 1.4426950408889634
 THREADS = 128
+MERGE_THREADS = 128  # four warps, as combine.h has it
 BITS = (3, 4, 8)
 
 _INPUTS = ("queries", "arena", "tails", "items", "entries", "runs", "state", "scale")
@@ -95,8 +96,8 @@ def flash_decode(
             sinks.astype(mx.float32) if sinks is not None else stats,
         ],
         template=[("T", queries.dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sinks is not None)],
-        grid=(count * heads * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(count * heads * MERGE_THREADS, 1, 1),
+        threadgroup=(MERGE_THREADS, 1, 1),
         output_shapes=[(count, heads, 1, dim)],
         output_dtypes=[queries.dtype],
     )
