@@ -15,7 +15,7 @@
 #define TAIL 2u
 
 template <int H_, int R_, int DK_, int DV_, int KB_, int KG_, int VB_, int VG_, bool PACKS_, bool BF_, bool WIDE_>
-struct Shape {
+struct DecodeShape {
   enum {
     H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_,
     PACKS = PACKS_, BF = BF_, WIDE = WIDE_, HALVES = WIDE_ ? 2 : 1,

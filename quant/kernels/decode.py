@@ -23,7 +23,7 @@ BITS = (3, 4, 8)
 
 _INPUTS = ("queries", "arena", "tails", "items", "entries", "runs", "state", "scale")
 _BODY = """
-  flash_decode<Shape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
+  flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
       queries, arena, tails, items, entries, runs, state, scale[0], items_shape[0], partial, stats,
       group * (threads / 32) + thread / 32, row, col);
 """

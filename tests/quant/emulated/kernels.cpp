@@ -5,7 +5,7 @@
 #include "../../../quant/kernels/combine.h"
 #include "../../../quant/kernels/decode.h"
 
-using S = Shape<SHAPE>;
+using S = DecodeShape<SHAPE>;
 
 extern "C" void run_decode(const float* queries, const unsigned* arena, const unsigned* tails, const unsigned* items,
                            const unsigned* entries, const unsigned* runs, const unsigned* state, float scale,
