@@ -1,31 +1,49 @@
-// The entries of one sequence and query head, merged by their log-sum-exp. A group of four warps; `parts` is shared by them.
+// The entries of one sequence and query head, merged by their log-sum-exp. A group of WARPS warps.
 
-#define WARPS 4
+#define WARPS 8
+#define AT_ONCE 256  // entries whose weights are held: one for each thread
+#define LOG2_E 1.44269504f
 
 // starts [sequences + 1], order: the entries of each sequence. sinks [heads], where there are any.
+// shared: `weights` [AT_ONCE], `parts` [WARPS * (DV + 1)], `tops` [WARPS].
 template <int DV, class T>
 FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GLOBAL unsigned* starts,
                 const GLOBAL unsigned* order, const GLOBAL float* sinks, bool sunk, unsigned heads, GLOBAL T* out,
-                SHARED_ARGUMENT float* parts, unsigned group, unsigned warp, unsigned lane) {
-  const unsigned sequence = group / heads, head = group % heads;
+                SHARED_ARGUMENT float* weights, SHARED_ARGUMENT unsigned* places, SHARED_ARGUMENT float* parts,
+                SHARED_ARGUMENT float* tops, unsigned group, unsigned thread, unsigned lane) {
+  const unsigned sequence = group / heads, head = group % heads, warp = thread / 32;
   const unsigned begin = starts[sequence], end = starts[sequence + 1];
-  float top = sunk ? sinks[head] * 1.44269504f : NOTHING;
-  for (unsigned i = begin + lane; i < end; i += 32) top = fmaxf(top, stats[2 * (order[i] * heads + head)]);
+  float top = sunk ? sinks[head] * LOG2_E : NOTHING;
+  for (unsigned i = begin + thread; i < end; i += AT_ONCE) top = fmaxf(top, stats[2 * (order[i] * heads + head)]);
   top = WARP_MAX(top);
+  if (lane == 0) tops[warp] = top;
+  BARRIER;
+  for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w]);
+
   float sum = 0, mine[DV / 32];
   UNROLL for (int d = 0; d < DV / 32; d++) mine[d] = 0;
-  for (unsigned i = begin + warp; i < end; i += WARPS) {
-    const unsigned at = order[i] * heads + head;
-    const float weight = EXP2(stats[2 * at] - top);
-    sum += weight * stats[2 * at + 1];
-    UNROLL for (int d = 0; d < DV / 32; d++) mine[d] += weight * partial[at * DV + d * 32 + lane];
+  for (unsigned first = begin; first < end; first += AT_ONCE) {
+    if (first + thread < end) {
+      const unsigned at = order[first + thread] * heads + head;
+      const float weight = EXP2(stats[2 * at] - top);
+      weights[thread] = weight;
+      places[thread] = at * DV;
+      sum += weight * stats[2 * at + 1];
+    }
+    BARRIER;
+    const unsigned count = min(end - first, (unsigned)AT_ONCE);
+    UNROLL_FOUR for (unsigned i = warp; i < count; i += WARPS) {
+      UNROLL for (int d = 0; d < DV / 32; d++) mine[d] += weights[i] * partial[places[i] + d * 32 + lane];
+    }
+    BARRIER;
   }
   UNROLL for (int d = 0; d < DV / 32; d++) parts[warp * (DV + 1) + d * 32 + lane] = mine[d];
+  sum = WARP_SUM(sum);
   if (lane == 0) parts[warp * (DV + 1) + DV] = sum;
   BARRIER;
-  float total = sunk ? EXP2(sinks[head] * 1.44269504f - top) : 0.0f;
+  float total = sunk ? EXP2(sinks[head] * LOG2_E - top) : 0.0f;
   for (int w = 0; w < WARPS; w++) total += parts[w * (DV + 1) + DV];
-  for (unsigned d = warp * 32 + lane; d < DV; d += 32 * WARPS) {
+  for (unsigned d = thread; d < DV; d += 32 * WARPS) {
     float x = 0;
     for (int w = 0; w < WARPS; w++) x += parts[w * (DV + 1) + d];
     out[(sequence * heads + head) * DV + d] = (T)(x / total);

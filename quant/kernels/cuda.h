@@ -9,6 +9,7 @@
 #define PRIVATE
 #define SHARED_ARGUMENT
 #define UNROLL _Pragma("unroll")
+#define UNROLL_FOUR _Pragma("unroll 4")
 #define BARRIER __syncthreads()
 #define ANY(x) __any_sync(0xffffffffu, x)
 #define AS_FLOAT(x) __uint_as_float(x)
@@ -17,8 +18,8 @@
 // The tensor cores take subnormal numbers as they are: a code is a float16 already, times 2^-24.
 #define CODES(x) (x)
 #define CODE_UNIT 16777216.0f
-#define WEIGHT_UNIT 16.0f
-#define OUT_UNIT 1048576.0f
+#define WEIGHT_UNIT 4.0f
+#define OUT_UNIT 4194304.0f
 
 FN void LOAD_TWO(unsigned* to, const unsigned* from) {
   const uint2 x = __ldg((const uint2*)from);
@@ -35,19 +36,31 @@ FN float EXP2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-FN float COL_SUM(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+FN float ROW_SUM(float x) {
+  for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
 }
-FN float COL_MAX(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+FN float ROW_MAX(float x) {
+  for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
 }
 FN float WARP_MAX(float x) {
   for (int mask = 16; mask; mask /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
   return x;
 }
 
+FN float WARP_SUM(float x) {
+  for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
+// The tensor cores want the columns of `b` in the lanes.
+FN unsigned OPERAND(unsigned x) {
+  unsigned y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+FN void PREFETCH(const unsigned* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 FN void product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

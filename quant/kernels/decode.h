@@ -1,31 +1,35 @@
 // Flash-decoding over stored rows: one body for every device.
 //
 // A warp takes one KV head of one item. An item is a stretch of runs (rows that lie one behind the other) and the sequences
-// that read it. The up to 16 rows of the products are (sequence, query head of this KV head). Codes enter the products as small
-// integers; scales and biases join behind them, on the scores and on the weights, so that no element is dequantised.
+// that read it. The columns of the products, 8 or 16, are (sequence, query head of this KV head). Codes enter the products as
+// small integers; scales and biases join behind them, on the scores and on the weights, so that no element is dequantised.
 //
-// A lane is (row, col) = (0..7, 0..3) of the 8 x 4 fragment layout that the device's header defines:
-//   product(c, a0, a1, a2, a3, b0, b1): c[16 x 8] += a[16 x 16] b[16 x 8], 16-bit times 16-bit into float
+// A lane is (row, col) = (0..7, 0..3). product(c, a0, a1, a2, a3, b0, b1): c[16 x 8] += a[16 x 16] b[16 x 8], where
 //   a0 = a[row][2col..], a1 = a[row + 8][2col..], a2 = a[row][2col + 8..], a3 = a[row + 8][2col + 8..]
-//   b0 = b[2col..][row], b1 = b[2col + 8..][row], c = c[row][2col], c[row][2col + 1], c[row + 8][2col], c[row + 8][2col + 1]
+//   b0, b1 = operand(b[row][2col..]), operand(b[row + 8][2col..]), in the device's own form
+//   c = c[row][2col], c[row][2col + 1], c[row + 8][2col], c[row + 8][2col + 1]
+// Scores are keys x queries, with tokens as rows; their result lies as the second product, values x weights, wants its `b`.
 // The order of dims and tokens inside a product is free, so each lane loads what lies together in memory.
 
 #define PACKED 0u
 #define RAW 1u
 #define TAIL 2u
+#define SLACK 4.0f  // how far (in powers of two) weights may grow before the maximum that they refer to is moved
 
 template <int H_, int R_, int DK_, int DV_, int KB_, int KG_, int VB_, int VG_, bool PACKS_, bool BF_, bool WIDE_>
 struct DecodeShape {
   enum {
-    H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_,
-    PACKS = PACKS_, BF = BF_, WIDE = WIDE_, HALVES = WIDE_ ? 2 : 1,
+    H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_, PACKS = PACKS_, BF = BF_,
+    COLUMNS = WIDE_ ? 2 : 1,                  // of products, in eights
     K_GROUPS = DK / KG, V_GROUPS = DV / VG,
     K_CHUNKS = KG / 32,                       // of 8 dims, per lane and group
+    CHUNKS = DK / 32,
     K_WORDS = K_CHUNKS * (KB == 8 ? 2 : 1),   // per lane, group and token
     V_QUADS = VG / 32,                        // of 4 dims, per lane and group
     V_WORDS = VB == 8 ? V_QUADS : 1,
     V_DIMS = VG / 8,
     V_BITS = VB == 8 ? 32 : V_DIMS * VB,      // per word
+    OUTS = DV / 16,
     K_PAIRS_AT = H * DK * KB / 32,
     V_CODES_AT = K_PAIRS_AT + H * K_GROUPS,
     V_PAIRS_AT = V_CODES_AT + H * DV * VB / 32,
@@ -106,246 +110,269 @@ template <bool BF> FN unsigned as_halves(unsigned x) { return BF ? two_halves(wi
 // -- state of a warp --------------------------------------------------------------------------------------------------------
 
 template <class S> struct Query {
-  unsigned a[S::HALVES][S::DK / 32][4];   // pairs of dims, as the rows in hand pair them
-  float sums[S::HALVES][S::K_GROUPS];     // of a row's elements, per group
+  unsigned b[S::COLUMNS][S::CHUNKS][4];         // pairs of dims, as the rows in hand pair them
+  float sums[S::COLUMNS][2][S::K_GROUPS];       // of a column's elements, per group
 };
 
 template <class S> struct Result {
-  Four out[S::DV / 8];
-  float bias[S::HALVES][S::V_GROUPS];
-  float top[S::HALVES], sum[S::HALVES];
-  bool packed;                            // whether `out` is in the units of codes
+  Four out[S::COLUMNS][S::OUTS];
+  float bias[S::COLUMNS][2][S::V_GROUPS];
+  float top[S::COLUMNS][2], sum[S::COLUMNS][2]; // `sum` and `bias` of this lane's tokens only
+  bool packed;                                  // whether `out` is in the units of codes
 };
 
-template <class S> struct Keys {          // a lane's part of 16 rows
-  unsigned codes[2][S::K_GROUPS * S::K_WORDS], pairs[4][S::K_GROUPS];
+template <class S> struct Keys {                // a lane's part of 16 rows
+  unsigned codes[2][S::K_GROUPS * S::K_WORDS], pairs[2][S::K_GROUPS];
 };
 
 template <class S> struct Values {
-  unsigned codes[4][S::V_GROUPS * S::V_WORDS], pairs[4][S::V_GROUPS];
+  unsigned codes[4][S::V_GROUPS * S::V_WORDS], pairs[2][S::V_GROUPS];
 };
 
-// Dims that lane `col` holds of keys: chunk c of group kg
+// Which sequence and query head of the item a column belongs to; `used` columns are real
+FN unsigned column_of(int c, int j, unsigned col) { return 8 * c + 2 * col + j; }
+
+// Dims that lane column `col` holds of keys: chunk c of group kg
 template <class S> FN unsigned key_dim(int kg, int c, unsigned col) { return kg * S::KG + col * (S::KG / 4) + c * 8; }
 
+// A row of `b` is dim 2col + j of a product's keys: that of lane column row / 2, its pair's half row % 2
 template <class S, class T>
 FN void load_query(PRIVATE Query<S>& q, const GLOBAL T* queries, const GLOBAL unsigned* entries, unsigned used,
                    unsigned head, float scale, bool packed, unsigned row, unsigned col) {
-  UNROLL for (int h = 0; h < S::HALVES; h++) {
-    const unsigned r = row + 8 * h;
-    const bool real = r < used;
-    const GLOBAL T* from = queries + ((real ? entries[r / S::R] : 0u) * S::H + head) * (S::R * S::DK) + (r % S::R) * S::DK;
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    const GLOBAL T* from[2];
+    float live[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+      const unsigned n = column_of(c, j, col), m = n < used ? n : 0;
+      from[j] = queries + ((entries[m / S::R] * S::H + head) * S::R + m % S::R) * S::DK;
+      live[j] = n < used ? scale : 0.0f;
+    }
     UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-      float sum = 0;
-      UNROLL for (int c = 0; c < S::K_CHUNKS; c++) {
+      float sums[2] = {0, 0};
+      UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
         UNROLL for (int p = 0; p < 4; p++) {
-          const unsigned at = key_dim<S>(kg, c, col);
-          const float x = real ? scale * (float)from[at + (packed ? first_of<S::KB>(p) : 2 * p)] : 0;
-          const float y = real ? scale * (float)from[at + (packed ? second_of<S::KB>(p) : 2 * p + 1)] : 0;
+          const unsigned half = row % 2;
+          const unsigned in = !packed ? 2 * p + half : half ? second_of<S::KB>(p) : first_of<S::KB>(p);
+          const unsigned dim = key_dim<S>(kg, ch, row / 2) + in;
           const float part = packed ? 1.0f / unit<S::KB>(p % Half<S::KB>::VALUES) : 1.0f;
-          const unsigned pair = two_halves(x * part, y * part);
-          q.a[h][kg * S::K_CHUNKS + c][p] = pair;
-          sum += (FROM_HALF(pair & 0xffffu) + FROM_HALF(pair >> 16)) / part;
+          const unsigned pair =
+              two_halves((float)from[0][dim] * live[0] * part, (float)from[1][dim] * live[1] * part);
+          q.b[c][kg * S::K_CHUNKS + ch][p] = OPERAND(pair);
+          sums[0] += FROM_HALF(pair & 0xffffu) / part;
+          sums[1] += FROM_HALF(pair >> 16) / part;
         }
       }
-      q.sums[h][kg] = COL_SUM(sum);
+      UNROLL for (int j = 0; j < 2; j++) q.sums[c][j][kg] = ROW_SUM(sums[j]);
     }
   }
 }
 
 // Where a lane's part of a packed run begins: one pointer per kind of row it reads, so that all else is a constant offset
 struct Places {
-  const GLOBAL unsigned *codes, *values, *pairs;
+  const GLOBAL unsigned *keys, *pairs, *values;
 };
 
 template <class S> FN Places places_of(const GLOBAL unsigned* run, unsigned head, unsigned row, unsigned col) {
   Places p;
-  p.codes = run + row * S::ROW_WORDS + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
-  p.pairs = run + 2 * col * S::ROW_WORDS;
-  p.values = p.pairs + S::V_CODES_AT + (S::V_BITS == 32 ? (head * S::DV + row * S::V_DIMS) * S::VB / 32 : 0u);
+  p.pairs = run + row * S::ROW_WORDS;
+  p.keys = p.pairs + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
+  p.values = run + 2 * col * S::ROW_WORDS + S::V_CODES_AT;
+  if (S::V_BITS == 32) p.values += (head * S::DV + row * S::V_DIMS) * S::VB / 32;
   return p;
 }
 
 // 16 rows from `first` on, of which those behind the run's end may be anything that the slot still holds
-template <class S> FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned first, unsigned head, unsigned col) {
+template <class S>
+FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned first, unsigned head, unsigned col) {
   UNROLL for (int x = 0; x < 2; x++) {
-    const GLOBAL unsigned* codes = p.codes + (first + 8 * x) * S::ROW_WORDS;
+    const unsigned at = (first + 8 * x) * S::ROW_WORDS;
     UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
       if (S::KB == 3) {
         const unsigned bit = (head * S::DK + kg * S::KG + col * (S::KG / 4)) * 3;
-        UNROLL for (int w = 0; w < S::K_WORDS; w++) t.codes[x][kg * S::K_WORDS + w] = bits_at<24>(codes, bit + 24 * w);
+        UNROLL for (int w = 0; w < S::K_WORDS; w++) {
+          t.codes[x][kg * S::K_WORDS + w] = bits_at<24>(p.keys + at, bit + 24 * w);
+        }
       } else {
-        words_at<S::K_WORDS, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, codes + kg * (S::KG * S::KB / 32));
+        words_at<S::K_WORDS, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, p.keys + at + kg * (S::KG * S::KB / 32));
       }
     }
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    const GLOBAL unsigned* at = p.pairs + (first + 8 * (i / 2) + i % 2) * S::ROW_WORDS + S::K_PAIRS_AT;
-    words_at<S::K_GROUPS, S::K_PAIRS_EVEN>(t.pairs[i], at + head * S::K_GROUPS);
+    words_at<S::K_GROUPS, S::K_PAIRS_EVEN>(t.pairs[x], p.pairs + at + S::K_PAIRS_AT + head * S::K_GROUPS);
   }
 }
 
-template <class S> FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned first, unsigned head, unsigned row) {
+template <class S>
+FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned first, unsigned head, unsigned row) {
+  UNROLL for (int x = 0; x < 2; x++) {
+    const unsigned at = (first + 8 * x) * S::ROW_WORDS + S::V_PAIRS_AT;
+    words_at<S::V_GROUPS, S::V_PAIRS_EVEN>(t.pairs[x], p.pairs + at + head * S::V_GROUPS);
+  }
   UNROLL for (int i = 0; i < 4; i++) {
-    const unsigned at = (first + 8 * (i / 2) + i % 2) * S::ROW_WORDS;
-    words_at<S::V_GROUPS, S::V_PAIRS_EVEN>(t.pairs[i], p.pairs + at + S::V_PAIRS_AT + head * S::V_GROUPS);
+    const GLOBAL unsigned* codes = p.values + (first + 8 * (i / 2) + i % 2) * S::ROW_WORDS;
     UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
       UNROLL for (int w = 0; w < S::V_WORDS; w++) {
         if (S::V_BITS == 32) {
-          t.codes[i][vg * S::V_WORDS + w] = LOAD(p.values + at + vg * (S::VG * S::VB / 32) + w);
+          t.codes[i][vg * S::V_WORDS + w] = LOAD(codes + vg * (S::VG * S::VB / 32) + w);
         } else {
           const unsigned bit = (head * S::DV + vg * S::VG + row * S::V_DIMS) * S::VB;
-          t.codes[i][vg * S::V_WORDS + w] = bits_at<S::V_BITS>(p.values + at, bit + S::V_BITS * w);
+          t.codes[i][vg * S::V_WORDS + w] = bits_at<S::V_BITS>(codes, bit + S::V_BITS * w);
         }
       }
     }
   }
+}
+
+// Bring a run nearer before it is its turn: 4 rows at a time, each lane one of their 128-byte stretches
+template <class S> FN void fetch_ahead(const GLOBAL unsigned* run, unsigned rows, unsigned head, unsigned lane) {
+  const unsigned part = lane % 4;
+  const unsigned at = part == 0 ? head * S::DK * S::KB / 32
+                    : part == 1 ? S::V_CODES_AT + head * S::DV * S::VB / 32
+                    : part == 2 ? S::K_PAIRS_AT + head * S::K_GROUPS : S::V_PAIRS_AT + head * S::V_GROUPS;
+  for (unsigned first = lane / 4; first < rows; first += 8) PREFETCH(run + first * S::ROW_WORDS + at);
 }
 
 // -- one tile ---------------------------------------------------------------------------------------------------------------
 
-template <class S> FN void packed_scores(PRIVATE Four* s, const PRIVATE Keys<S>& t, const PRIVATE Query<S>& q) {
-  UNROLL for (int x = 0; x < 2; x++) {
-    UNROLL for (int i = 0; i < 4; i++) s[x].x[i] = 0;
-    UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-      Four c = {{0, 0, 0, 0}};
-      UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
-        const int at = kg * S::K_CHUNKS + ch;
-        const PRIVATE unsigned* words = t.codes[x] + kg * S::K_WORDS + ch * (S::K_WORDS / S::K_CHUNKS);
-        UNROLL for (int p = 0; p < 4; p += 2) {
-          product(c.x, q.a[0][at][p], S::WIDE ? q.a[S::HALVES - 1][at][p] : 0u,
-                  q.a[0][at][p + 1], S::WIDE ? q.a[S::HALVES - 1][at][p + 1] : 0u,
-                  chunk_pair<S::KB>(words, p), chunk_pair<S::KB>(words, p + 1));
+template <class S>
+FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, const PRIVATE Query<S>& q) {
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
+  UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
+    Four sum[S::COLUMNS];
+    UNROLL for (int c = 0; c < S::COLUMNS; c++) sum[c] = Four{{0, 0, 0, 0}};
+    UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
+      const int at = kg * S::K_WORDS + ch * (S::K_WORDS / S::K_CHUNKS);
+      UNROLL for (int p = 0; p < 4; p += 2) {
+        const unsigned a0 = chunk_pair<S::KB>(t.codes[0] + at, p), a1 = chunk_pair<S::KB>(t.codes[1] + at, p);
+        const unsigned a2 = chunk_pair<S::KB>(t.codes[0] + at, p + 1), a3 = chunk_pair<S::KB>(t.codes[1] + at, p + 1);
+        UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+          const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
+          product(sum[c].x, a0, a1, a2, a3, b[p], b[p + 1]);
         }
       }
-      UNROLL for (int j = 0; j < 2; j++) {
-        const unsigned pair = t.pairs[2 * x + j][kg];
-        const float scale = wide<S::BF>(pair) * CODE_UNIT, bias = wide<S::BF>(pair >> 16);
-        UNROLL for (int h = 0; h < S::HALVES; h++) s[x].x[2 * h + j] += c.x[2 * h + j] * scale + bias * q.sums[h][kg];
+    }
+    UNROLL for (int x = 0; x < 2; x++) {
+      const float scale = wide<S::BF>(t.pairs[x][kg]) * CODE_UNIT, bias = wide<S::BF>(t.pairs[x][kg] >> 16);
+      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+        UNROLL for (int j = 0; j < 2; j++) {
+          s[c].x[2 * x + j] += sum[c].x[2 * x + j] * scale + bias * q.sums[c][j][kg];
+        }
       }
     }
   }
 }
 
 // Rows behind the run's end weigh nothing; what lies there must not spoil that by being no number
-template <class S> FN void blank(PRIVATE Values<S>& t, unsigned left, unsigned col) {
-  UNROLL for (int i = 0; i < 4; i++) {
-    if (8 * (i / 2) + 2 * col + i % 2 >= left) {
-      UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) t.pairs[i][vg] = 0;
+template <class S> FN void blank(PRIVATE Values<S>& t, unsigned left, unsigned row) {
+  UNROLL for (int x = 0; x < 2; x++) {
+    if (8 * x + row >= left) {
+      UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) t.pairs[x][vg] = 0;
     }
   }
 }
 
-// From scores to weights, with the running maximum; out and sums are rescaled where it grew
-template <class S> FN void soften(PRIVATE Four* s, PRIVATE Result<S>& r, const PRIVATE unsigned* lows, unsigned pos,
-                                  unsigned first, unsigned rows, unsigned col) {
-  float shrink[S::HALVES];
-  bool grew = false;
-  UNROLL for (int h = 0; h < S::HALVES; h++) {
-    if (first + 16 > rows || pos + first < lows[h]) {
-      UNROLL for (int i = 0; i < 4; i++) {
-        const unsigned token = first + 8 * (i / 2) + 2 * col + i % 2;
-        if (token >= rows || pos + token < lows[h]) s[i / 2].x[2 * h + i % 2] = 2 * NOTHING;
-      }
-    }
-    float top = r.top[h];
-    UNROLL for (int i = 0; i < 4; i++) top = fmaxf(top, s[i / 2].x[2 * h + i % 2]);
-    top = COL_MAX(top);
-    grew = grew || top > r.top[h];
-    shrink[h] = EXP2(r.top[h] - top);
-    r.top[h] = top;
-  }
-  if (ANY(grew)) {
-    UNROLL for (int h = 0; h < S::HALVES; h++) {
-      r.sum[h] *= shrink[h];
-      UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[h][g] *= shrink[h];
-      UNROLL for (int n = 0; n < S::DV / 8; n++) {
-        r.out[n].x[2 * h] *= shrink[h];
-        r.out[n].x[2 * h + 1] *= shrink[h];
+// Refer the weights to the maximum of all rows so far
+template <class S> FN void raise(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S>& r) {
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int j = 0; j < 2; j++) {
+      const float top = ROW_MAX(fmaxf(r.top[c][j], fmaxf(s[c].x[j], s[c].x[2 + j])));
+      const float shrink = EXP2(r.top[c][j] - top);
+      r.top[c][j] = top;
+      r.sum[c][j] *= shrink;
+      UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[c][j][g] *= shrink;
+      UNROLL for (int n = 0; n < S::OUTS; n++) {
+        r.out[c][n].x[j] *= shrink;
+        r.out[c][n].x[2 + j] *= shrink;
       }
     }
   }
-  UNROLL for (int h = 0; h < S::HALVES; h++) {
+}
+
+// From scores to weights. Those of rows that do not count, or that a column does not see, are nothing.
+template <class S>
+FN void soften(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S>& r, const PRIVATE unsigned (&lows)[S::COLUMNS][2],
+               unsigned pos, unsigned first, unsigned rows, unsigned row) {
+  bool edge = first + 16 > rows, grew = false;
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) edge = edge || pos + first < lows[c][0] || pos + first < lows[c][1];
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int i = 0; i < 4; i++) {
-      PRIVATE float& score = s[i / 2].x[2 * h + i % 2];
-      score = EXP2(score - r.top[h]);
-      r.sum[h] += score;
+      const unsigned token = first + 8 * (i / 2) + row;
+      if (edge && (token >= rows || pos + token < lows[c][i % 2])) s[c].x[i] = 2 * NOTHING;
+      grew = grew || s[c].x[i] > r.top[c][i % 2] + SLACK;
+    }
+  }
+  if (ANY(grew)) raise<S>(s, r);
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int i = 0; i < 4; i++) {
+      s[c].x[i] = EXP2(s[c].x[i] - r.top[c][i % 2]);
+      r.sum[c][i % 2] += s[c].x[i];
     }
   }
 }
 
-// c += weights x values, where only the first 8 rows count unless the shape is wide
-template <class S> FN void weigh(PRIVATE Four& c, const PRIVATE unsigned (&a)[2][2], unsigned b0, unsigned b1) {
-  if (S::WIDE) {
-    product(c.x, a[0][0], a[1][0], a[0][1], a[1][1], b0, b1);
-  } else {
-    Four whole = {{c.x[0], c.x[1], 0, 0}};
-    product(whole.x, a[0][0], 0u, a[0][1], 0u, b0, b1);
-    c.x[0] = whole.x[0];
-    c.x[1] = whole.x[1];
-  }
-}
-
-template <class S> FN void packed_values(PRIVATE Result<S>& r, const PRIVATE Values<S>& t, const PRIVATE Four* w) {
+template <class S>
+FN void packed_values(PRIVATE Result<S>& r, const PRIVATE Values<S>& t, const PRIVATE Four (&w)[S::COLUMNS]) {
   UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-    float scale[4], bias[4];
-    UNROLL for (int i = 0; i < 4; i++) {
-      scale[i] = wide<S::BF>(t.pairs[i][vg]) * WEIGHT_UNIT;
-      bias[i] = wide<S::BF>(t.pairs[i][vg] >> 16);
-    }
-    unsigned a[2][2] = {{0, 0}, {0, 0}};
-    UNROLL for (int h = 0; h < S::HALVES; h++) {
-      UNROLL for (int x = 0; x < 2; x++) {
-        const float p = w[x].x[2 * h], y = w[x].x[2 * h + 1];
-        a[h][x] = PACK_HALF(p * scale[2 * x], y * scale[2 * x + 1]);
-        r.bias[h][vg] += p * bias[2 * x] + y * bias[2 * x + 1];
+    unsigned b[S::COLUMNS][2];
+    UNROLL for (int x = 0; x < 2; x++) {
+      const float scale = wide<S::BF>(t.pairs[x][vg]) * WEIGHT_UNIT, bias = wide<S::BF>(t.pairs[x][vg] >> 16);
+      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+        b[c][x] = OPERAND(PACK_HALF(w[c].x[2 * x] * scale, w[c].x[2 * x + 1] * scale));
+        UNROLL for (int j = 0; j < 2; j++) r.bias[c][j][vg] += w[c].x[2 * x + j] * bias;
       }
     }
     const int at = vg * S::V_WORDS;
-    UNROLL for (int n = 0; n < S::V_DIMS; n++) {
+    UNROLL for (int n = 0; n < S::V_DIMS; n += 2) {
       const int values = Half<S::VB>::VALUES, quad = n / 4, part = n % 4 / values, i = n % values;
-      const unsigned b0 = quad_halves<S::VB>(t.codes[0] + at, t.codes[1] + at, quad, part);
-      const unsigned b1 = quad_halves<S::VB>(t.codes[2] + at, t.codes[3] + at, quad, part);
-      weigh<S>(r.out[vg * S::V_DIMS + n], a, values_of<S::VB>(b0, i), values_of<S::VB>(b1, i));
+      const unsigned z0 = quad_halves<S::VB>(t.codes[0] + at, t.codes[1] + at, quad, part);
+      const unsigned z1 = quad_halves<S::VB>(t.codes[2] + at, t.codes[3] + at, quad, part);
+      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+        product(r.out[c][(vg * S::V_DIMS + n) / 2].x, values_of<S::VB>(z0, i), values_of<S::VB>(z0, i + 1),
+                values_of<S::VB>(z1, i), values_of<S::VB>(z1, i + 1), b[c][0], b[c][1]);
+      }
     }
   }
 }
 
-template <class S> FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
-                                    const PRIVATE unsigned* lows, unsigned pos, unsigned rows, unsigned first,
-                                    unsigned head, unsigned row, unsigned col) {
-  Four s[2] = {{{0, 0, 0, 0}}, {{0, 0, 0, 0}}};
+template <class S>
+FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
+                 const PRIVATE unsigned (&lows)[S::COLUMNS][2], unsigned pos, unsigned rows, unsigned first,
+                 unsigned head, unsigned row, unsigned col) {
+  Four s[S::COLUMNS];
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
+  const GLOBAL unsigned* keys[2];
   UNROLL for (int x = 0; x < 2; x++) {
-    const unsigned token = min(first + 8 * x + row, rows - 1);
-    const GLOBAL unsigned* keys = run + token * S::RAW_WORDS + head * S::DK / 2;
-    UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-      UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
-        const GLOBAL unsigned* from = keys + key_dim<S>(kg, ch, col) / 2;
-        const int at = kg * S::K_CHUNKS + ch;
-        UNROLL for (int p = 0; p < 4; p += 2) {
-          product(s[x].x, q.a[0][at][p], S::WIDE ? q.a[S::HALVES - 1][at][p] : 0u,
-                  q.a[0][at][p + 1], S::WIDE ? q.a[S::HALVES - 1][at][p + 1] : 0u,
-                  as_halves<S::BF>(LOAD(from + p)), as_halves<S::BF>(LOAD(from + p + 1)));
+    keys[x] = run + min(first + 8 * x + row, rows - 1) * S::RAW_WORDS + head * S::DK / 2;
+  }
+  UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
+    UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
+      const unsigned at = key_dim<S>(kg, ch, col) / 2;
+      UNROLL for (int p = 0; p < 4; p += 2) {
+        unsigned a[2][2];
+        UNROLL for (int i = 0; i < 4; i++) a[i / 2][i % 2] = as_halves<S::BF>(LOAD(keys[i % 2] + at + p + i / 2));
+        UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+          const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
+          product(s[c].x, a[0][0], a[0][1], a[1][0], a[1][1], b[p], b[p + 1]);
         }
       }
     }
   }
-  soften<S>(s, r, lows, pos, first, rows, col);
-  unsigned a[2][2] = {{0, 0}, {0, 0}};
-  UNROLL for (int h = 0; h < S::HALVES; h++) {
-    UNROLL for (int x = 0; x < 2; x++) a[h][x] = PACK_HALF(s[x].x[2 * h], s[x].x[2 * h + 1]);
+  soften<S>(s, r, lows, pos, first, rows, row);
+  unsigned b[S::COLUMNS][2];
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int x = 0; x < 2; x++) b[c][x] = OPERAND(PACK_HALF(s[c].x[2 * x], s[c].x[2 * x + 1]));
+  }
+  const GLOBAL unsigned* values[4];
+  UNROLL for (int i = 0; i < 4; i++) {
+    const unsigned token = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
+    values[i] = run + token * S::RAW_WORDS + (S::H * S::DK + head * S::DV + row * S::V_DIMS) / 2;
   }
   UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
     UNROLL for (int n = 0; n < S::V_DIMS; n += 2) {
       unsigned z[4];
-      UNROLL for (int i = 0; i < 4; i++) {
-        const unsigned token = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
-        const unsigned dim = S::H * S::DK + head * S::DV + vg * S::VG + row * S::V_DIMS + n;
-        z[i] = as_halves<S::BF>(LOAD(run + token * S::RAW_WORDS + dim / 2));
+      UNROLL for (int i = 0; i < 4; i++) z[i] = as_halves<S::BF>(LOAD(values[i] + (vg * S::VG + n) / 2));
+      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+        product(r.out[c][(vg * S::V_DIMS + n) / 2].x, (z[0] & 0xffffu) | (z[1] << 16), (z[0] >> 16) | (z[1] & 0xffff0000u),
+                (z[2] & 0xffffu) | (z[3] << 16), (z[2] >> 16) | (z[3] & 0xffff0000u), b[c][0], b[c][1]);
       }
-      const int at = vg * S::V_DIMS + n;
-      weigh<S>(r.out[at], a, (z[0] & 0xffffu) | (z[1] << 16), (z[2] & 0xffffu) | (z[3] << 16));
-      weigh<S>(r.out[at + 1], a, (z[0] >> 16) | (z[1] & 0xffff0000u), (z[2] >> 16) | (z[3] & 0xffff0000u));
     }
   }
 }
@@ -355,34 +382,59 @@ template <class S> FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>
 // `out` in the units of codes and weights, or in plain ones
 template <class S> FN void turn_to(PRIVATE Result<S>& r, bool packed) {
   if (r.packed == packed) return;
-  UNROLL for (int n = 0; n < S::DV / 8; n++) {
-    const float factor = OUT_UNIT / unit<S::VB>(n % S::V_DIMS % Half<S::VB>::VALUES);
-    UNROLL for (int i = 0; i < 2 * S::HALVES; i++) r.out[n].x[i] *= packed ? 1.0f / factor : factor;
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int n = 0; n < S::OUTS; n++) {
+      UNROLL for (int i = 0; i < 4; i++) {
+        const float factor = OUT_UNIT / unit<S::VB>((2 * n + i / 2) % S::V_DIMS % Half<S::VB>::VALUES);
+        r.out[c][n].x[i] *= packed ? 1.0f / factor : factor;
+      }
+    }
   }
   r.packed = packed;
 }
 
-template <class S> FN void store(const PRIVATE Result<S>& r, GLOBAL float* partial, GLOBAL float* stats, unsigned entry,
-                                 unsigned used, unsigned head, unsigned row, unsigned col) {
-  UNROLL for (int h = 0; h < S::HALVES; h++) {
-    const float sum = COL_SUM(r.sum[h]);
-    float bias[S::V_GROUPS];
-    UNROLL for (int g = 0; g < S::V_GROUPS; g++) bias[g] = COL_SUM(r.bias[h][g]);
-    const unsigned q = row + 8 * h;
-    if (q >= used) continue;
-    const unsigned at = ((entry + q / S::R) * S::H + head) * S::R + q % S::R;
-    if (col == 0) {
-      stats[2 * at] = r.top[h];
-      stats[2 * at + 1] = sum;
-    }
-    UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-      UNROLL for (int j = 0; j < 2; j++) {
-        UNROLL for (int n = 0; n < S::V_DIMS; n++) {
-          const unsigned dim = vg * S::VG + (2 * col + j) * S::V_DIMS + n;
-          partial[at * S::DV + dim] = r.out[vg * S::V_DIMS + n].x[2 * h + j] + bias[vg];
+template <class S>
+FN void store(const PRIVATE Result<S>& r, GLOBAL float* partial, GLOBAL float* stats, unsigned entry, unsigned used,
+              unsigned head, unsigned row, unsigned col) {
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int j = 0; j < 2; j++) {
+      const float sum = ROW_SUM(r.sum[c][j]);
+      float bias[S::V_GROUPS];
+      UNROLL for (int g = 0; g < S::V_GROUPS; g++) bias[g] = ROW_SUM(r.bias[c][j][g]);
+      const unsigned n = column_of(c, j, col);
+      if (n >= used) continue;
+      const unsigned at = ((entry + n / S::R) * S::H + head) * S::R + n % S::R;
+      if (row == 0) {
+        stats[2 * at] = r.top[c][j];
+        stats[2 * at + 1] = sum;
+      }
+      UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
+        UNROLL for (int d = 0; d < S::V_DIMS; d++) {
+          partial[at * S::DV + vg * S::VG + row * S::V_DIMS + d] =
+              r.out[c][(vg * S::V_DIMS + d) / 2].x[2 * (d % 2) + j] + bias[vg];
         }
       }
     }
+  }
+}
+
+template <class S>
+FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
+                   const PRIVATE unsigned (&lows)[S::COLUMNS][2], unsigned pos, unsigned rows, unsigned head,
+                   unsigned row, unsigned col) {
+  const Places places = places_of<S>(run, head, row, col);
+  Keys<S> keys;
+  Values<S> values;
+  load_keys<S>(keys, places, 0, head, col);
+  load_values<S>(values, places, 0, head, row);
+  for (unsigned first = 0; first < rows; first += 16) {
+    Four s[S::COLUMNS];
+    packed_scores<S>(s, keys, q);
+    if (first + 16 < rows) load_keys<S>(keys, places, first + 16, head, col);
+    soften<S>(s, r, lows, pos, first, rows, row);
+    if (first + 16 > rows) blank<S>(values, rows - first, row);
+    packed_values<S>(r, values, s);
+    if (first + 16 < rows) load_values<S>(values, places, first + 16, head, row);
   }
 }
 
@@ -392,7 +444,7 @@ template <class S, class T>
 FN void flash_decode(const GLOBAL T* queries, const GLOBAL unsigned* arena, const GLOBAL unsigned* tails,
                      const GLOBAL unsigned* items, const GLOBAL unsigned* entries, const GLOBAL unsigned* runs,
                      const GLOBAL unsigned* state, float scale, unsigned count, GLOBAL float* partial,
-                     GLOBAL float* stats, unsigned warp, unsigned row, unsigned col) {
+                     GLOBAL float* stats, unsigned warp, unsigned lane, unsigned row, unsigned col) {
   const unsigned item = warp / S::H, head = warp % S::H;
   if (item >= count) return;
   const unsigned first_run = items[5 * item], end_run = items[5 * item + 1];
@@ -400,20 +452,26 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL unsigned* arena, cons
   unsigned pos = items[5 * item + 4];
   Query<S> q;
   Result<S> r;
-  unsigned lows[S::HALVES];
-  UNROLL for (int h = 0; h < S::HALVES; h++) {
-    lows[h] = row + 8 * h < used ? state[2 * entries[entry + (row + 8 * h) / S::R] + 1] : 0u;
-    r.top[h] = NOTHING;
-    r.sum[h] = 0;
-    UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[h][g] = 0;
+  unsigned lows[S::COLUMNS][2];
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int j = 0; j < 2; j++) {
+      const unsigned n = column_of(c, j, col);
+      lows[c][j] = n < used ? state[2 * entries[entry + n / S::R] + 1] : 0u;
+      r.top[c][j] = NOTHING;
+      r.sum[c][j] = 0;
+      UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[c][j][g] = 0;
+    }
+    UNROLL for (int n = 0; n < S::OUTS; n++) r.out[c][n] = Four{{0, 0, 0, 0}};
   }
-  UNROLL for (int n = 0; n < S::DV / 8; n++) UNROLL for (int i = 0; i < 4; i++) r.out[n].x[i] = 0;
   r.packed = false;
   bool loaded = false, packed = false;
   for (unsigned i = first_run; i < end_run; i++) {
     const unsigned kind = runs[2 * i + 1] >> 30;
     const unsigned rows = kind == TAIL ? state[2 * entries[entry]] : runs[2 * i + 1] & 0x3fffffffu;
     const GLOBAL unsigned* run = (kind == TAIL ? tails : arena) + runs[2 * i];
+    if (S::PACKS && i + 1 < end_run && runs[2 * i + 3] >> 30 == PACKED) {
+      fetch_ahead<S>(arena + runs[2 * i + 2], runs[2 * i + 3] & 0x3fffffffu, head, lane);
+    }
     if (rows == 0) continue;
     if (!loaded || packed != (kind == PACKED)) {
       packed = kind == PACKED;
@@ -422,20 +480,7 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL unsigned* arena, cons
       loaded = true;
     }
     if (S::PACKS && packed) {
-      const Places places = places_of<S>(run, head, row, col);
-      Keys<S> keys;
-      Values<S> values;
-      load_keys<S>(keys, places, 0, head, col);
-      load_values<S>(values, places, 0, head, row);
-      for (unsigned first = 0; first < rows; first += 16) {
-        Four s[2];
-        packed_scores<S>(s, keys, q);
-        if (first + 16 < rows) load_keys<S>(keys, places, first + 16, head, col);
-        soften<S>(s, r, lows, pos, first, rows, col);
-        if (first + 16 > rows) blank<S>(values, rows - first, col);
-        packed_values<S>(r, values, s);
-        if (first + 16 < rows) load_values<S>(values, places, first + 16, head, row);
-      }
+      packed_run<S>(r, q, run, lows, pos, rows, head, row, col);
     } else {
       for (unsigned first = 0; first < rows; first += 16) {
         raw_tile<S>(r, q, run, lows, pos, rows, first, head, row, col);

@@ -7,6 +7,7 @@ al., 2024).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -18,18 +19,19 @@ from agentmem.quant.rows import RowCodec
 
 LOG2_E = 1.4426950408889634
 THREADS = 128
-MERGE_THREADS = 128  # four warps, as combine.h has it
+MERGE_THREADS = 256  # as many warps as combine.h has
 BITS = (3, 4, 8)
 
 _INPUTS = ("queries", "arena", "tails", "items", "entries", "runs", "state", "scale")
 _BODY = """
   flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
       queries, arena, tails, items, entries, runs, state, scale[0], items_shape[0], partial, stats,
-      group * (threads / 32) + thread / 32, row, col);
+      group * (threads / 32) + thread / 32, lane, row, col);
 """
 _COMBINE = """
-  SHARED float parts[WARPS * (DV + 1)];
-  combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, parts, group, thread / 32, lane);
+  SHARED float weights[AT_ONCE], parts[WARPS * (DV + 1)], tops[WARPS];
+  SHARED unsigned places[AT_ONCE];
+  combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, weights, places, parts, tops, group, thread, lane);
 """
 
 
@@ -56,6 +58,11 @@ def template(codec: RowCodec, query_heads: int, wide: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@lru_cache(maxsize=8)
+def _constant(value: float) -> mx.array:
+    return mx.array([value], mx.float32)
+
+
 def flash_decode(
     codec: RowCodec, queries: mx.array, arena: mx.array, tails: mx.array, batch: Batch, *,
     scale: float, sinks: mx.array | None = None,
@@ -72,7 +79,7 @@ def flash_decode(
     partial, stats = kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats"))(
         inputs=[
             queries, arena, tails, layout.items, batch.entries, layout.runs, batch.state,
-            mx.array([scale * LOG2_E], mx.float32),
+            _constant(scale * LOG2_E),
         ],
         template=[("T", queries.dtype), *constants.items()],
         grid=(-(-layout.items.shape[0] * codec.shape.heads * 32 // THREADS) * THREADS, 1, 1),

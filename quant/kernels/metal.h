@@ -9,6 +9,7 @@
 #define PRIVATE thread
 #define SHARED_ARGUMENT threadgroup
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_FOUR _Pragma("clang loop unroll_count(4)")
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define ANY(x) simd_any(x)
 #define AS_FLOAT(x) as_type<float>(x)
@@ -31,30 +32,28 @@ FN unsigned PACK_HALF(float x, float y) { return as_type<unsigned>(half2(half(x)
 // Lanes lie in an 8 x 8 matrix of a simdgroup so that bits 0 and 3 of a lane are its column pair, the others its row.
 FN unsigned row_of(unsigned lane) { return (lane / 2) % 4 + (lane / 16) * 4; }
 FN unsigned col_of(unsigned lane) { return lane % 2 + (lane / 8) % 2 * 2; }
-FN unsigned lane_of(unsigned row, unsigned col) { return col % 2 + row % 4 * 2 + col / 2 * 8 + row / 4 * 16; }
-
-FN float COL_SUM(float x) {
-  x += simd_shuffle_xor(x, 1);
-  return x + simd_shuffle_xor(x, 8);
+FN float ROW_SUM(float x) {
+  x += simd_shuffle_xor(x, 2);
+  x += simd_shuffle_xor(x, 4);
+  return x + simd_shuffle_xor(x, 16);
 }
-FN float COL_MAX(float x) {
-  x = fmax(x, simd_shuffle_xor(x, 1));
-  return fmax(x, simd_shuffle_xor(x, 8));
+FN float ROW_MAX(float x) {
+  x = fmax(x, simd_shuffle_xor(x, 2));
+  x = fmax(x, simd_shuffle_xor(x, 4));
+  return fmax(x, simd_shuffle_xor(x, 16));
 }
 FN float WARP_MAX(float x) { return simd_max(x); }
+FN float WARP_SUM(float x) { return simd_sum(x); }
 
-// `b` comes as its columns lie in the lanes; the hardware wants its rows there.
-FN simdgroup_half8x8 turned(unsigned b, unsigned row, unsigned col) {
-  const unsigned x = simd_shuffle(b, lane_of(2 * col, row / 2)), y = simd_shuffle(b, lane_of(2 * col + 1, row / 2));
-  simdgroup_half8x8 m;
-  m.thread_elements() = vec<half, 2>(as_type<half2>(x)[row % 2], as_type<half2>(y)[row % 2]);
-  return m;
-}
+// A simdgroup's matrices hold both operands by rows.
+#define OPERAND(x) (x)
+#define PREFETCH(p)
+
 FN void product(thread float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  const unsigned lane = __metal_get_thread_index_in_simdgroup(ushort());
-  const unsigned row = row_of(lane), col = col_of(lane);
-  const simdgroup_half8x8 first = turned(b0, row, col), second = turned(b1, row, col);
   const unsigned a[2][2] = {{a0, a2}, {a1, a3}};
+  simdgroup_half8x8 first, second;
+  first.thread_elements() = as_type<half2>(b0);
+  second.thread_elements() = as_type<half2>(b1);
   for (int h = 0; h < 2; h++) {
     simdgroup_half8x8 left, right;
     simdgroup_float8x8 sum;

@@ -17,7 +17,7 @@ from agentmem.quant.rows import RowCodec
 WIDE_ROWS = 16
 """Rows of one product: query heads of a KV head, times the sequences that read the same pages."""
 NARROW_ROWS = 8
-WARPS = 2048
+WARPS = 2112
 """As many as a large GPU holds at once; more would make the merge of their results longer, not the reading shorter."""
 
 PACKED, RAW, TAIL = 0, 1, 2

@@ -13,12 +13,15 @@
 #define PRIVATE
 #define SHARED_ARGUMENT
 #define UNROLL
+#define UNROLL_FOUR
 #define NOTHING -1e30f
 #define BARRIER meet(true)
 #define CODES(x) (x)
 #define CODE_UNIT 16777216.0f
-#define WEIGHT_UNIT 16.0f
-#define OUT_UNIT 1048576.0f
+#define WEIGHT_UNIT 4.0f
+#define OUT_UNIT 4194304.0f
+#define OPERAND(x) (x)
+#define PREFETCH(p)
 using std::min;
 
 struct Lane {
@@ -90,16 +93,20 @@ FN unsigned swapped(unsigned x, unsigned mask) {
   meet();
   return y;
 }
-FN float COL_SUM(float x) {
-  x += AS_FLOAT(swapped(AS_UINT(x), 1));
-  return x + AS_FLOAT(swapped(AS_UINT(x), 2));
+FN float ROW_SUM(float x) {
+  for (unsigned mask = 4; mask < 32; mask *= 2) x += AS_FLOAT(swapped(AS_UINT(x), mask));
+  return x;
 }
-FN float COL_MAX(float x) {
-  x = fmaxf(x, AS_FLOAT(swapped(AS_UINT(x), 1)));
-  return fmaxf(x, AS_FLOAT(swapped(AS_UINT(x), 2)));
+FN float ROW_MAX(float x) {
+  for (unsigned mask = 4; mask < 32; mask *= 2) x = fmaxf(x, AS_FLOAT(swapped(AS_UINT(x), mask)));
+  return x;
 }
 FN float WARP_MAX(float x) {
   for (int mask = 16; mask; mask /= 2) x = fmaxf(x, AS_FLOAT(swapped(AS_UINT(x), mask)));
+  return x;
+}
+FN float WARP_SUM(float x) {
+  for (int mask = 16; mask; mask /= 2) x += AS_FLOAT(swapped(AS_UINT(x), mask));
   return x;
 }
 FN bool ANY(bool x) {
@@ -118,7 +125,7 @@ FN void product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, un
     for (int k = 0; k < 16; k++) {
       const unsigned half = k / 8, pair = k % 8 / 2;
       c[i] += half_at(lanes[first + r * 4 + pair].words[high + 2 * half], k % 2) *
-              half_at(lanes[first + n * 4 + pair].words[4 + half], k % 2);
+              half_at(lanes[first + k % 8 * 4 + n / 2].words[4 + half], n % 2);
     }
   }
   meet();

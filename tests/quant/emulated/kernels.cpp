@@ -13,7 +13,7 @@ extern "C" void run_decode(const float* queries, const unsigned* arena, const un
   for (unsigned warp = 0; warp < count * S::H; warp++) {
     run_group(32, [&](unsigned lane) {
       flash_decode<S, float>(queries, arena, tails, items, entries, runs, state, scale, count, partial, stats, warp,
-                             lane / 4, lane % 4);
+                             lane, lane / 4, lane % 4);
     });
   }
 }
@@ -21,10 +21,11 @@ extern "C" void run_decode(const float* queries, const unsigned* arena, const un
 extern "C" void run_combine(const float* partial, const float* stats, const unsigned* starts, const unsigned* order,
                             const float* sinks, unsigned heads, unsigned sequences, float* out) {
   for (unsigned group = 0; group < sequences * heads; group++) {
-    std::vector<float> parts(WARPS * (S::DV + 1));
+    std::vector<float> weights(AT_ONCE), parts(WARPS * (S::DV + 1)), tops(WARPS);
+    std::vector<unsigned> places(AT_ONCE);
     run_group(32 * WARPS, [&](unsigned thread) {
-      combine<S::DV, float>(partial, stats, starts, order, sinks, sinks != nullptr, heads, out, parts.data(), group,
-                         thread / 32, thread % 32);
+      combine<S::DV, float>(partial, stats, starts, order, sinks, sinks != nullptr, heads, out, weights.data(),
+                              places.data(), parts.data(), tops.data(), group, thread, thread % 32);
     });
   }
 }
