@@ -32,6 +32,10 @@ class Run:
         return all(len(c.turns) == len(PHASES) for c in self.conversations)
 
     @property
+    def turns(self) -> int:
+        return sum(len(c.turns) for c in self.conversations)
+
+    @property
     def replies(self) -> list[list[str]]:
         return [c.replies for c in self.conversations]
 
@@ -72,16 +76,25 @@ def talk(run: Run) -> None:
         assert not run.complete
 
 
+def wait_for(run: Run, turns: int, speaker: threading.Thread) -> None:
+    """Until that many turns are answered, so that the moments are spread over the run on any machine."""
+    while run.turns < turns:
+        assert speaker.is_alive() or run.complete, "the demo ended by itself"
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 def test_the_demo_killed_at_twenty_moments_ends_like_one_that_was_not(tmp_path: Path) -> None:
     rng, home = random.Random(3), tmp_path / "home"
-    # One head: its prefills are short next to its replies and commits, so more of the moments fall on those.
-    model = save_model(tmp_path / "model", num_attention_heads=1, num_key_value_heads=1)
+    # One head in one layer: prefills are short next to replies and commits, so more of the moments fall on those.
+    model = save_model(
+        tmp_path / "model", num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, hidden_size=64
+    )
     undisturbed = Run(tmp_path / "undisturbed", 0)
     daemon = Daemon(undisturbed.home, model, *BUDGET)
     began = time.monotonic()
     undisturbed.go_on()
-    seconds = time.monotonic() - began
+    one_turn = (time.monotonic() - began) / undisturbed.turns
     assert daemon.stop() == 0
 
     runs, cut_short = [Run(home, 0)], 0
@@ -93,7 +106,8 @@ def test_the_demo_killed_at_twenty_moments_ends_like_one_that_was_not(tmp_path: 
             runs.append(Run(home, len(runs)))
         speaker = threading.Thread(target=talk, args=(runs[-1],))
         speaker.start()
-        time.sleep(rng.uniform(0, seconds))
+        wait_for(runs[-1], rng.randrange(runs[-1].turns, undisturbed.turns), speaker)
+        time.sleep(rng.uniform(0, one_turn))
         daemon.kill()
         speaker.join(timeout=60)
         assert not speaker.is_alive()
