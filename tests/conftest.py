@@ -14,6 +14,16 @@ import agentmem.quant  # noqa: F401
 from tests.tiny_model import save_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: the processes that share the tests then end together. `slow(minutes=...)` says about how long."""
+
+    def minutes(item: pytest.Item) -> float:
+        slow = item.get_closest_marker("slow")
+        return slow.kwargs.get("minutes", 0.1) if slow is not None else 0.0
+
+    items.sort(key=minutes, reverse=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny model."""

@@ -97,7 +97,7 @@ def _no_daemon_is_left(tmp_path: Path) -> Iterator[None]:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
 @pytest.mark.usefixtures("_no_daemon_is_left")
 def test_the_whole_demo(tmp_path: Path) -> None:
     result = run_demo("--json", "--keep", str(tmp_path / "kept"))

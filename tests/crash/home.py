@@ -12,7 +12,9 @@ from agentmem.runtime import Runtime
 from agentmem.settings import Settings
 from tests.runtime.agents import BUDGET, LONG, cached, turn
 
-MODEL = random_model("llama", seed=0)
+SMALL = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64, "intermediate_size": 64}
+MODEL = random_model("llama", seed=0, **SMALL)
+"""Homes of it are opened by the thousand."""
 TURNS = {
     "ada": (LONG, "and then?", "what else did the keeper write that night?"),
     "bob": (LONG + "who reads it?", "why?"),

@@ -91,7 +91,7 @@ def test_two_hundred_power_cuts(scratch: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {k.partition(",")[0] for k in explorer.kinds} >= {"speak", "fork", "compact"}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_ten_thousand_power_cuts(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer(scratch, 2, monkeypatch)
     explored = explorer.explore(10_000)

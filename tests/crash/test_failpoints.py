@@ -121,7 +121,7 @@ def test_a_kill_at_a_failpoint_loses_nothing(
     homes.round("", 0)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_kills_at_all_failpoints_lose_nothing(
     tmp_path: Path, driver: Driver, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

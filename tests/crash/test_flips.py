@@ -79,7 +79,7 @@ def test_flipped_bits_change_no_answer(homes: Homes) -> None:
     assert outcomes["extent payload"]["quarantined"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
 def test_a_thousand_flipped_bits_change_no_answer(homes: Homes) -> None:
     outcomes = homes.flip(times=1200, seed=2)
     print({kind: dict(counts) for kind, counts in outcomes.items()})

@@ -56,7 +56,7 @@ def check(daemon: Daemon, agent: str, known: Known) -> None:
     known.turns, known.tokens = daemon.get(f"/v1/agents/{agent}")["turns"], usage["total_tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(2)
     model, home = save_model(tmp_path / "model"), tmp_path / "home"

@@ -83,7 +83,7 @@ def wait_for(run: Run, turns: int, speaker: threading.Thread) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_the_demo_killed_at_twenty_moments_ends_like_one_that_was_not(tmp_path: Path) -> None:
     rng, home = random.Random(3), tmp_path / "home"
     # One head in one layer: prefills are short next to replies and commits, so more of the moments fall on those.

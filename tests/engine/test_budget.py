@@ -71,7 +71,7 @@ def test_ten_agents_in_a_fifth_of_their_state(tmp_path: Path) -> None:
     assert max(peaks) <= budget + tail
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_memory_of_the_process_follows_the_budget(tmp_path: Path) -> None:
     """The same with large state, in processes of their own: what they hold beyond the budget is next to nothing."""
     roomy = measured(tmp_path / "roomy", 256 << 20)
@@ -87,7 +87,7 @@ def test_memory_of_the_process_follows_the_budget(tmp_path: Path) -> None:
     assert roomy["rss"] >= state > 4 * tight["rss"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_a_hundred_agents_on_a_budget_for_ten(tmp_path: Path) -> None:
     """Five hundred turns: memory and disk stay within their budgets, and nothing fails. State that left the disk is read anew."""
     budget, disk = 160 << 20, 900 << 20
