@@ -52,6 +52,11 @@ class Home:
         return Path(named).expanduser() if named else self.root / "models"
 
     @property
+    def calibration(self) -> Path:
+        """What formats measure of a model before they pack its keys, one file a model; made again where it is gone."""
+        return self.models / "calibration"
+
+    @property
     def store(self) -> Path:
         return self.root / "store"
 

@@ -18,10 +18,10 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Vaults
-from agentmem.engine import seam
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
 from agentmem.engine.engine import Engine
+from agentmem.engine.layout import layout
 from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
 from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
@@ -32,12 +32,12 @@ from agentmem.engine.upkeep import Upkeep
 from agentmem.errors import AgentMemError, ModelUnavailable, StoreError
 from agentmem.model.identity import text_identity
 from agentmem.model.loaded import LoadedModel, Progress, load
+from agentmem.model.progress import silent
 from agentmem.quant import blas
 from agentmem.quant.device import backend, leave_thread
-from agentmem.quant.format import KVFormat, kv_format, stored_dtype
+from agentmem.quant.format import KVFormat, kv_format
 from agentmem.quant.paths import chosen
-from agentmem.quant.rows import RowCodec
-from agentmem.quant.selftest import self_test
+from agentmem.quant.selftest import self_tests
 from agentmem.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -46,8 +46,13 @@ SWITCH_SECONDS = 5e-4
 """How long the engine may wait for a thread that copies rows; Python's own 5 ms is several decode steps."""
 
 
-def fingerprint(identity: dict[str, str], format: KVFormat, geometry: Geometry) -> str:
-    """SHA-256 over everything that decides what a stored row means: model, tokenizer, template, format, page size, version."""
+def fingerprint(
+    identity: dict[str, str], format: KVFormat, geometry: Geometry, calibration: str | None = None
+) -> str:
+    """SHA-256 over everything that decides what a stored row means: model, tokenizer, template, format, page size, version.
+
+    `calibration` is the digest of the values that keys are corrected by, for formats that have some.
+    """
     parts = {
         "model": identity,
         "format": format.identity(),
@@ -59,6 +64,8 @@ def fingerprint(identity: dict[str, str], format: KVFormat, geometry: Geometry) 
         "page_tokens": geometry.page_tokens,
         "version": FORMAT_VERSION,
     }
+    if calibration is not None:
+        parts["calibration"] = calibration
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -83,6 +90,7 @@ class Runtime(Roster):
         self, settings: Settings, model: Callable[[], LoadedModel] | None, progress: Progress | None
     ) -> None:
         self._settings = settings
+        self._progress = progress or silent
         self._make_model = model or (lambda: load(settings.model, settings.home, progress))
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -137,17 +145,16 @@ class Runtime(Roster):
         settings, model = self._settings, self._make_model()
         self.model_name = model.name
         self.max_context = min(settings.max_context or model.max_context, model.max_context)
-        seam.install(model.model)
-        shapes, query_heads, dtype = seam.probe(model.model)
         try:
+            plan = layout(
+                model, settings.kv_format, settings.page_tokens, settings.paths.calibration, self._progress
+            )
             format = kv_format(settings.kv_format)
-            codecs = tuple(RowCodec(s, format.for_shape(s), stored_dtype(dtype)) for s in shapes)
-            geometry = Geometry(codecs, settings.page_tokens)
-            self._fingerprint = fingerprint(model.identity, format, geometry)
-            self._pool = Pool(geometry, int(settings.ram_budget), self._fingerprint)
+            self._fingerprint = fingerprint(model.identity, format, plan.geometry, plan.calibration)
+            self._pool = Pool(plan.geometry, int(settings.ram_budget), self._fingerprint)
         except ValueError as error:
             raise ModelUnavailable(str(error)) from error
-        self._self_test = self_test(format, shapes[0], query_heads, dtype, stored_dtype(dtype))
+        self._self_test = self_tests(plan.codecs, plan.query_heads, plan.dtype)
         self._store = Store(
             settings.paths.store,
             self._fingerprint,

@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8377, ge=0, le=65535)
     model: str = "embedded"
-    kv_format: str = "q4-plain"
+    kv_format: str = "q4"
     page_tokens: int = Field(default=64, ge=16, le=256)
     chunk_tokens: int = Field(default=512, ge=16, le=8192)
     ram_budget: ByteSize = Field(default=ByteSize(1 << 30), description="bytes of KV state kept in RAM")

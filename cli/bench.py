@@ -39,5 +39,15 @@ def store(arguments: tuple[str, ...]) -> None:
     _run("store", arguments)
 
 
+@bench.command(**PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def formats(arguments: tuple[str, ...]) -> None:
+    """What each KV format costs the model's predictions.
+
+    Takes --json and the options that `agentmem bench formats --help` lists.
+    """
+    _run("formats", arguments)
+
+
 def _run(name: str, arguments: tuple[str, ...]) -> NoReturn:
     sys.exit(subprocess.call([sys.executable, "-m", "agentmem.bench", name, *arguments]))

@@ -13,7 +13,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--model", help="embedded, a local MLX folder, a .gguf file, or a Hugging Face repository."),
     click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on; 0 picks a free one."),
     click.option("--host", help="Address to listen on. Default: 127.0.0.1."),
-    click.option("--kv-format", help="How attention state is held. Default: q4-plain."),
+    click.option("--kv-format", help="How attention state is held. Default: q4."),
     click.option("--ram-budget", help="RAM for attention state, as 512MiB or 4GB. Default: 1GiB."),
     click.option("--max-context", type=click.IntRange(64), help="Tokens of context at most."),
     click.option(

@@ -15,7 +15,7 @@ from agentmem.transfers import Progress as Report
 
 KEPT = {
     "state": "it continues where it was",
-    "tokens": "its state is computed again at its next turn, because the model or the KV format is another one",
+    "tokens": "its state is computed again at its next turn, because the model, the KV format or its calibration is another one",
     "messages": "only its messages are of use here, because the tokenizer or the chat template is another one",
 }
 

@@ -44,9 +44,10 @@ class Code:
 class KVFormat:
     """A named way to hold keys and values.
 
-    `keys`/`values` of None keep 16 bits. `rotation` is an orthogonal map along head_dim that is applied to keys as they
-    enter the cache and to queries at attention, so that scores do not change. `raw_first_page` keeps the first page, which
-    holds the attention sink, in 16 bits.
+    `keys`/`values` of None keep 16 bits. `rotation` names the map that keys go through as they enter the cache and queries at
+    attention, so that scores do not change: "none", "hadamard" along head_dim, or "calibrated" (static mean, scale per channel,
+    then Hadamard; see `agentmem.quant.calibration`). `raw_first_page` keeps the first page, which holds the attention sink, in
+    16 bits.
     """
 
     name: str
@@ -58,6 +59,10 @@ class KVFormat:
     @property
     def packs(self) -> bool:
         return self.keys is not None and self.values is not None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.rotation == "calibrated"
 
     def identity(self) -> dict[str, object]:
         """Every field that changes stored bytes, for the fingerprint."""
@@ -86,6 +91,8 @@ def _plain(name: str, key_bits: int, value_bits: int, rotation: str = "none") ->
 FORMATS: dict[str, KVFormat] = {
     f.name: f
     for f in (
+        _plain("q4", 4, 4, rotation="calibrated"),
+        _plain("q3", 3, 3, rotation="calibrated"),
         _plain("q4-plain", 4, 4),
         _plain("q4-rotated", 4, 4, rotation="hadamard"),
         _plain("k8v4-plain", 8, 4),

@@ -6,7 +6,11 @@ invertible linear map that queries undo, and one vector taken off every key, lea
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import mlx.core as mx
+import numpy as np
 
 from agentmem.quant.attention import rotate
 
@@ -24,3 +28,44 @@ class KeyMap:
     def queries(self, queries: mx.array) -> mx.array:
         """queries [batch, query heads, n, key_dim] of the model -> the same shape and dtype, for stored keys."""
         return rotate(queries, self._rotation)
+
+
+class CalibratedMap(KeyMap):
+    """Keys k become ((k - mean) / scale) H and queries q become (q scale) H, each head with values of its own.
+
+    mean, scale float32 [heads, key_dim], scales powers of two; `dtype` is that of the model. Both maps are one product
+    with a matrix whose elements a half-precision type holds exactly, so that each result is rounded once.
+    """
+
+    def __init__(self, mean: np.ndarray, scale: np.ndarray, dtype: mx.Dtype) -> None:
+        self._heads, dim = mean.shape
+        signs, block = hadamard(dim)
+        norm = 2.0 ** -round(math.log2(block) / 2)
+        forward = signs * (norm / scale)[:, :, None]
+        back = signs * (scale / (block * norm))[:, :, None]
+        # Queries of other dims than powers of two would be scaled by a rounded factor in half precision.
+        exact = math.log2(block).is_integer()
+        self._forward = mx.array(forward).astype(dtype)
+        self._shift = mx.array(-mean[:, None, :] @ forward).astype(dtype)
+        self._back = mx.array(back).astype(dtype if exact else mx.float32)
+
+    def keys(self, keys: mx.array) -> mx.array:
+        return mx.addmm(self._shift, keys, self._forward)
+
+    def queries(self, queries: mx.array) -> mx.array:
+        grouped = queries.reshape(queries.shape[0], self._heads, -1, queries.shape[-1])
+        return (grouped @ self._back).astype(queries.dtype).reshape(queries.shape)
+
+
+@cache
+def hadamard(dim: int) -> tuple[np.ndarray, int]:
+    """A matrix of orthogonal rows along `dim`, float32 [dim, dim], and b, the length of its blocks: H H^T = b I.
+
+    Elements are 1 and -1 within the blocks and 0 outside. One block where a Hadamard matrix of that order is known to MLX
+    (m 2^k with m of 1, 12, 20, 28), else as many of the largest power of two that divides `dim`.
+    """
+    power = dim & -dim
+    whole = any(dim % m == 0 and (dim // m).bit_count() == 1 for m in (1, 12, 20, 28))
+    block = dim if whole else power
+    signs = np.sign(np.array(mx.hadamard_transform(mx.eye(block, stream=mx.cpu), stream=mx.cpu)))
+    return np.kron(np.eye(dim // block, dtype=np.float32), signs).astype(np.float32), block

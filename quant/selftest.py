@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from agentmem.quant.attention import Path, dequantised_history, rotate
+from agentmem.quant.attention import Path, dequantised_history
 from agentmem.quant.device import backend
 from agentmem.quant.format import KVFormat, LayerShape
 from agentmem.quant.paths import candidates
@@ -80,17 +82,17 @@ class _Stored:
 
 def path_error(path: Path, codec: RowCodec, query_heads: int, dtype: mx.Dtype, chunk: int) -> float:
     """Largest deviation of one path from float64 arithmetic over the same stored rows; infinite when it stores other rows."""
-    shape, rotation = codec.shape, codec.format.rotation
+    shape = codec.shape
     parts = mx.random.split(mx.random.key(7), 5)
     total = RAW_ROWS + PACKED_ROWS + TAIL_ROWS
 
     def normal(key: mx.array, *dims: int) -> mx.array:
         return mx.random.normal(dims, key=key).astype(dtype)
 
-    q = rotate(normal(parts[0], 1, query_heads, chunk, shape.key_dim), rotation)
-    new_k = rotate(normal(parts[1], 1, shape.heads, chunk, shape.key_dim), rotation)
+    q = normal(parts[0], 1, query_heads, chunk, shape.key_dim)
+    new_k = normal(parts[1], 1, shape.heads, chunk, shape.key_dim)
     new_v = normal(parts[2], 1, shape.heads, chunk, shape.value_dim)
-    old_k = rotate(normal(parts[3], shape.heads, total, shape.key_dim), rotation)
+    old_k = normal(parts[3], shape.heads, total, shape.key_dim)
     rows = codec.raw(old_k, normal(parts[4], shape.heads, total, shape.value_dim))
     stored = _Stored(codec, rows[:-TAIL_ROWS], rows[-TAIL_ROWS:])
     out, new_rows = path(codec, stored, q, new_k, new_v, scale=shape.key_dim**-0.5)
@@ -128,7 +130,7 @@ def _bound(dtype: mx.Dtype) -> float:
 
 def self_test(
     format: KVFormat, shape: LayerShape, query_heads: int, dtype: mx.Dtype, stored: mx.Dtype
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Run every path; returns `{"code_error", "paths": {name: {"error", "ok"}}}`. A path that is off is not offered.
 
     Raises RuntimeError when no path is right, since then no answer of this device could be trusted.
@@ -144,7 +146,7 @@ def self_test(
         raise RuntimeError(
             f"packing is broken on this device: an element is {steps:.2f} quantisation steps off"
         )
-    paths: dict[str, dict[str, object]] = {}
+    paths: dict[str, dict[str, Any]] = {}
     for name, path in candidates(codec).items():
         error = _error_or_inf(name, path, codec, query_heads, dtype)
         paths[name] = {"error": error, "ok": error <= bound}
@@ -153,3 +155,20 @@ def self_test(
     if not any(p["ok"] for p in paths.values()):
         raise RuntimeError("no attention path passes the self-test on this device; see the log")
     return {"code_error": steps, "paths": paths}
+
+
+def self_tests(codecs: Sequence[RowCodec], query_heads: int, dtype: mx.Dtype) -> dict[str, Any]:
+    """`self_test` for layers of several codecs: the worst of each figure; a path must be right for all of them.
+
+    Raises RuntimeError as that does, also when no path serves all.
+    """
+    results = [self_test(c.format, c.shape, query_heads, dtype, c.stored) for c in codecs]
+    names = [name for name in results[0]["paths"] if all(name in r["paths"] for r in results)]
+    paths = {name: _worst([r["paths"][name] for r in results]) for name in names}
+    if not any(p["ok"] for p in paths.values()):
+        raise RuntimeError("no attention path passes the self-test for all layers; see the log")
+    return {"code_error": max(r["code_error"] for r in results), "paths": paths}
+
+
+def _worst(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"error": max(o["error"] for o in outcomes), "ok": all(o["ok"] for o in outcomes)}

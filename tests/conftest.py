@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import platformdirs
 import pytest
 
+# Converted models, and what formats measure of models, are kept between test runs.
+os.environ.setdefault("AGENTMEM_MODELS", f"{platformdirs.user_cache_dir('agentmem-tests', False)}/models")
 # Matrices of tiny models are too small to share: a second thread only waits, and burns as much time again.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -1,13 +1,14 @@
-"""`python -m agentmem.bench restore|store ...`: what `agentmem bench` runs. JSON on stdout, progress on stderr."""
+"""`python -m agentmem.bench restore|store|formats ...`: what `agentmem bench` runs. JSON on stdout, progress on stderr."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
-from agentmem.home import default_home
+from agentmem.home import Home, default_home
 
 
 def _say(text: str) -> None:
@@ -141,6 +142,46 @@ def attention(as_json: bool, **options: Any) -> None:
 
     result = run(**options, say=_say)
     click.echo(json.dumps(result) if as_json else _checks(result))
+
+
+@bench.command()
+@click.option(
+    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
+)
+@click.option("--format", "names", multiple=True, help="A format to measure; repeatable. Default: all.")
+@click.option(
+    "--text", "files", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text to measure on; repeatable. Default: four texts of this project's own.",
+)  # fmt: skip
+@click.option("--history", default=640, help="Tokens of a text that are held in the format.")
+@click.option("--next", "fed", default=128, help="Tokens that are predicted over them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def formats(
+    model: str, names: tuple[str, ...], files: tuple[Path, ...], history: int, fed: int, as_json: bool
+) -> None:
+    """What each KV format costs: divergence from the predictions of a run without packing."""
+    from agentmem.bench.formats import FORMATS, own_texts, run
+    from agentmem.model.loaded import load
+
+    texts = {f.name: f.read_text(encoding="utf-8") for f in files} or own_texts()
+    home = Home(default_home())
+    loaded = load(model, home.root)
+    try:
+        result = run(
+            loaded, names or FORMATS, texts, history=history, fed=fed, calibrations=home.calibration, say=_say
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(json.dumps(result) if as_json else _format_table(result))
+
+
+def _format_table(result: dict[str, Any]) -> str:
+    lines = ["format       bits  mean KL      p95    top-1"]
+    lines += [
+        f"{r['format']:11s} {r['bits']:5.2f}  {r['kl']:7.4f}  {r['kl_p95']:7.4f}  {r['top1']:7.3f}"
+        for r in result["rows"]
+    ]
+    return "\n".join([*lines, _checks(result)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("restore", ("--json", "--model", "--shape", "--tokens")), ("store", ("--json", "--pages", "--turns"))],
+    [
+        ("restore", ("--json", "--model", "--shape", "--tokens")),
+        ("store", ("--json", "--pages", "--turns")),
+        ("formats", ("--json", "--model", "--format", "--text")),
+    ],
 )
 def test_help_is_that_of_the_benchmark(name: str, options: tuple[str, ...]) -> None:
     result = bench(name, "--help")

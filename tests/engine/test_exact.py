@@ -45,7 +45,10 @@ def check_trace(
     settings = Settings(
         home=home, ram_budget="48MiB", page_tokens=page_tokens, chunk_tokens=128, kv_format=format
     )
-    reference = Uninterrupted(model(), format=format, page_tokens=page_tokens, chunk_tokens=128)
+    reference = Uninterrupted(
+        model(), format=format, page_tokens=page_tokens, chunk_tokens=128,
+        calibrations=settings.paths.calibration,
+    )  # fmt: skip
     runtime = Runtime.open(settings, lambda: recorded(model(), logits))
     messages = [{"role": "system", "content": f"You are {agent}."}]
     previous = 0
@@ -97,7 +100,7 @@ def test_tiny_traces(tmp_path: Path, group: int) -> None:
     for i in range(PER_TEST):
         rng = random.Random(1000 * group + i)
         seed, page = rng.randrange(50), rng.choice([16, 32, 64])
-        format = rng.choice(["q4-plain", "q4-plain", "q4-rotated", "k8v4-plain", "fp16"])
+        format = rng.choice(["q4", "q4", "q3", "q4-plain", "q4-rotated", "k8v4-plain", "fp16"])
         architecture = rng.choice(["llama", "llama", "qwen3"])
         check_trace(
             tmp_path / str(i), lambda a=architecture, s=seed: random_model(a, seed=s), rng, f"agent-{i}",
@@ -113,9 +116,7 @@ def test_tiny_traces_in_device_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     for i in (range(3), range(3, 12))[group]:
         rng = random.Random(900_000 + i)
         model = random_model("llama", seed=i)
-        check_trace(
-            tmp_path / str(i), lambda m=model: m, rng, "gpu", longest=60, page_tokens=32, format="q4-plain"
-        )
+        check_trace(tmp_path / str(i), lambda m=model: m, rng, "gpu", longest=60, page_tokens=32, format="q4")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def smollm() -> LoadedModel:
 def test_smollm_traces(tmp_path: Path, smollm: LoadedModel, trace: int) -> None:
     """The same on the embedded model, with messages from one token to over three pages."""
     rng = random.Random(7000 + trace)
-    check_trace(tmp_path, lambda: smollm, rng, "smol", longest=75, page_tokens=32, format="q4-plain")
+    check_trace(tmp_path, lambda: smollm, rng, "smol", longest=75, page_tokens=32, format="q4")
 
 
 @pytest.mark.parametrize("edit", ["last reply", "middle", "truncated", "system prompt", "regenerate"])

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
-from agentmem.engine import seam
 from agentmem.engine.conversation import Conversation, Span
+from agentmem.engine.layout import layout
 from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
-from agentmem.quant.format import kv_format, stored_dtype
 from agentmem.quant.paths import chosen
-from agentmem.quant.rows import RowCodec
-from agentmem.quant.selftest import self_test
+from agentmem.quant.selftest import self_tests
 
 
 class Recorder(nn.Module):
@@ -43,18 +41,13 @@ class Uninterrupted:
     """Greedy turns of one conversation on one thread. `turn` returns (reply text, logits that chose its first token)."""
 
     def __init__(
-        self, model: LoadedModel, *, format: str = "q4-plain", page_tokens: int = 64, chunk_tokens: int = 512
-    ) -> None:
+        self, model: LoadedModel, *, format: str = "q4", page_tokens: int = 64, chunk_tokens: int = 512,
+        calibrations: Path | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.chunk_tokens = model, chunk_tokens
-        seam.install(model.model)
-        shapes, heads, dtype = seam.probe(model.model)
-        chosen_format = kv_format(format)
-        codecs = tuple(RowCodec(s, chosen_format.for_shape(s), stored_dtype(dtype)) for s in shapes)
-        geometry = Geometry(codecs, page_tokens)
-        self.pool = Pool(geometry, 2000 * geometry.slot_bytes, "uninterrupted")
-        self.table = Table(
-            self.pool, chosen(self_test(chosen_format, shapes[0], heads, dtype, stored_dtype(dtype)))
-        )
+        plan = layout(model, format, page_tokens, calibrations)
+        self.pool = Pool(plan.geometry, 2000 * plan.geometry.slot_bytes, "uninterrupted")
+        self.table = Table(self.pool, chosen(self_tests(plan.codecs, plan.query_heads, plan.dtype)))
         self.conversation = Conversation(model.tokenizer)
 
     def _feed(self, tokens: list[int]) -> np.ndarray:

@@ -23,6 +23,8 @@ TURNS = {
 }
 FORKS = {"dora": ("ada", 2)}
 NEXT = "go on"
+KV_FORMAT = "q4-plain"
+"""A format without values of a machine's own: what is stored must be found by its fingerprint anywhere."""
 
 
 def told(runtime: Runtime) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def make(folder: Path) -> None:
     """A home with three agents and a fork, and beside it what it holds."""
     shutil.rmtree(folder, ignore_errors=True)
     home = folder / "home"
-    runtime = open_runtime(home)
+    runtime = open_runtime(home, kv_format=KV_FORMAT)
     for agent, texts in TURNS.items():
         for text in texts:
             turn(runtime, agent, text)
@@ -64,7 +66,7 @@ def make(folder: Path) -> None:
     for leftover in ("logs", "models"):
         shutil.rmtree(home / leftover, ignore_errors=True)
     copy = Path(shutil.copytree(home, folder / "copy"))
-    again = open_runtime(copy)
+    again = open_runtime(copy, kv_format=KV_FORMAT)
     (folder / "expected.json").write_text(json.dumps(told(again), indent=1, ensure_ascii=False) + "\n")
     again.close()
     shutil.rmtree(copy)

@@ -11,7 +11,7 @@ import pytest
 
 from agentmem import __version__
 from agentmem.quant.device import backend
-from tests.golden.make import FOLDER, make, told
+from tests.golden.make import FOLDER, KV_FORMAT, make, told
 from tests.runtime.agents import open_runtime
 
 HOMES = sorted(p.parent.name for p in FOLDER.glob("*/expected.json"))
@@ -29,7 +29,7 @@ def known(release: str) -> dict[str, Any]:
 def test_the_home_of_a_release_is_read_and_goes_on(tmp_path: Path, release: str) -> None:
     expected = known(release)
     home = Path(shutil.copytree(FOLDER / release / "home", tmp_path / "home"))
-    runtime = open_runtime(home)
+    runtime = open_runtime(home, kv_format=KV_FORMAT)
     assert runtime._store.salvage is None
     assert told(runtime) == expected
     assert runtime.upkeep.verify(deep=True)["ok"]

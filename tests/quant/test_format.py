@@ -8,8 +8,8 @@ from agentmem.quant.format import FORMATS, Code, LayerShape, kv_format
 
 
 def test_unknown_format_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown kv_format 'q3'.*fp16.*q4-plain"):
-        kv_format("q3")
+    with pytest.raises(ValueError, match=r"unknown kv_format 'q5'.*fp16.*q4, q4-plain"):
+        kv_format("q5")
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ def test_group_is_64_where_it_divides_the_head_dims_and_32_else(
 def test_fitting_keeps_everything_but_the_group() -> None:
     fitted = kv_format("q4-rotated").for_shape(LayerShape(2, 32, 32))
     assert (fitted.name, fitted.rotation, fitted.raw_first_page) == ("q4-rotated", "hadamard", True)
+    calibrated = kv_format("q4").for_shape(LayerShape(2, 32, 32))
+    assert (calibrated.name, calibrated.calibrated, calibrated.keys) == ("q4", True, Code(4, 32))
     k8 = kv_format("k8v4-plain").for_shape(LayerShape(2, 32, 32))
     assert k8.keys == Code(8, 32)
     assert k8.values == Code(4, 32)
@@ -45,7 +47,7 @@ def test_fp16_takes_any_head_dim() -> None:
 
 def test_identities_of_formats_differ() -> None:
     identities = [str(f.identity()) for f in FORMATS.values()]
-    assert len(set(identities)) == len(FORMATS) == 5
+    assert len(set(identities)) == len(FORMATS) == 7
     assert all(name == f.name for name, f in FORMATS.items())
     narrow = kv_format("q4-plain").for_shape(LayerShape(2, 32, 32))
     assert narrow.identity() != kv_format("q4-plain").identity()

@@ -111,6 +111,8 @@ def test_fp16_format_does_not_touch_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "ratio"),
     [
+        ("q4", 0.28125),
+        ("q3", 0.21875),
         ("q4-plain", 0.28125),
         ("q4-rotated", 0.28125),
         ("q8-plain", 0.53125),

@@ -52,7 +52,8 @@ def test_each_goes_its_own_way(tmp_path: Path) -> None:
 
 
 def test_a_fork_of_an_earlier_turn_survives_its_parent_and_a_restart(tmp_path: Path) -> None:
-    runtime = open_runtime(tmp_path)
+    # In 8 bits: the fork finds rows packed that its parent still had whole.
+    runtime = open_runtime(tmp_path, kv_format="q8-plain")
     turn(runtime, "planner", LONG)
     second = text(runtime, "planner", "the second")
     turn(runtime, "planner", "the third")
@@ -62,7 +63,7 @@ def test_a_fork_of_an_earlier_turn_survives_its_parent_and_a_restart(tmp_path: P
     assert fork["tokens"] < runtime.agent("planner")["tokens"]
     runtime.forget("planner")
     runtime.close()
-    runtime = open_runtime(tmp_path)
+    runtime = open_runtime(tmp_path, kv_format="q8-plain")
     for name in ("early", "child"):
         finished = turn(runtime, name, "the second")
         assert finished.text == second
@@ -70,7 +71,7 @@ def test_a_fork_of_an_earlier_turn_survives_its_parent_and_a_restart(tmp_path: P
         assert memory(finished)["prefilled_tokens"] < 100
     runtime.forget("early")
     runtime.close()
-    runtime = open_runtime(tmp_path)
+    runtime = open_runtime(tmp_path, kv_format="q8-plain")
     assert [a["agent"] for a in runtime.agents()] == ["child"]
     assert runtime.agent("child")["turns"] == 1
     turn(runtime, "child", "still here?")

@@ -280,7 +280,7 @@ def test_another_model_or_format_sees_words_but_no_state(tmp_path: Path) -> None
     ("options", "says"),
     [
         ({"ram_budget": 1000}, "ram_budget 1000 bytes holds 0"),
-        ({"kv_format": "q3"}, "unknown kv_format 'q3'"),
+        ({"kv_format": "q5"}, "unknown kv_format 'q5'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, options: dict[str, Any], says: str) -> None:

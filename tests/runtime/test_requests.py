@@ -166,10 +166,11 @@ def test_a_failing_sequence_fails_alone(
 def test_many_agents_at_once_all_get_their_own_answer(tmp_path: Path) -> None:
     names = [f"agent-{i}" for i in range(8)]
     texts = [LONG[: 40 * i + 7] + str(i) for i in range(8)]
-    one = open_runtime(tmp_path / "one")
+    # In 8 bits: who comes first decides which rows of a common prefix are packed when the others read them.
+    one = open_runtime(tmp_path / "one", kv_format="q8-plain")
     want = [[turn(one, n, t).text, turn(one, n, "and then?").text] for n, t in zip(names, texts, strict=True)]
     one.close()
-    runtime = open_runtime(tmp_path / "many")
+    runtime = open_runtime(tmp_path / "many", kv_format="q8-plain")
 
     def both(pair: tuple[str, str]) -> list[str]:
         return [turn(runtime, pair[0], pair[1]).text, turn(runtime, pair[0], "and then?").text]

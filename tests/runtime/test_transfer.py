@@ -68,7 +68,7 @@ def talk(runtime: Runtime, agent: str = "ada") -> None:
     turn(runtime, agent, "and then", session="side", max_tokens=3)
 
 
-@pytest.mark.parametrize("kv_format", ["q4-plain", "fp16"])
+@pytest.mark.parametrize("kv_format", ["q4", "fp16"])
 def test_round_trip_continues_like_the_uninterrupted_run(
     opened: Opened, carried: Carried, kv_format: str
 ) -> None:

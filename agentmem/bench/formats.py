@@ -1,0 +1,165 @@
+"""`bench formats`: what each KV format costs the model's predictions.
+
+The first tokens of a text are held in a format, and the next ones are predicted over them, the text's own tokens fed. Compared
+are the predictions of a run whose keys and values are not packed at all. What is held is the same keys and values for every
+format: those of that run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from agentmem.bench.checks import check
+from agentmem.blockpool.pool import Pool
+from agentmem.engine import conversation
+from agentmem.engine.layout import Layout, layout
+from agentmem.engine.table import Table
+from agentmem.model.loaded import LoadedModel
+from agentmem.quant.device import backend
+from agentmem.quant.paths import chosen
+from agentmem.quant.selftest import self_tests
+
+Say = Callable[[str], None]
+
+FORMATS = ("q4", "q4-plain", "q4-rotated", "q3", "k8v4-plain", "q8-plain", "fp16")
+PAGE = 64
+
+
+def own_texts() -> dict[str, str]:
+    """Texts that no calibration has seen, written for this project: the demo's three handbooks, and a file of its source."""
+    folder = resources.files("agentmem.cli").joinpath("texts")
+    prose = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".txt")}
+    return dict(sorted(prose.items())) | {"conversation.py": inspect.getsource(conversation)}
+
+
+class _Layer:
+    """A cache that notes the keys and values of one layer."""
+
+    offset = 0
+
+    def __init__(self) -> None:
+        self.keys = self.values = mx.zeros((0,))
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def make_mask(self, n: int, **_: Any) -> str:
+        return "causal"
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:  # fmt: skip
+        self.keys, self.values = keys, values
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask="causal", sinks=sinks
+        )
+
+
+class _Rows:
+    """Rows of one layer, as a layer view gives them after a forward pass."""
+
+    def __init__(self, rows: mx.array) -> None:
+        self._rows = rows
+
+    def raw_rows(self) -> mx.array:
+        return self._rows
+
+
+class Reading:
+    """One text, read without packing: `layers` hold keys and values, `wanted` is log p [fed, vocab] of the last tokens."""
+
+    def __init__(self, model: LoadedModel, ids: Sequence[int], history: int) -> None:
+        self._model, self._ids, self._history = model, list(ids), history
+        self.layers = [_Layer() for _ in model.model.layers]
+        logits = model.model(mx.array([self._ids]), cache=self.layers)
+        self.wanted = _log_p(logits[0, history:])
+        mx.eval(self.wanted, [(x.keys, x.values) for x in self.layers])
+
+    def again(self, plan: Layout) -> mx.array:
+        """The same predictions over a history that is held as `plan` says."""
+        geometry = plan.geometry
+        slots = geometry.worst_slots(len(self._ids))
+        pool = Pool(geometry, slots * geometry.slot_bytes, "bench")
+        table = Table(pool, chosen(self_tests(plan.codecs, plan.query_heads, plan.dtype)))
+        held: Any = [
+            _Rows(
+                codec.raw(
+                    key_map.keys(layer.keys[:, :, : self._history])[0], layer.values[0, :, : self._history]
+                )
+            )
+            for codec, key_map, layer in zip(geometry.codecs, geometry.key_maps, self.layers, strict=True)
+        ]
+        arrays, apply = table.absorb(held, self._ids[: self._history])
+        mx.eval(arrays)
+        apply()
+        got = _log_p(self._model.model(mx.array([self._ids[self._history :]]), cache=table.views())[0])
+        mx.eval(got)
+        table.release()
+        return got
+
+
+def _log_p(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def run(
+    model: LoadedModel, names: Sequence[str], texts: Mapping[str, str], *, history: int, fed: int,
+    calibrations: Path | None, say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    """The whole benchmark. Texts that are shorter than `history + fed` tokens are refused with ValueError."""
+    plans = {name: layout(model, name, PAGE, calibrations) for name in names}
+    divergence: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    agreement: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for title, text in texts.items():
+        ids = model.tokenizer.encode(text)[: history + fed]
+        if len(ids) < history + fed:
+            raise ValueError(f"{title} has {len(ids)} tokens; {history + fed} are needed")
+        reading = Reading(model, ids, history)
+        for name, plan in plans.items():
+            got = reading.again(plan)
+            lost = (mx.exp(reading.wanted) * (reading.wanted - got)).sum(-1)
+            divergence[name].append(np.array(lost))
+            agreement[name].append(np.array(reading.wanted.argmax(-1) == got.argmax(-1)))
+            say(f"{title}: {name} {divergence[name][-1].mean():.4f}")
+    rows = [_row(name, plans[name], divergence[name], agreement[name]) for name in names]
+    return {
+        "schema_version": 1,
+        "model": model.name,
+        "backend": backend(),
+        "texts": list(texts),
+        "history": history,
+        "fed": fed,
+        "rows": rows,
+        "checks": checks(rows),
+    }
+
+
+def _row(
+    name: str, plan: Layout, divergence: list[np.ndarray], agreement: list[np.ndarray]
+) -> dict[str, Any]:
+    lost, geometry = np.concatenate(divergence), plan.geometry
+    return {
+        "format": name,
+        "bits": 16 * geometry.packed_row_bytes / geometry.raw_row_bytes,
+        "kl": float(lost.mean()),
+        "kl_p95": float(np.percentile(lost, 95)),
+        "kl_texts": [float(x.mean()) for x in divergence],
+        "top1": float(np.concatenate(agreement).mean()),
+    }
+
+
+def checks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is promised of the default format."""
+    kl = {row["format"]: row["kl"] for row in rows}
+    if not {"q4", "q4-plain"} <= kl.keys() or kl["q4-plain"] == 0:
+        return []
+    return [check("mean KL of q4 / of q4-plain", kl["q4"] / kl["q4-plain"], 0.5, "ratio", True)]

@@ -1,0 +1,99 @@
+"""Calibrating a model: it reads one short text, and what that says of its keys decides how they are packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from agentmem.model.calibration_file import CalibrationFile
+from agentmem.model.loaded import LoadedModel
+from agentmem.model.progress import Progress, silent
+from agentmem.quant.calibration import Calibration, Correction, corrected
+from agentmem.quant.rows import RowCodec
+
+TOKENS = 512
+POSITIONS = (0, 720, 2160, 5040)
+"""Where the pieces of the text are read: keys turn with their position, and a mean over the first ones fits no others."""
+SINK = 16
+"""Leading tokens of a piece that do not count: attention's sink is kept in 16 bits."""
+
+
+def calibration(
+    model: LoadedModel, codecs: Sequence[RowCodec], folder: Path | None, progress: Progress = silent
+) -> Calibration:
+    """The model's calibration for these codecs, from its file in `folder` or made and kept there; None keeps nothing.
+
+    Precondition: `seam.install` has seen the model.
+    """
+    if folder is None:
+        return calibrated(model, codecs)
+    shapes = [codec.shape for codec in codecs]
+    packing = [[str(codec.shape), str(codec.format.keys), str(codec.stored)] for codec in codecs]
+    file = CalibrationFile(folder, model.identity, [str(model.dtype), packing])
+    kept = file.read(shapes)
+    if kept is None:
+        progress("calibrating the KV format", None)
+        kept = calibrated(model, codecs)
+        file.write(kept)
+    return kept
+
+
+class _Observed:
+    """A cache that notes the queries and keys of one layer, at positions from `offset` on."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.scale = 1.0
+        self.queries = self.keys = mx.zeros((0,))
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def make_mask(self, n: int, **_: Any) -> str:
+        return "causal"
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:  # fmt: skip
+        self.queries, self.keys, self.scale = queries[0, :, SINK:], keys[0, :, SINK:], scale
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask="causal", sinks=sinks
+        )
+
+
+def calibrated(model: LoadedModel, codecs: Sequence[RowCodec]) -> Calibration:
+    """Read the text and measure; takes as long as a prompt of `TOKENS` tokens."""
+    pieces = [_observe(model, ids, at, len(codecs)) for ids, at in _pieces(model)]
+    layers: list[Correction] = []
+    for codec, *seen in zip(codecs, *pieces, strict=True):
+        assert codec.format.keys is not None
+        layers.append(
+            corrected(
+                mx.concatenate([s.keys for s in seen], axis=1),
+                mx.concatenate([s.queries for s in seen], axis=1),
+                scale=seen[0].scale, code=codec.format.keys, stored=codec.stored,
+            )
+        )  # fmt: skip
+    return Calibration(tuple(layers))
+
+
+def _pieces(model: LoadedModel) -> list[tuple[list[int], int]]:
+    """The text's token ids in as many pieces as there are positions, and where each begins."""
+    text = resources.files("agentmem.model").joinpath("calibration.txt").read_text(encoding="utf-8")
+    ids = model.tokenizer.encode(text)[:TOKENS]
+    n = len(ids) // len(POSITIONS)
+    last = max(0, model.max_context - n)
+    return [(ids[i * n : (i + 1) * n], min(at, last)) for i, at in enumerate(POSITIONS)]
+
+
+def _observe(model: LoadedModel, ids: list[int], offset: int, layers: int) -> list[_Observed]:
+    """One pass over `ids`, of which nothing but queries and keys is computed."""
+    seen = [_Observed(offset) for _ in range(layers)]
+    model.model(mx.array([ids]), cache=seen)
+    mx.eval([(s.queries, s.keys) for s in seen])
+    return seen
