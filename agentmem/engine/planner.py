@@ -72,7 +72,7 @@ class Planner:
             )
         if sequence.generate:
             sequence.reply = Reply(self._tokenizer.detokenizer(), request.stop)
-            sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62))
+            sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62), sequence.ids)
 
     def _fit(self, sequence: Sequence) -> None:
         prompt, asked = len(sequence.ids), sequence.request.max_tokens

@@ -12,6 +12,10 @@ from agentmem.errors import AgentMemError, BadRequest
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 
 State = Literal["hot", "warm", "cold"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+MAX_CHOICES = 8
+MAX_TOP_LOGPROBS = 20
 
 
 def check_name(name: str, what: str = "agent") -> str:
@@ -27,7 +31,10 @@ def check_name(name: str, what: str = "agent") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy. `seed` makes a sampled reply repeatable."""
+    """How the next token is chosen. temperature 0 is greedy. `seed` makes a sampled reply repeatable.
+
+    `repetition_penalty` divides what speaks for the tokens of the prompt and of the reply; 1 changes nothing.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -36,6 +43,7 @@ class Sampling:
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = field(default_factory=dict)
 
 
@@ -46,6 +54,8 @@ class ChatRequest:
     `persist=False` makes a new agent that lives in RAM only. `messages` are normalised:
     `{"role": system|user|assistant|tool, "content": str}`. With `history="client"` they are
     the whole conversation, with `"server"` they follow the session's stored conversation.
+    `n` replies are made to one prompt; the session keeps the first. `top_logprobs`: how many of the
+    likeliest tokens to report beside each token of a reply, 0 for the token alone, None for nothing.
     """
 
     agent: str
@@ -59,6 +69,8 @@ class ChatRequest:
     persist: bool | None = None
     identity_source: str = "agentmem"
     tools: list[dict[str, Any]] | None = None
+    n: int = 1
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         check_name(self.agent)
@@ -68,6 +80,10 @@ class ChatRequest:
             raise BadRequest("messages is empty; send at least one message", param="messages")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", param="max_tokens")
+        if not 1 <= self.n <= MAX_CHOICES:
+            raise BadRequest(f"n must be 1 to {MAX_CHOICES}", param="n")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise BadRequest(f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}", param="top_logprobs")
 
 
 class MemoryUsage(TypedDict):
@@ -100,19 +116,53 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of a reply: its bytes, the natural logarithm of its probability, the likeliest tokens at its place."""
+
+    token: int
+    piece: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+Logprobs = tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """New reply text."""
+    """New text of the reply `index`. `logprobs`, when asked for, are of the tokens whose text is now shown."""
 
     text: str
+    index: int = 0
+    logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the replies of a turn."""
+
+    finish_reason: FinishReason
+    text: str
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The turn is over; with commit policy `full` it is on disk. `usage` has OpenAI's shape plus `agentmem`."""
+    """The turn is over; with commit policy `full` it is on disk. `usage` has OpenAI's shape plus `agentmem`.
 
-    finish_reason: Literal["stop", "length", "cancelled"]
+    The first three fields and `logprobs` are of the reply that is kept, `others` are the replies after it.
+    """
+
+    finish_reason: FinishReason
     text: str
     usage: dict[str, Any]
+    logprobs: Logprobs | None = None
+    others: tuple[Choice, ...] = ()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All replies, in order."""
+        return (Choice(self.finish_reason, self.text, self.logprobs), *self.others)
 
 
 @dataclass(frozen=True, slots=True)

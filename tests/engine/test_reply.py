@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.engine.reply import Reply
+from agentmem.engine.request import TokenLogprob
 
 
 class Pieces:
@@ -123,3 +124,83 @@ def test_what_is_shown_is_the_text_before_the_first_stop(
     assert seen.startswith(kept)
     for n in range(len(shown) + 1):
         assert whole.startswith("".join(shown[:n]))
+
+
+def logprob(token: int) -> TokenLogprob:
+    return TokenLogprob(token, b"", -float(token))
+
+
+def releases(pieces: list[str], stop: list[str], rest: str = "") -> list[tuple[str, list[int]]]:
+    """Text and tokens with log probabilities, step by step."""
+    reply, out = Reply(Pieces(pieces, rest), stop), []
+    for token in range(len(pieces)):
+        text = reply.add(token, logprob(token))
+        out.append((text, [one.token for one in reply.release()]))
+        if reply.stopped:
+            break
+    text = reply.finish()
+    out.append((text, [one.token for one in reply.release()]))
+    assert [one.token for one in reply.released()] == [t for _, tokens in out for t in tokens]
+    assert reply.release() == ()
+    return out
+
+
+def test_log_probabilities_come_with_the_text_of_their_token() -> None:
+    assert releases(["a", "b"], []) == [("a", [0]), ("b", [1]), ("", [])]
+
+
+def test_log_probabilities_wait_with_text_that_is_held_back() -> None:
+    assert releases(["ab", "c", "x"], ["bcd"]) == [("a", []), ("", []), ("bcx", [0, 1, 2]), ("", [])]
+    assert releases(["ab", "bc"], ["bcd"]) == [("a", []), ("b", [0]), ("bc", [1])]
+
+
+def test_parts_of_a_character_come_out_with_it() -> None:
+    assert releases(["a", "", "", "é"], []) == [("a", [0]), ("", []), ("", []), ("é", [1, 2, 3]), ("", [])]
+    assert releases(["a", "", ""], [], rest="\ufffd") == [("a", [0]), ("", []), ("", []), ("\ufffd", [1, 2])]
+    assert releases(["", "a"], []) == [("", []), ("a", [0, 1]), ("", [])]
+    assert releases(["a", ""], []) == [("a", [0]), ("", []), ("", [1])]
+
+
+def test_tokens_of_the_stop_string_have_no_log_probabilities() -> None:
+    assert releases(["one", "\nUs", "er: two", "never"], ["\nUser:"]) == [
+        ("one", [0]),
+        ("", []),
+        ("", []),
+        ("", []),
+    ]
+    assert releases(["one S", "TOP two"], ["STOP"]) == [("one ", []), ("", []), ("", [0])]
+    assert releases(["one STOP"], ["one"]) == [("", []), ("", [])]
+
+
+def test_a_reply_without_log_probabilities_releases_none() -> None:
+    reply = Reply(Pieces(["a", "b"]), [])
+    reply.add(0)
+    assert reply.release() == reply.released() == ()
+
+
+@given(
+    pieces=st.lists(st.text("abX", max_size=4), max_size=12),
+    stop=st.lists(st.text("abX", min_size=1, max_size=4), max_size=3),
+    rest=st.text("abX", max_size=2),
+)
+@settings(max_examples=100, deadline=None)
+def test_log_probabilities_cover_exactly_the_shown_text(
+    pieces: list[str], stop: list[str], rest: str
+) -> None:
+    out = releases(pieces, stop, rest)
+    whole = "".join(pieces) + rest
+    shown, tokens = "", list[int]()
+    for text, new in out[:-1]:
+        shown += text
+        tokens += new
+        assert shown.startswith("".join(pieces[: len(tokens)])), "none is ahead of its text"
+    shown += out[-1][0]
+    tokens += out[-1][1]
+    assert tokens == list(range(len(tokens)))
+    if not any(s in whole for s in stop):
+        assert len(tokens) == len(pieces)
+        return
+    assert len("".join(pieces[: len(tokens)]) + rest) >= len(shown), "none is missing"
+    assert shown.startswith("".join(pieces[: max(0, len(tokens) - 1)])), (
+        "only the last one reaches into the stop"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agentmem.engine.request import Sampling
-from agentmem.engine.sampler import Sampler
+from agentmem.engine.sampler import Sampler, choose_batch
 
 PROBABILITIES = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = mx.array(np.log(PROBABILITIES).astype(np.float32))
@@ -78,6 +78,8 @@ def test_low_temperature_sharpens_and_high_flattens() -> None:
         ({"top_p": 0.45}, {0}),
         ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
         ({"top_p": 0.0}, {0}),
+        ({"top_p": 1e-40}, {0}),
+        ({"top_p": 0.99999999}, {0, 1, 2, 3, 4}),
         ({"min_p": 0.4}, {0, 1}),
         ({"min_p": 0.9}, {0}),
         ({"top_p": 0.95, "top_k": 2}, {0, 1}),
@@ -119,6 +121,91 @@ def test_penalties_count_the_reply() -> None:
     for _ in range(10):
         weak.saw(0)
     assert choice(weak, logits, 1) == 0, "presence does not count how often"
+
+
+def test_the_repetition_penalty_divides_what_speaks_for_the_prompt_and_the_reply() -> None:
+    logits = mx.array([2.0, 1.5, -1.0, -1.5])
+    s = Sampler(Sampling(repetition_penalty=2.0), 0, prompt=[0, 0])
+    assert choice(s, logits, 0) == 1, "once is as good as twice: 2.0 became 1.0"
+    s.saw(1)
+    assert choice(s, logits, 1) == 0, "1.5 became 0.75"
+    s.saw(0)
+    assert choice(s, logits, 2) == 0
+    below_zero = Sampler(Sampling(repetition_penalty=2.0), 0, prompt=[0, 1, 2])
+    assert choice(below_zero, mx.array([-1.0, -1.2, -1.1, -1.9]), 0) == 3
+    assert choice(Sampler(Sampling(repetition_penalty=2.0), 0), logits, 0) == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-9, 1e-5, 1e-3])
+def test_the_lowest_temperatures_choose_the_likeliest(temperature: float) -> None:
+    assert set(draw(50, temperature=temperature)) == {0}
+
+
+def test_siblings_have_seeds_of_their_own() -> None:
+    def tokens(s: Sampler) -> list[int]:
+        return [choice(s, LOGITS, i) for i in range(40)]
+
+    s = sampler(temperature=1.0, seed=7)
+    texts = [tokens(s), *(tokens(s.sibling(i)) for i in range(1, 8))]
+    assert len({tuple(t) for t in texts}) == 8
+    assert tokens(sampler(99, temperature=1.0, seed=7).sibling(3)) == texts[3]
+    assert tokens(sampler(temperature=1.0, seed=8)) not in texts
+    greedy = sampler(logit_bias={3: 100.0})
+    assert tokens(greedy.sibling(1)) == tokens(greedy)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"top_p": 0.0, "temperature": 1.0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.7, "seed": 4, "top_p": 0.8},
+    {"temperature": 1.3, "seed": 5, "top_k": 7},
+    {"temperature": 1.0, "seed": 6, "min_p": 0.05},
+    {"temperature": 0.9, "seed": 7, "top_p": 0.9, "top_k": 20, "min_p": 0.02},
+    {"frequency_penalty": 1.5},
+    {"presence_penalty": -2.0, "temperature": 1.0},
+    {"repetition_penalty": 1.8},
+    {"logit_bias": {5: 30.0, 6: -100.0}},
+    {},
+]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [SETTINGS, [{}] * 5, SETTINGS[2:7], SETTINGS[:1]], ids=len)
+def test_a_batch_chooses_what_each_sequence_would_choose_alone(
+    settings: list[dict[str, Any]], dtype: mx.Dtype
+) -> None:
+    def samplers() -> list[Sampler]:
+        return [Sampler(Sampling(**s), own, prompt=[own, 9]) for own, s in enumerate(settings)]
+
+    rng = np.random.default_rng(len(settings))
+    together, alone = samplers(), samplers()
+    said = set()
+    for step in range(12):
+        logits = mx.array(rng.normal(size=(len(settings), 64)).astype(np.float32) * 2).astype(dtype)
+        positions = [step + 3 * i for i in range(len(settings))]
+        tokens = np.array(choose_batch(together, logits, positions)).tolist()
+        assert tokens == [choice(s, logits[i], positions[i]) for i, s in enumerate(alone)]
+        for s, other, token in zip(together, alone, tokens, strict=True):
+            s.saw(token)
+            other.saw(token)
+        said.add(tuple(tokens))
+    assert len(said) > 1
+
+
+def test_who_else_is_in_the_batch_changes_nothing() -> None:
+    rng = np.random.default_rng(1)
+    logits = mx.array(rng.normal(size=(len(SETTINGS), 64)).astype(np.float32))
+
+    def chosen(order: list[int]) -> dict[int, int]:
+        samplers = [sampler(i, **SETTINGS[i]) for i in order]
+        tokens = choose_batch(samplers, logits[mx.array(order)], [i + 2 for i in order])
+        return dict(zip(order, np.array(tokens).tolist(), strict=True))
+
+    whole = chosen(list(range(len(SETTINGS))))
+    for _ in range(20):
+        some = rng.permutation(len(SETTINGS))[: rng.integers(1, len(SETTINGS))].tolist()
+        assert chosen(some).items() <= whole.items()
 
 
 def test_half_precision_logits_are_sampled_in_float32() -> None:
