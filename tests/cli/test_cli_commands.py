@@ -16,7 +16,7 @@ from agentmem.errors import AlreadyRunning, BadRequest, Forbidden, ModelUnavaila
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 
-PASSES_ARGUMENTS_ON = {"bench restore", "bench store"}
+PASSES_ARGUMENTS_ON = {"bench restore", "bench store", "bench formats"}
 
 
 def walk(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:

@@ -27,7 +27,7 @@ def opened(home: Path, model: LoadedModel) -> Runtime:
 
 CHANGES: dict[str, Callable[[Path], Runtime]] = {
     "page size": lambda home: start(home, page_tokens=32),
-    "format": lambda home: start(home, kv_format="q8-plain"),
+    "format": lambda home: start(home, kv_format="q4-plain"),
     "weights": lambda home: opened(home, changed(weights="0" * 64)),
     "tokenizer": lambda home: opened(home, changed(tokenizer="0" * 64)),
     "chat template": lambda home: opened(home, changed(chat_template="0" * 64)),

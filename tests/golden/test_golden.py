@@ -11,8 +11,8 @@ import pytest
 
 from agentmem import __version__
 from agentmem.quant.device import backend
-from tests.golden.make import FOLDER, KV_FORMAT, make, told
-from tests.runtime.agents import open_runtime
+from tests.golden.make import FOLDER, KV_FORMAT, NEXT, make, told
+from tests.runtime.agents import cached, memory, open_runtime, turn
 
 HOMES = sorted(p.parent.name for p in FOLDER.glob("*/expected.json"))
 
@@ -34,6 +34,21 @@ def test_the_home_of_a_release_is_read_and_goes_on(tmp_path: Path, release: str)
     assert told(runtime) == expected
     assert runtime.upkeep.verify(deep=True)["ok"]
     assert runtime.store()["disk"]["quarantined"] == 0
+    runtime.close()
+
+
+def test_a_home_of_the_former_default_format_keeps_its_words_and_state(tmp_path: Path) -> None:
+    """Under today's default the agents speak on from their words; what they had is there again under their own format."""
+    home = Path(shutil.copytree(FOLDER / "0.1.0" / "home", tmp_path / "home"))
+    expected = known("0.1.0")
+    runtime = open_runtime(home)
+    assert {a["agent"] for a in runtime.agents()} == expected.keys()
+    reply = turn(runtime, "bob", NEXT)
+    assert (cached(reply), memory(reply)["state_before"]) == (0, "cold")
+    assert reply.usage["prompt_tokens"] == expected["bob"]["prompt"]
+    runtime.close()
+    runtime = open_runtime(home, kv_format=KV_FORMAT)
+    assert cached(turn(runtime, "ada", NEXT)) == expected["ada"]["cached"]
     runtime.close()
 
 
