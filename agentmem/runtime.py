@@ -26,6 +26,7 @@ from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
 from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
 from agentmem.engine.roster import Roster
+from agentmem.engine.runner import Runner
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.transfer import Transfer
 from agentmem.engine.upkeep import Upkeep
@@ -41,6 +42,8 @@ from agentmem.quant.selftest import self_tests
 from agentmem.settings import Settings
 
 log = logging.getLogger(__name__)
+
+MAX_BATCH = 16
 
 SWITCH_SECONDS = 5e-4
 """How long the engine may wait for a thread that copies rows; Python's own 5 ms is several decode steps."""
@@ -173,8 +176,9 @@ class Runtime(Roster):
             max_reply=settings.max_reply,
         )
         self._engine = Engine(
-            model, self._memory, self._pool, self._store, planner, chosen(self._self_test),
-            chunk_tokens=settings.chunk_tokens, queue_limit=settings.queue_limit, wait_for_commit=settings.commit == "full",
+            Runner(model, plan.query_heads, self._self_test["fused"]["ok"]), self._memory, self._pool, self._store, planner,
+            chosen(self._self_test), chunk_tokens=settings.chunk_tokens, queue_limit=settings.queue_limit,
+            max_batch=MAX_BATCH, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
             self._memory, self._pool, self._store, self.model_name, lambda: self._engine.prefill_rate

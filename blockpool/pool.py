@@ -15,6 +15,7 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Page, PageTree, Piece
 from agentmem.blockpool.reclaim import worth
 from agentmem.blockpool.slots import Slots
+from agentmem.blockpool.tails import Tails
 from agentmem.errors import Overloaded
 
 RECOMPUTE = 50.0
@@ -38,6 +39,7 @@ class Pool:
         self.fingerprint = fingerprint
         self.arena = make_arena(geometry, budget_bytes)
         self.slots = Slots(self.arena.slots)
+        self.tails = Tails(geometry)
         self.lossy = False
         self.evictions = 0
         self.protected: Callable[[], Collection[Page]] = set

@@ -13,6 +13,7 @@ import numpy as np
 from agentmem.quant.attention import Path, dequantised_history
 from agentmem.quant.device import backend
 from agentmem.quant.format import KVFormat, LayerShape
+from agentmem.quant.kernels.check import fused_test
 from agentmem.quant.paths import candidates
 from agentmem.quant.rows import RowCodec
 
@@ -167,7 +168,12 @@ def self_tests(codecs: Sequence[RowCodec], query_heads: int, dtype: mx.Dtype) ->
     paths = {name: _worst([r["paths"][name] for r in results]) for name in names}
     if not any(p["ok"] for p in paths.values()):
         raise RuntimeError("no attention path passes the self-test for all layers; see the log")
-    return {"code_error": max(r["code_error"] for r in results), "paths": paths}
+    fused = [fused_test(c, query_heads, dtype, _bound(dtype)) for c in dict.fromkeys(codecs)]
+    return {
+        "code_error": max(r["code_error"] for r in results),
+        "paths": paths,
+        "fused": next((f for f in fused if not f["ok"]), max(fused, key=lambda f: f.get("error", 0.0))),
+    }
 
 
 def _worst(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:

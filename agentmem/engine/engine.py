@@ -8,8 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-
-import mlx.core as mx
+from dataclasses import dataclass
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
@@ -17,18 +16,23 @@ from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
 from agentmem.engine.recall import Recall
 from agentmem.engine.request import Delta, Failed, Finished
+from agentmem.engine.runner import Runner
 from agentmem.engine.sequence import Finish, Sequence
 from agentmem.engine.table import Table
 from agentmem.errors import AgentMemError, Overloaded, StoreError
-from agentmem.model.loaded import LoadedModel
 from agentmem.quant.attention import Path
 
 log = logging.getLogger(__name__)
 
-Chunk = tuple[Sequence, list[int]]
 Outcome = tuple[Sequence, int | None]
 
-MAX_ACTIVE = 4
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step feeds: the last token of those that decode, and chunks of prompts."""
+
+    decoding: list[Sequence]
+    chunks: list[tuple[Sequence, list[int]]]
 
 
 class Engine:
@@ -38,13 +42,15 @@ class Engine:
     """
 
     def __init__(
-        self, model: LoadedModel, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path, *,
-        chunk_tokens: int, queue_limit: int, wait_for_commit: bool,
+        self, runner: Runner, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path, *,
+        chunk_tokens: int, queue_limit: int, max_batch: int, wait_for_commit: bool,
     ) -> None:  # fmt: skip
-        self.model, self.memory, self.pool, self.store, self.planner = model, memory, pool, store, planner
+        self.runner, self.model = runner, runner.model
+        self.memory, self.pool, self.store, self.planner = memory, pool, store, planner
         self.recall = Recall(pool, store)
         self.path = path
-        self.chunk_tokens, self.queue_limit, self.wait_for_commit = chunk_tokens, queue_limit, wait_for_commit
+        self.chunk_tokens, self.queue_limit, self.max_batch = chunk_tokens, queue_limit, max_batch
+        self.wait_for_commit = wait_for_commit
         self.waiting: deque[Sequence] = deque()
         self.active: list[Sequence] = []
         self.prefill_rate: float | None = None
@@ -113,10 +119,9 @@ class Engine:
     def step(self) -> bool:
         """One step of every running sequence; returns whether anything was done."""
         drained = self._drain() | self.pool.arena.advance()
-        chunks = self.plan()
-        outcomes = [self.run(*chunk) for chunk in chunks]
-        self.settle([o for o in outcomes if o is not None])
-        return drained or bool(chunks)
+        work = self.plan()
+        self.settle(self.run(work))
+        return drained or bool(work.decoding or work.chunks)
 
     def _drain(self) -> bool:
         done = False
@@ -130,13 +135,16 @@ class Engine:
                 done = True
         return done
 
-    def plan(self) -> list[Chunk]:
+    def plan(self) -> Work:
         """Admit what can start, end what was cancelled, and choose the tokens that each sequence is fed in this step."""
         for sequence in [s for s in self.active if s.ticket.cancelled and s.phase in ("prefill", "decode")]:
             self._finish(sequence, "cancelled")
         self._admit()
-        ready = [s for s in self.active if s.phase in ("prefill", "decode", "closing")]
-        return [(s, s.next_chunk(self.chunk_tokens)) for s in ready]
+        prefilling = [s for s in self.active if s.phase == "prefill"]
+        return Work(
+            [s for s in self.active if s.phase in ("decode", "closing")],
+            [(s, s.next_chunk(self.chunk_tokens)) for s in prefilling],
+        )
 
     def _admit(self) -> None:
         """Start what can start, first come, first served: small requests do not starve a large one that waits for room."""
@@ -147,7 +155,7 @@ class Engine:
                 self.planner.drop(sequence)
                 self._report(sequence, 0, False)
                 continue
-            if len(self.active) >= MAX_ACTIVE:
+            if len(self.active) >= self.max_batch:
                 return
             if self.planner.busy(sequence):
                 continue
@@ -211,35 +219,46 @@ class Engine:
         if sequence.prompt_done:
             self._finish(sequence, "stop")
 
-    def run(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
-        """One forward pass of one sequence over `tokens`; returns the sampled token, or None where none is due."""
-        table = sequence.table
-        assert table is not None
+    def run(self, work: Work) -> list[Outcome]:
+        """One forward pass for all that decode, and one for each chunk of a prompt; the tokens that were sampled."""
+        ready = [s for s in work.decoding if self._reserve(s)]
+        return [*self._decode(ready), *(o for c in work.chunks if (o := self._prefill(*c)) is not None)]
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Whether the sequence has the slots for its next token; else it waits for a step in which it has."""
+        assert sequence.table is not None
+        try:
+            sequence.table.reserve()
+        except Overloaded as error:
+            self._retry_or_fail(sequence, error, lambda: None)
+            return False
+        return True
+
+    def _decode(self, sequences: list[Sequence]) -> list[Outcome]:
+        """A step of the whole batch; when it fails, of each alone, so that only those fail that must."""
+        if not sequences:
+            return []
+        try:
+            return list(zip(sequences, self.runner.decode(sequences), strict=True))
+        except Exception as error:
+            if len(sequences) == 1:
+                self._fail(sequences[0], _reported(error))
+                return []
+            log.warning("a decode step of %d sequences failed: %s", len(sequences), error)
+            return [outcome for s in sequences for outcome in self._decode([s])]
+
+    def _prefill(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
         start = time.perf_counter()
         try:
-            views = table.views()
-            logits = self.model.model(mx.array([tokens]), cache=views)
-            arrays, apply = table.absorb(views, tokens)
-            token = self._token(sequence, logits, len(table) + len(tokens))
-            mx.eval(arrays, *([token] if token is not None else []))
-            apply()
+            token = self.runner.prefill(sequence, tokens)
         except Overloaded as error:
             self._retry_or_fail(sequence, error, lambda: None)
             return None
         except Exception as error:
             self._fail(sequence, _reported(error))
             return None
-        if sequence.phase == "prefill":
-            sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
-        return sequence, None if token is None else int(token.item())  # type: ignore[arg-type]
-
-    def _token(self, sequence: Sequence, logits: mx.array, fed: int) -> mx.array | None:
-        """The next token, lazily; None while the prompt is not all fed, and where no reply is wanted."""
-        if sequence.phase == "closing" or not sequence.generate or fed < len(sequence.ids):
-            return None
-        assert sequence.sampler is not None
-        assert sequence.reply is not None
-        return sequence.sampler.choose(logits[0, -1], len(sequence.reply.tokens))
+        sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
+        return sequence, token
 
     def settle(self, outcomes: list[Outcome]) -> None:
         """Stream new text; end the sequences that are complete."""

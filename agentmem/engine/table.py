@@ -1,14 +1,13 @@
-"""The page table of one running sequence, and how the model's layers see it.
+"""The page table of one running sequence.
 
 | page 0, raw | packed | packed | ... (a cut page keeps its first rows) | tail: raw rows, < page_tokens |
-  blocks, in the arena                                                   MLX arrays of the sequence
+  blocks, in the arena                                                   a place among the pool's tails
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +15,9 @@ import numpy as np
 from agentmem.blockpool.page import Match, Page, PageTree
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.siblings import ordered
+from agentmem.engine.views import History, LayerView
 from agentmem.quant.attention import Path
+from agentmem.quant.kernels.plan import Reach
 
 Origin = tuple[Page, int]
 
@@ -49,11 +50,12 @@ class Table:
         self.pool = pool
         self.path = path
         self.blocks: list[Block] = []
-        self.tail: list[mx.array] = [mx.zeros((0, w), mx.uint32) for w in pool.geometry.raw_words]
+        self.place = pool.tails.take()
         self.tail_tokens: list[int] = []
         self.tail_origin: Origin | None = None
         self._pinned: list[Page] = []
         self._taken: tuple[int, ...] = ()
+        self._reach: Reach | None = None
 
     def __len__(self) -> int:
         return sum(b.rows for b in self.blocks) + len(self.tail_tokens)
@@ -75,13 +77,48 @@ class Table:
         if rows == page.rows and not (page.raw and rows < g.page_tokens):
             self.blocks.append(Block(page.slots, page.raw, page.tokens, page))
         elif page.raw:
-            slots = mx.array(page.slots)
-            self.tail = [self.pool.arena.raw(layer, slots, rows) for layer in range(g.layers)]
+            self._refill(page.slots, rows)
             self.tail_tokens = [int(t) for t in page.tokens[:rows]]
             self.tail_origin = (page, rows)
         else:
             self.pool.slots.share(page.slots)
             self.blocks.append(Block(page.slots, False, page.tokens[:rows], None, (page, rows)))
+
+    def fork(self) -> Table:
+        """Another table with the same state: it shares the pages, and has a tail of its own."""
+        other = Table(self.pool, self.path)
+        other._pinned = list(self._pinned)
+        self.pool.pin(other._pinned)
+        for block in self.blocks:
+            if block.page is None:
+                self.pool.slots.share(block.slots)
+            other.blocks.append(replace(block))
+        other.tail_tokens, other.tail_origin = list(self.tail_tokens), self.tail_origin
+        self.pool.tails.write(other.place, 0, [self.tail(i) for i in range(self.pool.geometry.layers)])
+        return other
+
+    def _refill(self, slots: tuple[int, ...], rows: int) -> None:
+        """The first rows of a raw page become the tail."""
+        arena, where = self.pool.arena, mx.array(slots)
+        kept = [arena.raw(layer, where, rows) for layer in range(self.pool.geometry.layers)]
+        self.pool.tails.write(self.place, 0, kept)
+
+    def tail(self, layer: int) -> mx.array:
+        """The tail's rows of one layer, lazily: uint32 [t, raw_words]."""
+        return self.pool.tails.rows(layer, self.place, len(self.tail_tokens))
+
+    def reach(self) -> Reach:
+        """Where the stored rows lie, for the fused path; kept until a block comes or goes."""
+        if self._reach is None:
+            per = self.pool.geometry.raw_per_slot
+            runs = [
+                (slot, min(block.rows - i * per, per) if block.raw else block.rows, block.raw)
+                for block in self.blocks
+                for i, slot in enumerate(block.slots)
+            ]
+            slots, rows, raw = (np.array([r[k] for r in runs], np.int64) for k in range(3))
+            self._reach = Reach(slots, rows, raw.astype(bool), self.place)
+        return self._reach
 
     def views(self) -> list[LayerView]:
         """One view per layer for the next forward pass."""
@@ -98,7 +135,11 @@ class Table:
         Full pages are packed once and get slots now; raises Overloaded, changing nothing, when there are none.
         """
         g, p = self.pool.geometry, self.pool.geometry.page_tokens
-        rows = [mx.concatenate([old, v.raw_rows()]) for old, v in zip(self.tail, views, strict=True)]
+        held = len(self.tail_tokens)
+        rows = [
+            v.raw_rows() if not held else mx.concatenate([self.tail(i), v.raw_rows()])
+            for i, v in enumerate(views)
+        ]
         all_tokens = np.array(self.tail_tokens + tokens, dtype=np.int32)
         full = len(all_tokens) // p
         kinds = [self._raw_page(len(self.blocks) + i) for i in range(full)]
@@ -110,7 +151,8 @@ class Table:
             else []
         )
         raw = [[r[i * p : (i + 1) * p] for r in rows] for i in range(lead)]
-        tail = [r[full * p :] for r in rows]
+        fresh = 0 if full else held  # rows of the tail that stay where they are
+        tail = [r[full * p + fresh :] for r in rows]
 
         def apply() -> None:
             self._taken = ()
@@ -121,12 +163,35 @@ class Table:
             for i in range(full):
                 origin = self.tail_origin if i == 0 else None
                 self.blocks.append(Block(slots[i], kinds[i], all_tokens[i * p : (i + 1) * p], None, origin))
-            self.tail = tail
+            self.pool.tails.write(self.place, fresh, tail)
             self.tail_tokens = [int(t) for t in all_tokens[full * p :]]
             if full:
-                self.tail_origin = None
+                self.tail_origin, self._reach = None, None
 
         return [*packed, *(a for page in raw for a in page), *tail], apply
+
+    def reserve(self) -> None:
+        """Take the slots that the next row needs, when it fills a page; raises Overloaded when there are none."""
+        if len(self.tail_tokens) + 1 == self.pool.geometry.page_tokens and not self._taken:
+            self._take_pages([self._raw_page(len(self.blocks))])
+
+    def seal(self) -> None:
+        """The full tail becomes a page in the reserved slots."""
+        g = self.pool.geometry
+        assert len(self.tail_tokens) == g.page_tokens
+        raw = self._raw_page(len(self.blocks))
+        rows = [self.tail(layer) for layer in range(g.layers)]
+        slots, self._taken = self._taken, ()
+        if raw:
+            mx.eval(rows)
+            self.pool.arena.write_raw(slots, rows)
+        else:
+            packed = [c.pack(r) for c, r in zip(g.codecs, rows, strict=True)]
+            mx.eval(packed)
+            self.pool.arena.write_packed(slots, packed)
+        tokens = np.array(self.tail_tokens, np.int32)
+        self.blocks.append(Block(slots, raw, tokens, None, self.tail_origin))
+        self.tail_tokens, self.tail_origin, self._reach = [], None, None
 
     def _take_pages(self, kinds: list[bool]) -> list[tuple[int, ...]]:
         """Slots for full pages, raw where `kinds` says so; all or none."""
@@ -141,7 +206,7 @@ class Table:
         drop = len(self) - tokens
         keep = max(0, len(self.tail_tokens) - drop)
         drop -= len(self.tail_tokens) - keep
-        self.tail_tokens, self.tail = self.tail_tokens[:keep], [t[:keep] for t in self.tail]
+        self.tail_tokens, self._reach = self.tail_tokens[:keep], None
         self.tail_origin = _clip(self.tail_origin, keep)
         while drop:
             last = self.blocks[-1]
@@ -154,11 +219,7 @@ class Table:
 
     def _cut_block(self, block: Block, rows: int) -> None:
         if block.raw:
-            slots = mx.array(block.slots)
-            self.tail = [
-                self.pool.arena.raw(layer, slots, rows) for layer in range(self.pool.geometry.layers)
-            ]
-            mx.eval(self.tail)
+            self._refill(block.slots, rows)
             self.tail_tokens = [int(t) for t in block.tokens[:rows]]
             self.tail_origin = (block.page, rows) if block.page else _clip(block.origin, rows)
             self._drop(self.blocks.pop())
@@ -178,7 +239,6 @@ class Table:
 
         Raises Overloaded, with the table unchanged, when there are none. The table is over afterwards.
         """
-        g = self.pool.geometry
         tail_slots = self._settle_tail_slots()
         tree, parent = self.pool.tree_of(root), root
         for block in self.blocks:
@@ -190,12 +250,12 @@ class Table:
                 assert self.tail_origin is not None
                 parent = self.tail_origin[0]
             else:
-                mx.eval(self.tail)
-                self.pool.arena.write_raw(tail_slots, self.tail)
+                tails = [self.tail(layer) for layer in range(self.pool.geometry.layers)]
+                mx.eval(tails)
+                self.pool.arena.write_raw(tail_slots, tails)
                 tail = Block(tail_slots, True, np.array(self.tail_tokens, np.int32), origin=self.tail_origin)
                 parent = self._place(tree, parent, tail)
         self._end()
-        assert g.layers == len(self.tail)
         return parent
 
     def _place(self, tree: PageTree, parent: Page, block: Block) -> Page:
@@ -231,124 +291,14 @@ class Table:
         """Give everything back; pages that were reused stay in the tree."""
         for block in self.blocks:
             self._drop(block)
-        self.pool.release(self._taken)
         self._end()
 
     def _end(self) -> None:
         self.pool.unpin(self._pinned)
+        self.pool.release(self._taken)
+        self.pool.tails.release(self.place)
         self._pinned, self.blocks, self.tail_tokens, self._taken = [], [], [], ()
 
 
 def _clip(origin: Origin | None, rows: int) -> Origin | None:
     return (origin[0], min(origin[1], rows)) if origin and rows else None
-
-
-class History:
-    """Where a table's stored rows lie: index arrays that are made once per forward pass and shared by all layers."""
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-        self.length = len(table)
-        g = table.pool.geometry
-        self._raw_pages = [(mx.array(b.slots), b) for b in table.blocks if b.raw]
-        packed = [b for b in table.blocks if not b.raw]
-        slots = np.array([b.slots[0] for b in packed], dtype=np.int64)
-        self._packed_slots = mx.array(slots.astype(np.int32)) if packed else None
-        self._row_ids = (slots[:, None] * g.page_tokens + np.arange(g.page_tokens)).reshape(-1)
-        self._packed_rows: mx.array | None = None
-        if any(b.rows < g.page_tokens for b in packed):
-            rows = np.concatenate([np.arange(b.rows) + i * g.page_tokens for i, b in enumerate(packed)])
-            self._packed_rows, self._row_ids = mx.array(rows), self._row_ids[rows]
-        self.packed = len(self._row_ids)
-        self.raw = sum(b.rows for _, b in self._raw_pages)
-        self._offsets: dict[tuple[int, int], mx.array] = {}
-
-    def packed_rows(self, layer: int) -> mx.array | None:
-        """The packed rows of one layer, lazily."""
-        if self._packed_slots is None:
-            return None
-        rows = self.table.pool.arena.packed(layer, self._packed_slots)
-        return rows if self._packed_rows is None else rows[self._packed_rows]
-
-    def raw_blocks(self, layer: int) -> list[mx.array]:
-        """The raw pages of one layer and the tail, lazily."""
-        arena = self.table.pool.arena
-        return [*(arena.raw(layer, slots, b.rows) for slots, b in self._raw_pages), self.table.tail[layer]]
-
-    def offsets(self, layer: int) -> mx.array | None:
-        """First word of each stored row in the layer's arena, packed rows first; layers of equal geometry share it."""
-        g = self.table.pool.geometry
-        if not self.packed and not self.raw:
-            return None
-        key = g.packed_words[layer], g.raw_words[layer]
-        if key not in self._offsets:
-            parts = [self._row_ids * key[0]]
-            for _, block in self._raw_pages:
-                at = np.arange(block.rows)
-                slots = np.asarray(block.slots)[at // g.raw_per_slot]
-                parts.append(slots * g.slot_words[layer] + at % g.raw_per_slot * key[1])
-            self._offsets[key] = mx.array(np.concatenate(parts).astype(np.uint32))
-        return self._offsets[key]
-
-
-class LayerRows:
-    """One layer's stored rows; see `agentmem.quant.attention.StoredRows`."""
-
-    def __init__(self, history: History, layer: int) -> None:
-        self._history, self._layer = history, layer
-        self.packed, self.raw = history.packed, history.raw
-        self.arena = history.table.pool.arena.layer(layer)
-        self.tail = history.table.tail[layer]
-
-    @property
-    def offsets(self) -> mx.array | None:
-        return self._history.offsets(self._layer)
-
-    def packed_rows(self) -> mx.array | None:
-        return self._history.packed_rows(self._layer)
-
-    def raw_blocks(self) -> list[mx.array]:
-        return self._history.raw_blocks(self._layer)
-
-
-class LayerView:
-    """What one layer of an mlx-lm model gets as its cache for one forward pass over one sequence."""
-
-    def __init__(self, table: Table, history: History, layer: int) -> None:
-        self.offset = history.length
-        self._table = table
-        self._stored = LayerRows(history, layer)
-        self._codec = table.pool.geometry.codecs[layer]
-        self._key_map = table.pool.geometry.key_maps[layer]
-        self._rows: mx.array | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """keys, values [1, heads, n, dim] of the chunk; the history joins in `attend`."""
-        return keys, values
-
-    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> str | None:
-        """Masks are made in `attend`; a window never reaches us, since such models are refused."""
-        assert window_size is None
-        return "causal" if n > 1 else None
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
-        queries, keys = self._key_map.queries(queries), self._key_map.keys(keys)
-        out, self._rows = self._table.path(
-            self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks
-        )
-        return out
-
-    def raw_rows(self) -> mx.array:
-        """The chunk's rows, 16-bit: uint32 [n, raw_words]. Precondition: the model ran."""
-        assert self._rows is not None
-        return self._rows

@@ -20,8 +20,9 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
   BARRIER;
   for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w]);
 
-  float sum = 0, mine[DV / 32];
-  UNROLL for (int d = 0; d < DV / 32; d++) mine[d] = 0;
+  // A lane holds 4 dims that lie together, of every 128.
+  float sum = 0, mine[(DV + 127) / 128][4];
+  UNROLL for (int d = 0; d < DV; d += 128) UNROLL for (int i = 0; i < 4; i++) mine[d / 128][i] = 0;
   for (unsigned first = begin; first < end; first += AT_ONCE) {
     if (first + thread < end) {
       const unsigned at = order[first + thread] * heads + head;
@@ -33,11 +34,19 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
     BARRIER;
     const unsigned count = min(end - first, (unsigned)AT_ONCE);
     UNROLL_FOUR for (unsigned i = warp; i < count; i += WARPS) {
-      UNROLL for (int d = 0; d < DV / 32; d++) mine[d] += weights[i] * partial[places[i] + d * 32 + lane];
+      UNROLL for (int d = 0; d < DV; d += 128) {
+        float x[4] = {0, 0, 0, 0};
+        if (d + 4 * lane < DV) LOAD_FOUR(x, partial + places[i] + d + 4 * lane);
+        UNROLL for (int j = 0; j < 4; j++) mine[d / 128][j] += weights[i] * x[j];
+      }
     }
     BARRIER;
   }
-  UNROLL for (int d = 0; d < DV / 32; d++) parts[warp * (DV + 1) + d * 32 + lane] = mine[d];
+  UNROLL for (int d = 0; d < DV; d += 128) {
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (d + 4 * lane < DV) parts[warp * (DV + 1) + d + 4 * lane + i] = mine[d / 128][i];
+    }
+  }
   sum = WARP_SUM(sum);
   if (lane == 0) parts[warp * (DV + 1) + DV] = sum;
   BARRIER;

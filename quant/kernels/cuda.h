@@ -13,7 +13,8 @@
 #define BARRIER __syncthreads()
 #define ANY(x) __any_sync(0xffffffffu, x)
 #define AS_FLOAT(x) __uint_as_float(x)
-#define LOAD(p) __ldg(p)
+#define AS_UINT(x) __float_as_uint(x)
+#define LOAD(p) __ldcs(p)
 
 // The tensor cores take subnormal numbers as they are: a code is a float16 already, times 2^-24.
 #define CODES(x) (x)
@@ -22,9 +23,16 @@
 #define OUT_UNIT 4194304.0f
 
 FN void LOAD_TWO(unsigned* to, const unsigned* from) {
-  const uint2 x = __ldg((const uint2*)from);
+  const uint2 x = __ldcs((const uint2*)from);
   to[0] = x.x;
   to[1] = x.y;
+}
+FN void LOAD_FOUR(float* to, const float* from) {
+  const float4 x = *(const float4*)from;
+  to[0] = x.x;
+  to[1] = x.y;
+  to[2] = x.z;
+  to[3] = x.w;
 }
 FN float FROM_HALF(unsigned x) { return __half2float(__ushort_as_half((unsigned short)x)); }
 FN unsigned PACK_HALF(float x, float y) {
@@ -60,7 +68,6 @@ FN unsigned OPERAND(unsigned x) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
-FN void PREFETCH(const unsigned* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 FN void product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -221,15 +221,6 @@ FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned first, unsign
   }
 }
 
-// Bring a run nearer before it is its turn: 4 rows at a time, each lane one of their 128-byte stretches
-template <class S> FN void fetch_ahead(const GLOBAL unsigned* run, unsigned rows, unsigned head, unsigned lane) {
-  const unsigned part = lane % 4;
-  const unsigned at = part == 0 ? head * S::DK * S::KB / 32
-                    : part == 1 ? S::V_CODES_AT + head * S::DV * S::VB / 32
-                    : part == 2 ? S::K_PAIRS_AT + head * S::K_GROUPS : S::V_PAIRS_AT + head * S::V_GROUPS;
-  for (unsigned first = lane / 4; first < rows; first += 8) PREFETCH(run + first * S::ROW_WORDS + at);
-}
-
 // -- one tile ---------------------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -332,22 +323,32 @@ FN void packed_values(PRIVATE Result<S>& r, const PRIVATE Values<S>& t, const PR
   }
 }
 
-template <class S>
-FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
+// The step's own token, not stored yet: its key and value of one head, for the tail's last row
+template <class T> struct Fresh {
+  const GLOBAL T *key, *value;
+  bool here;
+};
+
+template <class S, class T>
+FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run, const Fresh<T> fresh,
                  const PRIVATE unsigned (&lows)[S::COLUMNS][2], unsigned pos, unsigned rows, unsigned first,
                  unsigned head, unsigned row, unsigned col) {
   Four s[S::COLUMNS];
   UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
-  const GLOBAL unsigned* keys[2];
-  UNROLL for (int x = 0; x < 2; x++) {
-    keys[x] = run + min(first + 8 * x + row, rows - 1) * S::RAW_WORDS + head * S::DK / 2;
-  }
+  const unsigned last = fresh.here ? rows - 1 : rows;
+  unsigned tokens[4];
+  UNROLL for (int x = 0; x < 2; x++) tokens[x] = min(first + 8 * x + row, rows - 1);
   UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
     UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
       const unsigned at = key_dim<S>(kg, ch, col) / 2;
       UNROLL for (int p = 0; p < 4; p += 2) {
         unsigned a[2][2];
-        UNROLL for (int i = 0; i < 4; i++) a[i / 2][i % 2] = as_halves<S::BF>(LOAD(keys[i % 2] + at + p + i / 2));
+        UNROLL for (int i = 0; i < 4; i++) {
+          const unsigned word = at + p + i / 2;
+          const unsigned token = tokens[i % 2];
+          a[i / 2][i % 2] = token == last ? two_halves((float)fresh.key[2 * word], (float)fresh.key[2 * word + 1])
+                                          : as_halves<S::BF>(LOAD(run + token * S::RAW_WORDS + head * S::DK / 2 + word));
+        }
         UNROLL for (int c = 0; c < S::COLUMNS; c++) {
           const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
           product(s[c].x, a[0][0], a[0][1], a[1][0], a[1][1], b[p], b[p + 1]);
@@ -360,15 +361,16 @@ FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL u
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int x = 0; x < 2; x++) b[c][x] = OPERAND(PACK_HALF(s[c].x[2 * x], s[c].x[2 * x + 1]));
   }
-  const GLOBAL unsigned* values[4];
-  UNROLL for (int i = 0; i < 4; i++) {
-    const unsigned token = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
-    values[i] = run + token * S::RAW_WORDS + (S::H * S::DK + head * S::DV + row * S::V_DIMS) / 2;
-  }
+  UNROLL for (int i = 0; i < 4; i++) tokens[i] = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
+  const GLOBAL unsigned* values = run + (S::H * S::DK + head * S::DV) / 2;
   UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
     UNROLL for (int n = 0; n < S::V_DIMS; n += 2) {
       unsigned z[4];
-      UNROLL for (int i = 0; i < 4; i++) z[i] = as_halves<S::BF>(LOAD(values[i] + (vg * S::VG + n) / 2));
+      const unsigned dim = vg * S::VG + row * S::V_DIMS + n;
+      UNROLL for (int i = 0; i < 4; i++) {
+        z[i] = tokens[i] == last ? two_halves((float)fresh.value[dim], (float)fresh.value[dim + 1])
+                                 : as_halves<S::BF>(LOAD(values + tokens[i] * S::RAW_WORDS + dim / 2));
+      }
       UNROLL for (int c = 0; c < S::COLUMNS; c++) {
         product(r.out[c][(vg * S::V_DIMS + n) / 2].x, (z[0] & 0xffffu) | (z[1] << 16), (z[0] >> 16) | (z[1] & 0xffff0000u),
                 (z[2] & 0xffffu) | (z[3] << 16), (z[2] >> 16) | (z[3] & 0xffff0000u), b[c][0], b[c][1]);
@@ -438,13 +440,28 @@ FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL
   }
 }
 
+// The step's own token as it will be stored: the words of one head
+template <class S, class T> FN void keep(GLOBAL unsigned* words, const Fresh<T> fresh, unsigned head, unsigned lane) {
+  for (unsigned w = lane; w < (S::DK + S::DV) / 2; w += 32) {
+    const bool key = w < S::DK / 2;
+    const unsigned at = key ? w : w - S::DK / 2;
+    const GLOBAL T* from = (key ? fresh.key : fresh.value) + 2 * at;
+    const float x = (float)from[0], y = (float)from[1];
+    words[(key ? head * S::DK : S::H * S::DK + head * S::DV) / 2 + at] =
+        S::BF ? (AS_UINT(x) >> 16) | (AS_UINT(y) & 0xffff0000u) : PACK_HALF(x, y);
+  }
+}
+
 // items [n, 5]: first run, end run, first entry, end entry, position of the first row. entries: sequence of each.
 // runs [n, 2]: first word, rows | kind << 30. state [sequences, 2]: rows of its tail, first position that it sees.
+// keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows` is how they are stored.
+// settings: the bits of the scale, the word at which the layer's tails begin.
 template <class S, class T>
-FN void flash_decode(const GLOBAL T* queries, const GLOBAL unsigned* arena, const GLOBAL unsigned* tails,
-                     const GLOBAL unsigned* items, const GLOBAL unsigned* entries, const GLOBAL unsigned* runs,
-                     const GLOBAL unsigned* state, float scale, unsigned count, GLOBAL float* partial,
-                     GLOBAL float* stats, unsigned warp, unsigned lane, unsigned row, unsigned col) {
+FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values,
+                     const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, const GLOBAL unsigned* items,
+                     const GLOBAL unsigned* entries, const GLOBAL unsigned* runs, const GLOBAL unsigned* state,
+                     const GLOBAL unsigned* settings, unsigned count, GLOBAL float* partial, GLOBAL float* stats,
+                     GLOBAL unsigned* rows_out, unsigned warp, unsigned lane, unsigned row, unsigned col) {
   const unsigned item = warp / S::H, head = warp % S::H;
   if (item >= count) return;
   const unsigned first_run = items[5 * item], end_run = items[5 * item + 1];
@@ -468,22 +485,22 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL unsigned* arena, cons
   for (unsigned i = first_run; i < end_run; i++) {
     const unsigned kind = runs[2 * i + 1] >> 30;
     const unsigned rows = kind == TAIL ? state[2 * entries[entry]] : runs[2 * i + 1] & 0x3fffffffu;
-    const GLOBAL unsigned* run = (kind == TAIL ? tails : arena) + runs[2 * i];
-    if (S::PACKS && i + 1 < end_run && runs[2 * i + 3] >> 30 == PACKED) {
-      fetch_ahead<S>(arena + runs[2 * i + 2], runs[2 * i + 3] & 0x3fffffffu, head, lane);
-    }
+    const GLOBAL unsigned* run = (kind == TAIL ? tails + settings[1] : arena) + runs[2 * i];
     if (rows == 0) continue;
     if (!loaded || packed != (kind == PACKED)) {
       packed = kind == PACKED;
-      load_query<S, T>(q, queries, entries + entry, used, head, scale, packed, row, col);
+      load_query<S, T>(q, queries, entries + entry, used, head, AS_FLOAT(settings[0]), packed, row, col);
       turn_to<S>(r, packed);
       loaded = true;
     }
     if (S::PACKS && packed) {
       packed_run<S>(r, q, run, lows, pos, rows, head, row, col);
     } else {
+      const unsigned token = entries[entry] * S::H + head;
+      const Fresh<T> fresh = {keys + token * S::DK, values + token * S::DV, kind == TAIL};
+      if (fresh.here) keep<S, T>(rows_out + entries[entry] * S::RAW_WORDS, fresh, head, lane);
       for (unsigned first = 0; first < rows; first += 16) {
-        raw_tile<S>(r, q, run, lows, pos, rows, first, head, row, col);
+        raw_tile<S, T>(r, q, run, fresh, lows, pos, rows, first, head, row, col);
       }
     }
     pos += rows;

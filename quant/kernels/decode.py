@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from agentmem.quant.device import backend
 from agentmem.quant.kernels.plan import WIDE_ROWS, Batch
@@ -22,10 +23,10 @@ THREADS = 128
 MERGE_THREADS = 256  # as many warps as combine.h has
 BITS = (3, 4, 8)
 
-_INPUTS = ("queries", "arena", "tails", "items", "entries", "runs", "state", "scale")
+_INPUTS = ("queries", "keys", "values", "arena", "tails", "items", "entries", "runs", "state", "settings")
 _BODY = """
   flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
-      queries, arena, tails, items, entries, runs, state, scale[0], items_shape[0], partial, stats,
+      queries, keys, values, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
       group * (threads / 32) + thread / 32, lane, row, col);
 """
 _COMBINE = """
@@ -58,34 +59,36 @@ def template(codec: RowCodec, query_heads: int, wide: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@lru_cache(maxsize=8)
-def _constant(value: float) -> mx.array:
-    return mx.array([value], mx.float32)
+@lru_cache(maxsize=1024)
+def _settings(scale: float, tails_at: int) -> mx.array:
+    return mx.array(np.array([np.float32(scale * LOG2_E).view(np.uint32), tails_at], np.uint32))
 
 
 def flash_decode(
-    codec: RowCodec, queries: mx.array, arena: mx.array, tails: mx.array, batch: Batch, *,
-    scale: float, sinks: mx.array | None = None,
-) -> mx.array:  # fmt: skip
-    """queries [B, H, 1, key_dim], rotated as the format says -> [B, H, 1, value_dim] of the same dtype.
+    codec: RowCodec, queries: mx.array, keys: mx.array, values: mx.array, arena: mx.array, tails: tuple[mx.array, int],
+    batch: Batch, *, scale: float, sinks: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
+    """([B, H, 1, value_dim] of the queries' dtype, the tokens' raw rows uint32 [B, raw_words]).
 
-    arena: uint32, the layer's rows; tails uint32 [slots, page_tokens, raw_words]. Every stored row of a sequence, its own token
-    among them, is visible to its query, from `batch.lows` on. Precondition: `supported(codec, H)`.
+    queries [B, H, 1, key_dim] and the tokens' own keys and values [B, H_kv, 1, dim], mapped as the format says. arena uint32:
+    the layer's rows; tails: an array uint32 [..., page_tokens, raw_words] and the word at which the layer's begin. Every
+    stored row of a sequence and its own token are visible to its query, from `batch.advance`'s lows on.
+    Precondition: `supported(codec, H)`.
     """
     count, heads, _, _ = queries.shape
     dim, entries = codec.shape.value_dim, batch.entries.size
     layout = batch.layout(codec)
     constants = template(codec, heads, batch.wide)
-    partial, stats = kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats"))(
+    partial, stats, rows = kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats", "rows"))(
         inputs=[
-            queries, arena, tails, layout.items, batch.entries, layout.runs, batch.state,
-            _constant(scale * LOG2_E),
+            queries, keys, values, arena, tails[0], layout.items, batch.entries, layout.runs, batch.state,
+            _settings(scale, tails[1]),
         ],
         template=[("T", queries.dtype), *constants.items()],
         grid=(-(-layout.items.shape[0] * codec.shape.heads * 32 // THREADS) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[(entries, heads, dim), (entries, heads, 2)],
-        output_dtypes=[mx.float32, mx.float32],
+        output_shapes=[(entries, heads, dim), (entries, heads, 2), (count, codec.raw_words)],
+        output_dtypes=[mx.float32, mx.float32, mx.uint32],
     )  # fmt: skip
     merge = kernel(
         "agentmem_combine",
@@ -108,4 +111,4 @@ def flash_decode(
         output_shapes=[(count, heads, 1, dim)],
         output_dtypes=[queries.dtype],
     )
-    return out
+    return out, rows

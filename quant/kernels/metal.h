@@ -13,6 +13,7 @@
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define ANY(x) simd_any(x)
 #define AS_FLOAT(x) as_type<float>(x)
+#define AS_UINT(x) as_type<unsigned>(x)
 #define LOAD(p) (*(p))
 #define EXP2(x) fast::exp2(x)
 
@@ -25,6 +26,10 @@ FN unsigned CODES(unsigned x) { return as_type<unsigned>(as_type<half2>(x | 0x64
 FN void LOAD_TWO(thread unsigned* to, const device unsigned* from) {
   to[0] = from[0];
   to[1] = from[1];
+}
+FN void LOAD_FOUR(thread float* to, const device float* from) {
+  const float4 x = *(const device float4*)from;
+  for (int i = 0; i < 4; i++) to[i] = x[i];
 }
 FN float FROM_HALF(unsigned x) { return float(as_type<half>(ushort(x))); }
 FN unsigned PACK_HALF(float x, float y) { return as_type<unsigned>(half2(half(x), half(y))); }
@@ -47,7 +52,6 @@ FN float WARP_SUM(float x) { return simd_sum(x); }
 
 // A simdgroup's matrices hold both operands by rows.
 #define OPERAND(x) (x)
-#define PREFETCH(p)
 
 FN void product(thread float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   const unsigned a[2][2] = {{a0, a2}, {a1, a3}};

@@ -31,6 +31,8 @@ class StoredBatch:
         self._tails = np.zeros((len(lengths), PAGE, codec.raw_words), np.uint32)
         common = [self._page(i == 0 or not codec.format.packs, PAGE) for i in range(shared)]
         reaches, self._keys, self._values = [], [], []
+        self.rows: list[np.ndarray] = []
+        self._fresh: list[tuple[mx.array, mx.array]] = []
         for i, length in enumerate(lengths):
             reaches.append(self._sequence(i, length, list(common), cut))
         order = self._rng.permutation(len(self._slots))
@@ -42,6 +44,7 @@ class StoredBatch:
         self.batch.advance(self.tail_rows)
         dims = (len(lengths), query_heads, 1, codec.shape.key_dim)
         self.queries = mx.array(self._rng.standard_normal(dims).astype(np.float32))
+        self.keys, self.values = (mx.stack([f[i] for f in self._fresh]) for i in (0, 1))
         self.scale = codec.shape.key_dim**-0.5
 
     def _rows(self, n: int) -> mx.array:
@@ -82,7 +85,10 @@ class StoredBatch:
             left -= rows
         tail = self._rows(left)
         self._tails[i, :left] = np.array(tail)
+        self._tails[i, left - 1] = 0xFFFFFFFF  # not stored yet: the step brings it along
+        self.rows.append(np.array(tail)[-1])
         keys, values = self.codec.unraw(tail, mx.float32)
+        self._fresh.append((keys[:, -1:], values[:, -1:]))
         self._keys.append(np.concatenate([*(p[1] for p in pages), np.array(keys)], axis=1))
         self._values.append(np.concatenate([*(p[2] for p in pages), np.array(values)], axis=1))
         self.tail_rows = [*getattr(self, "tail_rows", []), left]

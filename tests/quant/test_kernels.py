@@ -33,13 +33,13 @@ def codec(
 
 def error(stored: StoredBatch, **options: object) -> float:
     sinks: Any = options.get("sinks")
-    inputs = (stored.codec, stored.queries, stored.arena, stored.tails, stored.batch)
-    if backend() == "cpu":
-        out = device.attend(*inputs, stored.scale, sinks)
-    else:
-        sunk = mx.array(sinks) if sinks is not None else None
-        out = np.array(flash_decode(*inputs, scale=stored.scale, sinks=sunk))
-    return float(np.abs(out - stored.expected(**options)).max())  # type: ignore[arg-type]
+    attend = device.attend if backend() == "cpu" else flash_decode
+    out, rows = attend(
+        stored.codec, stored.queries, stored.keys, stored.values, stored.arena, (stored.tails, 0), stored.batch,
+        scale=stored.scale, sinks=mx.array(sinks) if sinks is not None else None,
+    )  # fmt: skip
+    assert np.array_equal(np.array(rows), np.stack(stored.rows))
+    return float(np.abs(np.array(out) - stored.expected(**options)).max())  # type: ignore[arg-type]
 
 
 SHAPES = {

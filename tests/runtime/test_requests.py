@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from agentmem.engine.batch import DecodeStep
+from agentmem.engine.engine import Work
 from agentmem.engine.request import ChatRequest, Delta, Event, Finished, Sampling, Started
-from agentmem.engine.table import Table
 from agentmem.errors import AgentMemError, BadRequest, ContextOverflow, Overloaded, StoreError
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, Running, ask, cached, memory, open_runtime, turn
@@ -83,12 +84,12 @@ def test_cancelled_prefill_keeps_the_chunks_that_ran(tmp_path: Path) -> None:
     engine, chunks = runtime._engine, 0
     run = engine.run
 
-    def count(*args: Any) -> Any:
+    def count(work: Work) -> Any:
         nonlocal chunks
-        chunks += 1
+        chunks += len(work.chunks)
         if chunks == 2:
             running.ticket.cancel()
-        return run(*args)
+        return run(work)
 
     engine.run = count  # type: ignore
     gate.set()
@@ -140,17 +141,17 @@ def test_a_failing_sequence_fails_alone(
     alone = open_runtime(tmp_path / "alone")
     want = [turn(alone, f"a{i}", f"{LONG} {i}", max_tokens=20).text for i in range(3)]
     alone.close()
-    absorb = Table.absorb
+    absorb = DecodeStep.absorb
 
-    def broken(self: Table, views: Any, tokens: list[int]) -> Any:
-        last = [*self.blocks[-1].tokens, *self.tail_tokens] if self.blocks else []
-        if ord("1") in last and len(tokens) == 1:
+    def broken(self: DecodeStep, views: Any, tokens: list[int]) -> Any:
+        last = [t for table in self.tables for t in [*table.blocks[-1].tokens, *table.tail_tokens]]
+        if ord("1") in last:
             raise RuntimeError("a kernel failed")
         return absorb(self, views, tokens)
 
     hold(runtime, gate)
     running = [Running(runtime, ask(f"a{i}", f"{LONG} {i}", max_tokens=20)) for i in range(3)]
-    monkeypatch.setattr(Table, "absorb", broken)
+    monkeypatch.setattr(DecodeStep, "absorb", broken)
     gate.set()
     assert running[0].end().text == want[0]
     with pytest.raises(AgentMemError, match="a kernel failed"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from agentmem.quant.kernels.decode import LOG2_E, template
+from agentmem.quant.kernels.decode import _settings, template
 from agentmem.quant.kernels.plan import Batch
 from agentmem.quant.rows import RowCodec
 
@@ -41,29 +41,33 @@ def _at(array: np.ndarray) -> ctypes.c_void_p:
 
 
 def attend(
-    codec: RowCodec, queries: mx.array, arena: mx.array, tails: mx.array, batch: Batch, scale: float,
-    sinks: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
-    """What `flash_decode` gives for float32 queries [B, H, 1, D]."""
+    codec: RowCodec, queries: mx.array, keys: mx.array, values: mx.array, arena: mx.array, tails: tuple[mx.array, int],
+    batch: Batch, *, scale: float, sinks: mx.array | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """What `flash_decode` gives for float32 queries."""
     count, heads, _, _ = queries.shape
     dim = codec.shape.value_dim
     library = _library(",".join(_word(v) for v in template(codec, heads, batch.wide).values()))
     layout = batch.layout(codec)
     held = [
         np.ascontiguousarray(x)
-        for x in (queries, arena, tails, layout.items, batch.entries, layout.runs, batch.state)
-    ]
+        for x in (
+            queries, keys, values, arena, tails[0], layout.items, batch.entries, layout.runs, batch.state,
+            _settings(scale, tails[1]),
+        )
+    ]  # fmt: skip
     entries = batch.entries.size
     partial = np.full((entries, heads, dim), np.nan, np.float32)
     stats = np.full((entries, heads, 2), np.nan, np.float32)
+    rows = np.zeros((count, codec.raw_words), np.uint32)
     library.run_decode(
-        *map(_at, held), ctypes.c_float(scale * LOG2_E), ctypes.c_uint(layout.items.shape[0]), _at(partial), _at(stats)
-    )  # fmt: skip
+        *map(_at, held), ctypes.c_uint(layout.items.shape[0]), _at(partial), _at(stats), _at(rows)
+    )
     out = np.full((count, heads, 1, dim), np.nan, np.float32)
     starts, order = np.array(batch.starts), np.array(batch.order)
-    sunk = None if sinks is None else np.ascontiguousarray(sinks, np.float32)
+    sunk = None if sinks is None else np.array(sinks, dtype=np.float32)
     library.run_combine(
         _at(partial), _at(stats), _at(starts), _at(order), _at(sunk) if sunk is not None else None,
         ctypes.c_uint(heads), ctypes.c_uint(count), _at(out),
     )  # fmt: skip
-    return out
+    return out, rows

@@ -21,7 +21,6 @@
 #define WEIGHT_UNIT 4.0f
 #define OUT_UNIT 4194304.0f
 #define OPERAND(x) (x)
-#define PREFETCH(p)
 using std::min;
 
 struct Lane {
@@ -85,6 +84,8 @@ FN unsigned PACK_HALF(float x, float y) { return half_of(x) | half_of(y) << 16; 
 FN float EXP2(float x) { return std::exp2(x); }
 FN unsigned LOAD(const unsigned* p) { return *p; }
 FN void LOAD_TWO(unsigned* to, const unsigned* from) { to[0] = from[0]; to[1] = from[1]; }
+
+FN void LOAD_FOUR(float* to, const float* from) { std::memcpy(to, from, 16); }
 
 FN unsigned swapped(unsigned x, unsigned mask) {
   lanes[now].words[0] = x;

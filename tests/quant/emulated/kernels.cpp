@@ -7,13 +7,13 @@
 
 using S = DecodeShape<SHAPE>;
 
-extern "C" void run_decode(const float* queries, const unsigned* arena, const unsigned* tails, const unsigned* items,
-                           const unsigned* entries, const unsigned* runs, const unsigned* state, float scale,
-                           unsigned count, float* partial, float* stats) {
+extern "C" void run_decode(const float* queries, const float* keys, const float* values, const unsigned* arena, const unsigned* tails, const unsigned* items,
+                           const unsigned* entries, const unsigned* runs, const unsigned* state,
+                           const unsigned* settings, unsigned count, float* partial, float* stats, unsigned* rows) {
   for (unsigned warp = 0; warp < count * S::H; warp++) {
     run_group(32, [&](unsigned lane) {
-      flash_decode<S, float>(queries, arena, tails, items, entries, runs, state, scale, count, partial, stats, warp,
-                             lane, lane / 4, lane % 4);
+      flash_decode<S, float>(queries, keys, values, arena, tails, items, entries, runs, state, settings, count, partial,
+                             stats, rows, warp, lane, lane / 4, lane % 4);
     });
   }
 }

@@ -1,0 +1,122 @@
+"""How the model's layers see the table of one sequence during a forward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+if TYPE_CHECKING:
+    from agentmem.engine.table import Table
+
+
+class History:
+    """Where a table's stored rows lie: index arrays that are made once per forward pass and shared by all layers."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.length = len(table)
+        g = table.pool.geometry
+        self._raw_pages = [(mx.array(b.slots), b) for b in table.blocks if b.raw]
+        packed = [b for b in table.blocks if not b.raw]
+        slots = np.array([b.slots[0] for b in packed], dtype=np.int64)
+        self._packed_slots = mx.array(slots.astype(np.int32)) if packed else None
+        self._row_ids = (slots[:, None] * g.page_tokens + np.arange(g.page_tokens)).reshape(-1)
+        self._packed_rows: mx.array | None = None
+        if any(b.rows < g.page_tokens for b in packed):
+            rows = np.concatenate([np.arange(b.rows) + i * g.page_tokens for i, b in enumerate(packed)])
+            self._packed_rows, self._row_ids = mx.array(rows), self._row_ids[rows]
+        self.packed = len(self._row_ids)
+        self.raw = sum(b.rows for _, b in self._raw_pages)
+        self._offsets: dict[tuple[int, int], mx.array] = {}
+
+    def packed_rows(self, layer: int) -> mx.array | None:
+        """The packed rows of one layer, lazily."""
+        if self._packed_slots is None:
+            return None
+        rows = self.table.pool.arena.packed(layer, self._packed_slots)
+        return rows if self._packed_rows is None else rows[self._packed_rows]
+
+    def raw_blocks(self, layer: int) -> list[mx.array]:
+        """The raw pages of one layer and the tail, lazily."""
+        arena = self.table.pool.arena
+        return [*(arena.raw(layer, slots, b.rows) for slots, b in self._raw_pages), self.table.tail(layer)]
+
+    def offsets(self, layer: int) -> mx.array | None:
+        """First word of each stored row in the layer's arena, packed rows first; layers of equal geometry share it."""
+        g = self.table.pool.geometry
+        if not self.packed and not self.raw:
+            return None
+        key = g.packed_words[layer], g.raw_words[layer]
+        if key not in self._offsets:
+            parts = [self._row_ids * key[0]]
+            for _, block in self._raw_pages:
+                at = np.arange(block.rows)
+                slots = np.asarray(block.slots)[at // g.raw_per_slot]
+                parts.append(slots * g.slot_words[layer] + at % g.raw_per_slot * key[1])
+            self._offsets[key] = mx.array(np.concatenate(parts).astype(np.uint32))
+        return self._offsets[key]
+
+
+class LayerRows:
+    """One layer's stored rows; see `agentmem.quant.attention.StoredRows`."""
+
+    def __init__(self, history: History, layer: int) -> None:
+        self._history, self._layer = history, layer
+        self.packed, self.raw = history.packed, history.raw
+        self.arena = history.table.pool.arena.layer(layer)
+        self.tail = history.table.tail(layer)
+
+    @property
+    def offsets(self) -> mx.array | None:
+        return self._history.offsets(self._layer)
+
+    def packed_rows(self) -> mx.array | None:
+        return self._history.packed_rows(self._layer)
+
+    def raw_blocks(self) -> list[mx.array]:
+        return self._history.raw_blocks(self._layer)
+
+
+class LayerView:
+    """What one layer of an mlx-lm model gets as its cache for one forward pass over one sequence."""
+
+    def __init__(self, table: Table, history: History, layer: int) -> None:
+        self.offset = history.length
+        self._table = table
+        self._stored = LayerRows(history, layer)
+        self._codec = table.pool.geometry.codecs[layer]
+        self._key_map = table.pool.geometry.key_maps[layer]
+        self._rows: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """keys, values [1, heads, n, dim] of the chunk; the history joins in `attend`."""
+        return keys, values
+
+    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> str | None:
+        """Masks are made in `attend`; a window never reaches us, since such models are refused."""
+        assert window_size is None
+        return "causal" if n > 1 else None
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
+        queries, keys = self._key_map.queries(queries), self._key_map.keys(keys)
+        out, self._rows = self._table.path(
+            self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks
+        )
+        return out
+
+    def raw_rows(self) -> mx.array:
+        """The chunk's rows, 16-bit: uint32 [n, raw_words]. Precondition: the model ran."""
+        assert self._rows is not None
+        return self._rows
