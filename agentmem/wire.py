@@ -33,15 +33,38 @@ Message = dict[str, Any]
 History = Literal["client", "server"]
 
 
+@dataclass(slots=True)
+class ChatChoice:
+    """One of the replies to a prompt. `logprobs`: one object for each token, in OpenAI's shape, when asked for."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[dict[str, Any]] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ChatResult:
-    """A whole reply. `usage` has OpenAI's shape plus the `agentmem` object (tokens, and milliseconds)."""
+    """A whole reply. `usage` has OpenAI's shape plus the `agentmem` object (tokens, and milliseconds).
 
-    text: str
-    finish_reason: str | None
+    `choices` holds all replies of a request with `n` above 1; the first is the one that the session keeps.
+    """
+
+    choices: list[ChatChoice]
     usage: dict[str, Any]
     id: str
     model: str
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[dict[str, Any]] | None:
+        return self.choices[0].logprobs
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -212,29 +235,29 @@ def decode(response: httpx.Response) -> dict[str, Any]:
 
 
 def result_of(body: dict[str, Any]) -> ChatResult:
-    choice = body["choices"][0]
-    return ChatResult(
-        text=choice["message"].get("content") or "",
-        finish_reason=choice.get("finish_reason"),
-        usage=body.get("usage") or {},
-        id=body.get("id", ""),
-        model=body.get("model", ""),
-    )
+    choices = [
+        ChatChoice(
+            choice["message"].get("content") or "",
+            choice.get("finish_reason"),
+            (choice.get("logprobs") or {}).get("content"),
+        )
+        for choice in sorted(body["choices"], key=lambda choice: choice.get("index", 0))
+    ]
+    return ChatResult(choices, body.get("usage") or {}, body.get("id", ""), body.get("model", ""))
 
 
 @dataclass(slots=True)
 class Assembly:
     """A reply as its stream events arrive."""
 
-    texts: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
+    choices: dict[int, ChatChoice] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
     id: str = ""
     model: str = ""
     done: bool = False
 
     def feed(self, line: str) -> str:
-        """Take one line of the event stream; returns the new text, often empty."""
+        """Take one line of the event stream; returns the new text of the first reply, often empty."""
         if not line.startswith("data:"):
             return ""
         data = line[5:].strip()
@@ -246,14 +269,20 @@ class Assembly:
             raise error_from(None, event)
         self.id, self.model = event.get("id", self.id), event.get("model", self.model)
         self.usage = event.get("usage") or self.usage
-        text = ""
-        for choice in event.get("choices", []):
-            text += (choice.get("delta") or {}).get("content") or ""
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        self.texts.append(text)
-        return text
+        return "".join(self._add(choice) for choice in event.get("choices", []))
+
+    def _add(self, chunk: dict[str, Any]) -> str:
+        index = chunk.get("index", 0)
+        choice = self.choices.setdefault(index, ChatChoice())
+        text = (chunk.get("delta") or {}).get("content") or ""
+        choice.text += text
+        choice.finish_reason = chunk.get("finish_reason") or choice.finish_reason
+        if (logprobs := (chunk.get("logprobs") or {}).get("content")) is not None:
+            choice.logprobs = choice.logprobs if choice.logprobs is not None else []
+            choice.logprobs += logprobs
+        return "" if index else text
 
     def result(self) -> ChatResult:
-        if not self.done:
+        if not self.done or 0 not in self.choices:
             raise AgentMemError("the reply broke off before its end", code="connection_lost")
-        return ChatResult("".join(self.texts), self.finish_reason, self.usage, self.id, self.model)
+        return ChatResult([self.choices[i] for i in sorted(self.choices)], self.usage, self.id, self.model)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.engine.draw import Chosen
 from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
 from agentmem.engine.recall import Recall
-from agentmem.engine.request import Delta, Failed, Finished
+from agentmem.engine.reply import Reply
+from agentmem.engine.request import Failed
 from agentmem.engine.runner import Runner
 from agentmem.engine.sequence import Finish, Sequence
 from agentmem.engine.table import Table
@@ -24,7 +26,7 @@ from agentmem.quant.attention import Path
 
 log = logging.getLogger(__name__)
 
-Outcome = tuple[Sequence, int | None]
+Outcome = tuple[Sequence, list[Chosen]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class Engine:
         """The engine cannot go on: every request fails, nothing more is accepted."""
         self._closing = True
         for sequence in [*self.active, *self.waiting]:
-            sequence.sink(Failed(error))
+            if sequence.first is None:
+                sequence.sink(Failed(error))
         self.active, self.waiting = [], deque()
 
     def step(self) -> bool:
@@ -155,7 +158,7 @@ class Engine:
                 self.planner.drop(sequence)
                 self._report(sequence, 0, False)
                 continue
-            if len(self.active) >= self.max_batch:
+            if self.active and sum(s.width for s in [*self.active, sequence]) > self.max_batch:
                 return
             if self.planner.busy(sequence):
                 continue
@@ -199,7 +202,7 @@ class Engine:
 
     def _retry_or_fail(self, sequence: Sequence, error: AgentMemError, again: Callable[[], None]) -> None:
         """Slots are missing: they come free when a write or another sequence ends; without either the request fails."""
-        others = [s for s in self.active if s is not sequence and s.phase != "done"]
+        others = [s for s in self.active if s is not sequence and s.phase not in ("ended", "done")]
         if self.memory.unwritten or others or self.recall.running:
             self._wake.wait(timeout=0.01)
             self._inbox.put(again)
@@ -221,11 +224,14 @@ class Engine:
 
     def run(self, work: Work) -> list[Outcome]:
         """One forward pass for all that decode, and one for each chunk of a prompt; the tokens that were sampled."""
-        ready = [s for s in work.decoding if self._reserve(s)]
+        reserved = [s for s in work.decoding if self._reserve(s)]
+        ready = [s for s in reserved if s.phase != "done"]
         return [*self._decode(ready), *(o for c in work.chunks if (o := self._prefill(*c)) is not None)]
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Whether the sequence has the slots for its next token; else it waits for a step in which it has."""
+        if sequence.phase == "done":  # another reply to its prompt has failed
+            return False
         assert sequence.table is not None
         try:
             sequence.table.reserve()
@@ -245,12 +251,12 @@ class Engine:
                 self._fail(sequences[0], _reported(error))
                 return []
             log.warning("a decode step of %d sequences failed: %s", len(sequences), error)
-            return [outcome for s in sequences for outcome in self._decode([s])]
+            return [outcome for s in sequences if s.phase != "done" for outcome in self._decode([s])]
 
     def _prefill(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
         start = time.perf_counter()
         try:
-            token = self.runner.prefill(sequence, tokens)
+            chosen = self.runner.prefill(sequence, tokens)
         except Overloaded as error:
             self._retry_or_fail(sequence, error, lambda: None)
             return None
@@ -258,39 +264,37 @@ class Engine:
             self._fail(sequence, _reported(error))
             return None
         sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
-        return sequence, token
+        return sequence, chosen
 
     def settle(self, outcomes: list[Outcome]) -> None:
         """Stream new text; end the sequences that are complete."""
-        for sequence, token in outcomes:
+        for sequence, chosen in outcomes:
+            if sequence.phase == "done":
+                continue
             if sequence.phase == "closing":
                 self._end(sequence)
-            elif token is not None:
-                self._take_token(sequence, token)
+            elif chosen:
+                self._fork(sequence, len(chosen))
+                for one, choice in zip((sequence, *sequence.others), chosen, strict=False):
+                    self._take_token(one, choice)
             elif not sequence.generate and sequence.prompt_done:
                 self._finish(sequence, "stop")
         self.active = [s for s in self.active if s.phase != "done"]
 
-    def _take_token(self, sequence: Sequence, token: int) -> None:
-        reply, table = sequence.reply, sequence.table
-        assert reply is not None
-        assert table is not None
-        assert sequence.sampler is not None
+    def _fork(self, sequence: Sequence, n: int) -> None:
+        """The prompt is run: from here on each of its `n` replies goes its own way."""
+        for _ in range(1, n):
+            reply = Reply(self.model.tokenizer.detokenizer(), sequence.request.stop)
+            self.active.append(sequence.fork(reply))
+
+    def _take_token(self, sequence: Sequence, chosen: Chosen) -> None:
         if sequence.phase == "prefill":
             sequence.phase = "decode"
             sequence.ttft_ms = 1e3 * (time.perf_counter() - sequence.submitted)
             self._measure_rate(sequence)
-        sequence.last = token
-        if token in self.model.tokenizer.eos_ids:
-            sequence.end = token
-            self._finish(sequence, "stop")
-            return
-        sequence.sampler.saw(token)
-        self._show(sequence, reply.add(token))
-        if reply.stopped:
-            self._finish(sequence, "stop")
-        elif len(reply.tokens) >= sequence.max_tokens:
-            self._finish(sequence, "length")
+        finish = sequence.take(chosen.token, chosen.logprob, self.model.tokenizer.eos_ids)
+        if finish is not None:
+            self._finish(sequence, finish)
 
     def _measure_rate(self, sequence: Sequence) -> None:
         """Prefill rate of this machine in tokens per millisecond, from prefills that are long enough to tell."""
@@ -298,17 +302,30 @@ class Engine:
         if prefilled >= 256 and sequence.prefill_ms > 0:
             self.prefill_rate = prefilled / sequence.prefill_ms
 
-    def _show(self, sequence: Sequence, text: str) -> None:
-        if text:
-            sequence.sink(Delta(text))
-
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
-        """The reply is over: the table keeps exactly its tokens. The last one is fed once more where it has no state yet."""
+        """The reply is over. The request is when all its replies are; the first of them is kept."""
         sequence.finish = finish
+        sequence.show_rest()
+        sequence.phase = "ended"
+        if sequence.first is not None:
+            self._leave(sequence)
+        whole = sequence.whole
+        if whole.phase == "ended" and all(s.phase == "done" for s in whole.others):
+            self._close(whole)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence of which nothing is kept gives everything back."""
+        sequence.phase = "done"
+        if sequence.table is not None:
+            sequence.table.release()
+        if sequence in self.active:
+            self.active.remove(sequence)
+
+    def _close(self, sequence: Sequence) -> None:
+        """The table keeps exactly the tokens of the reply. The last one is fed once more where it has no state yet."""
         reply, table = sequence.reply, sequence.table
         assert table is not None
         if reply is not None:
-            self._show(sequence, reply.finish())
             kept = len(sequence.ids) + reply.kept()
             if len(table) > kept:
                 table.cut(kept)
@@ -348,20 +365,18 @@ class Engine:
             self._report(sequence, 0, False)
 
     def _report(self, sequence: Sequence, written: int, committed: bool) -> None:
-        text = sequence.reply.text if sequence.reply is not None else ""
-        sequence.sink(Finished(sequence.finish, text, sequence.usage(written, committed)))
+        sequence.sink(sequence.finished(written, committed))
 
     def _fail(self, sequence: Sequence, error: AgentMemError) -> None:
-        """Release everything of a request and report the error."""
-        if sequence.phase == "done":
+        """Release everything of a request, all its replies, and report the error."""
+        whole = sequence.whole
+        if whole.phase == "done":
             return
-        sequence.phase = "done"
-        if sequence.table is not None:
-            sequence.table.release()
-        self.planner.drop(sequence)
-        if sequence in self.active:
-            self.active.remove(sequence)
-        sequence.sink(Failed(error))
+        for one in (*whole.others, whole):
+            if one.phase != "done":
+                self._leave(one)
+        self.planner.drop(whole)
+        whole.sink(Failed(error))
 
 
 def _reported(error: Exception) -> AgentMemError:

@@ -45,8 +45,8 @@ class Planner:
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
-        need = self._pool.geometry.worst_slots(len(sequence.ids) + sequence.max_tokens + 1)
-        taken = sum(self._pool.geometry.worst_slots(len(s.ids) + s.max_tokens + 1) for s in active)
+        need = sequence.worst_slots(self._pool.geometry)
+        taken = sum(s.worst_slots(self._pool.geometry) for s in active)
         if taken and need + taken > self._pool.slots.count:
             return False
         session.busy = True
@@ -86,14 +86,14 @@ class Planner:
                 "Shorten the conversation or lower max_tokens.",
                 param="messages" if prompt > self._max_context else "max_tokens",
             )
-        need = self._pool.geometry.worst_slots(prompt + wanted + 1)
+        sequence.max_tokens = wanted
+        need = sequence.worst_slots(self._pool.geometry)
         if need > self._pool.slots.count:
             raise ContextOverflow(
                 f"{prompt} + {wanted} tokens need {need * self._pool.geometry.slot_bytes} bytes of KV state; ram_budget holds "
-                f"{self._pool.capacity_bytes}. Raise ram_budget or lower max_tokens.",
+                f"{self._pool.capacity_bytes}. Raise ram_budget or lower max_tokens{' or n' if sequence.request.n > 1 else ''}.",
                 param="max_tokens",
             )
-        sequence.max_tokens = wanted
 
     def replan(self, sequence: Sequence) -> None:
         """Choose the remembered prefix; its pages stay pinned until the table holds them. At least one token is left to feed."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import numpy as np
 
 from agentmem.engine.batch import DecodeStep, Plans
-from agentmem.engine.sampler import choose_batch
+from agentmem.engine.draw import Chosen, Draw
 from agentmem.engine.sequence import Sequence
 from agentmem.model.loaded import LoadedModel
 
@@ -21,21 +20,21 @@ class Runner:
         self.model, self.query_heads = model, query_heads
         self._plans = Plans() if fused else None
 
-    def prefill(self, sequence: Sequence, tokens: list[int]) -> int | None:
-        """Feed a chunk of one prompt; returns the first token of the reply, or None where none is due."""
+    def prefill(self, sequence: Sequence, tokens: list[int]) -> list[Chosen]:
+        """Feed a chunk of one prompt; returns the first token of each of its replies, or none where none is due."""
         table = sequence.table
         assert table is not None
         views = table.views()
         logits = self.model.model(mx.array([tokens]), cache=views)
         arrays, apply = table.absorb(views, tokens)
         due = sequence.generate and len(table) + len(tokens) >= len(sequence.ids)
-        token = self._choose([sequence], logits[:, -1]) if due else None
-        mx.eval(arrays, *([token] if token is not None else []))
+        draw = Draw([sequence], logits[:, -1]) if due else None
+        mx.eval(arrays, draw.arrays if draw is not None else [])
         apply()
-        return int(np.array(token)[0]) if token is not None else None
+        return draw.read(self.model.tokenizer.piece)[0] if draw is not None else []
 
-    def decode(self, sequences: list[Sequence]) -> list[int | None]:
-        """Feed each sequence its last token; returns the next ones, None for sequences that close.
+    def decode(self, sequences: list[Sequence]) -> list[list[Chosen]]:
+        """Feed each sequence its last token; returns the next ones, none for sequences that close.
 
         Precondition: every table has reserved the slots that it needs.
         """
@@ -48,17 +47,10 @@ class Runner:
         going = [i for i, s in enumerate(sequences) if s.phase != "closing"]
         if going:
             last = logits[:, -1] if len(going) == len(sequences) else logits[mx.array(going), -1]
-            chosen = self._choose([sequences[i] for i in going], last)
-            mx.eval(arrays, chosen)
-            ids = iter(np.array(chosen))
+            draw = Draw([sequences[i] for i in going], last)
+            mx.eval(arrays, draw.arrays)
+            chosen = iter(draw.read(self.model.tokenizer.piece))
         else:
             mx.eval(arrays)
         apply()
-        return [None if s.phase == "closing" else int(next(ids)) for s in sequences]
-
-    @staticmethod
-    def _choose(sequences: list[Sequence], logits: mx.array) -> mx.array:
-        """The next token of each, lazily: logits [B, vocab] -> [B]."""
-        samplers = [s.sampler for s in sequences if s.sampler is not None]
-        positions = [len(s.reply.tokens) for s in sequences if s.reply is not None]
-        return choose_batch(samplers, logits, positions)
+        return [[] if s.phase == "closing" else next(chosen) for s in sequences]

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Match, Page
 from agentmem.engine.conversation import Alignment, Span
 from agentmem.engine.memory import Agent, Session
 from agentmem.engine.reply import Reply
-from agentmem.engine.request import ChatRequest, Event, MemoryUsage, State, Ticket
+from agentmem.engine.request import (
+    ChatRequest,
+    Choice,
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    MemoryUsage,
+    State,
+    Ticket,
+    TokenLogprob,
+)
 from agentmem.engine.sampler import Sampler
 from agentmem.engine.table import Table
 
-Phase = Literal["waiting", "restoring", "prefill", "decode", "closing", "done"]
-Finish = Literal["stop", "length", "cancelled"]
+Phase = Literal["waiting", "restoring", "prefill", "decode", "ended", "closing", "done"]
+Finish = FinishReason
 
 LAST_CHUNK = 32
 
@@ -26,6 +38,8 @@ class Sequence:
     """One request: its prompt over the session's state, its reply, and the figures that are reported for it.
 
     `generate=False` only prefills (`append`). `fed` tokens of the prompt are in the table.
+    `others` are the further replies of a request that wants several: sequences of their own from the end of the prompt on,
+    of which nothing is kept. The `first` one stays in phase `ended` until all of them are done.
     """
 
     request: ChatRequest
@@ -56,6 +70,9 @@ class Sequence:
     prefill_ms: float = 0.0
     ttft_ms: float = 0.0
     pinned: list[Page] = field(default_factory=list)
+    first: Sequence | None = None
+    index: int = 0
+    others: list[Sequence] = field(default_factory=list)
 
     def next_chunk(self, chunk_tokens: int) -> list[int]:
         """The tokens to feed next. Prompt chunks end at multiples of `chunk_tokens`, so that they do not depend on how much
@@ -69,6 +86,70 @@ class Sequence:
         if fed + len(rest) == len(self.ids) and len(rest) > 2 * LAST_CHUNK:
             rest = rest[:-LAST_CHUNK]
         return rest
+
+    @property
+    def whole(self) -> Sequence:
+        """The sequence that stands for the request."""
+        return self.first or self
+
+    @property
+    def position(self) -> int:
+        """Index of the next token in the reply."""
+        assert self.reply is not None
+        return len(self.reply.tokens)
+
+    def samplers(self, n: int) -> list[Sampler]:
+        """The samplers of `n` replies; this one's is the first."""
+        assert self.sampler is not None
+        return [self.sampler, *(self.sampler.sibling(i) for i in range(1, n))]
+
+    def fork(self, reply: Reply) -> Sequence:
+        """One more reply to the same prompt, which the table holds and the model has just run."""
+        assert self.table is not None
+        index = len(self.others) + 1
+        other = Sequence(
+            self.request, self.ticket, self.sink, phase="decode", ids=self.ids, max_tokens=self.max_tokens,
+            table=self.table.fork(), reply=reply, sampler=self.samplers(index + 1)[index], first=self, index=index,
+        )  # fmt: skip
+        self.others.append(other)
+        return other
+
+    def take(self, token: int, logprob: TokenLogprob | None, ends: Collection[int]) -> Finish | None:
+        """Add a token to the reply and show what it says; returns why the reply is over, or None."""
+        assert self.reply is not None
+        assert self.sampler is not None
+        self.last = token
+        if token in ends:
+            self.end = token
+            return "stop"
+        self.sampler.saw(token)
+        self._show(self.reply.add(token, logprob))
+        if self.reply.stopped:
+            return "stop"
+        return "length" if len(self.reply.tokens) >= self.max_tokens else None
+
+    def show_rest(self) -> None:
+        """The reply is over: show what was held back."""
+        if self.reply is not None:
+            self._show(self.reply.finish())
+
+    def _show(self, text: str) -> None:
+        assert self.reply is not None
+        logprobs = self.reply.release() if self.request.top_logprobs is not None else None
+        if text or logprobs:
+            self.sink(Delta(text, self.index, logprobs))
+
+    @property
+    def width(self) -> int:
+        """How many sequences the request makes of a batch."""
+        return self.request.n if self.first is None else 0
+
+    def worst_slots(self, geometry: Geometry) -> int:
+        """Slots that the request can take at most. Its further replies share the prompt."""
+        if self.first is not None:
+            return 0
+        others = (self.request.n - 1) * geometry.worst_slots(geometry.page_tokens + self.max_tokens + 1)
+        return geometry.worst_slots(len(self.ids) + self.max_tokens + 1) + others
 
     @property
     def prompt_done(self) -> bool:
@@ -86,9 +167,26 @@ class Sequence:
             spans.append(Span("end", specials.get(self.end, ""), [self.end]))
         return spans
 
+    @property
+    def choice(self) -> Choice:
+        """The reply as it is reported."""
+        logprobs = self.reply.released() if self.reply and self.request.top_logprobs is not None else None
+        return Choice(self.finish, self.reply.text if self.reply else "", logprobs)
+
+    def finished(self, written: int, committed: bool) -> Finished:
+        """The report of the whole request."""
+        kept, others = self.choice, tuple(other.choice for other in self.others)
+        usage = self.usage(written, committed)
+        return Finished(kept.finish_reason, kept.text, usage, kept.logprobs, others)
+
+    @property
+    def said(self) -> int:
+        """Tokens that were generated."""
+        return (len(self.reply.tokens) if self.reply else 0) + int(self.end is not None)
+
     def usage(self, written: int, committed: bool) -> dict[str, Any]:
         """OpenAI's usage object with the `agentmem` extension."""
-        completion = (len(self.reply.tokens) if self.reply else 0) + int(self.end is not None)
+        completion = sum(s.said for s in (self, *self.others))
         memory = MemoryUsage(
             agent=self.request.agent,
             session=self.request.session,

@@ -28,14 +28,11 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """The text that `token` completes; may be ""."""
-        return self._trimmed(self._decoder.decode(self._piece(token)))
+        return self._trimmed(self._decoder.decode(_piece(self._pieces, token)))
 
     def finish(self) -> str:
         """What was held back: "" or replacement characters. The stream is over."""
         return self._trimmed(self._decoder.decode(b"", final=True))
-
-    def _piece(self, token: int) -> bytes:
-        return self._pieces[token] if 0 <= token < len(self._pieces) else b""
 
     def _trimmed(self, text: str) -> str:
         if self._trim and text:
@@ -108,6 +105,10 @@ class ChatTokenizer:
         stream = self.detokenizer()
         return "".join([stream.add(token) for token in ids]) + stream.finish()
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character; none for an id that stands for nothing."""
+        return _piece(self._pieces, token)
+
     def detokenizer(self) -> Detokenizer:
         """A new stream."""
         return Detokenizer(self._pieces, trim=self._trim)
@@ -137,6 +138,10 @@ class ChatTokenizer:
         text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if self.encode(PROBE) != ids or self.decode(ids) != text:
             raise ModelUnavailable("The model's tokenizer works in a way that is not supported")
+
+
+def _piece(pieces: Sequence[bytes], token: int) -> bytes:
+    return pieces[token] if 0 <= token < len(pieces) else b""
 
 
 def _pieces(decoder: Any, vocab: dict[str, int], special: dict[int, str]) -> tuple[list[bytes], bool]:

@@ -12,11 +12,12 @@ from pydantic import (
     StrictBool,
     StrictFloat,
     StrictInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from agentmem.engine.request import Sampling
+from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
 from agentmem.server.errors import invalid, unsupported
 from agentmem.server.messages import Message, Text
 
@@ -75,6 +76,7 @@ class ChatBody(Body):
     seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
     logit_bias: dict[str, Bias] | None = Field(default=None, max_length=MAX_BIASES)
 
     agentmem: AgentFields = Field(default_factory=AgentFields)
@@ -83,12 +85,13 @@ class ChatBody(Body):
     user: str | None = None
     metadata: dict[str, Any] | None = None
 
-    n: StrictInt | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
     tools: list[Any] | None = None
     functions: list[Any] | None = None
     response_format: dict[str, Any] | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = None
     modalities: list[str] | None = None
 
     @field_validator("agentmem", mode="before")
@@ -102,15 +105,6 @@ class ChatBody(Body):
         for key in value or ():
             if not (key.isascii() and key.isdecimal() and len(key) < 10):
                 raise invalid(f"keys are token ids, got {key[:40]!r}")
-        return value
-
-    @field_validator("n")
-    @classmethod
-    def _one_reply(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise invalid("must be 1")
-        if value is not None and value > 1:
-            raise unsupported("more than one reply is not supported; send n: 1")
         return value
 
     @field_validator("tools", "functions")
@@ -127,11 +121,11 @@ class ChatBody(Body):
             raise unsupported('only {"type": "text"} is supported')
         return value
 
-    @field_validator("logprobs", "top_logprobs")
+    @field_validator("top_logprobs")
     @classmethod
-    def _no_logprobs(cls, value: int | None) -> int | None:
-        if value:
-            raise unsupported("log probabilities are not supported")
+    def _beside_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and info.data.get("logprobs", True) is not True:
+            raise invalid("needs logprobs: true")
         return value
 
     @field_validator("modalities")
@@ -150,9 +144,16 @@ class ChatBody(Body):
     def wants_usage_chunk(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def ranked(self) -> int | None:
+        """How many of the likeliest tokens to report beside each token; None for no log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     def sampling(self) -> Sampling:
         """How to choose tokens; what the request leaves out keeps its default."""
-        named = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")
+        named = (
+            "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+        )  # fmt: skip
         given: dict[str, Any] = {
             name: getattr(self, name) for name in named if getattr(self, name) is not None
         }

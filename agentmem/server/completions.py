@@ -15,7 +15,7 @@ from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Starte
 from agentmem.server.bodies import ChatBody
 from agentmem.server.identity import resolve
 from agentmem.server.service import Service
-from agentmem.server.sse import TurnStream, chunks, finish_reason
+from agentmem.server.sse import TurnStream, chunks, finish_reason, logprobs_field
 from agentmem.server.turn import Turn
 
 FIRST_EVENT_S = 2.0
@@ -60,6 +60,8 @@ def chat_request(request: Request, body: ChatBody) -> ChatRequest:
         max_tokens=body.reply_limit,
         stop=list(body.stop or []),
         sampling=body.sampling(),
+        n=body.n or 1,
+        top_logprobs=body.ranked,
     )
 
 
@@ -68,13 +70,16 @@ async def _whole(service: Service, turn: Turn) -> Response:
     if isinstance(first, Failed):
         raise first.error
     end = first if isinstance(first, Finished) else await turn.finish()
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": end.text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": finish_reason(end),
-    }
-    body = {**_head(service, "chat.completion"), "choices": [choice], "usage": end.usage}
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": logprobs_field(choice.logprobs),
+            "finish_reason": finish_reason(choice),
+        }
+        for index, choice in enumerate(end.choices)
+    ]
+    body = {**_head(service, "chat.completion"), "choices": choices, "usage": end.usage}
     return JSONResponse(body, headers=reuse_headers(turn.request, first))
 
 

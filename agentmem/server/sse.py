@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from agentmem.engine.request import Delta, Event, Failed, Finished
+from agentmem.engine.request import Choice, Delta, Event, Failed, Finished, Logprobs, TokenLogprob
 from agentmem.server.errors import envelope
 from agentmem.server.turn import Turn
 
@@ -39,15 +39,17 @@ async def chunks(
 
     `head` holds the fields that every chunk repeats. An error after this point travels inside the stream.
     """
-    yield _chunk(head, {"role": "assistant", "content": ""})
+    for index in range(turn.request.n):
+        yield _chunk(head, index, {"role": "assistant", "content": ""})
     event = first
     while True:
         if event is None:
             yield KEEP_ALIVE
         elif isinstance(event, Delta):
-            yield _chunk(head, {"content": event.text})
+            yield _chunk(head, event.index, {"content": event.text}, event.logprobs)
         elif isinstance(event, Finished):
-            yield _chunk(head, {}, finish_reason(event))
+            for index, choice in enumerate(event.choices):
+                yield _chunk(head, index, {}, reason=finish_reason(choice))
             if with_usage:
                 yield _event({**head, "choices": [], "usage": event.usage})
             yield DONE
@@ -58,13 +60,34 @@ async def chunks(
         event = await turn.next(KEEP_ALIVE_S)
 
 
-def finish_reason(event: Finished) -> str:
+def finish_reason(choice: Choice) -> str:
     """In OpenAI's words: a cancelled reply is one that was cut short."""
-    return "length" if event.finish_reason == "cancelled" else event.finish_reason
+    return "length" if choice.finish_reason == "cancelled" else choice.finish_reason
 
 
-def _chunk(head: dict[str, Any], delta: dict[str, str], reason: str | None = None) -> bytes:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+def logprobs_field(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    """A choice's `logprobs` as OpenAI's clients read them; None where they were not asked for."""
+    if logprobs is None:
+        return None
+    content = [{**_token(one), "top_logprobs": [_token(other) for other in one.top]} for one in logprobs]
+    return {"content": content, "refusal": None}
+
+
+def _token(one: TokenLogprob) -> dict[str, Any]:
+    # `bytes` is what to join: a token may be a part of a character, which its text cannot show.
+    return {"token": one.piece.decode(errors="replace"), "logprob": one.logprob, "bytes": list(one.piece)}
+
+
+def _chunk(
+    head: dict[str, Any],
+    index: int,
+    delta: dict[str, str],
+    logprobs: Logprobs | None = None,
+    reason: str | None = None,
+) -> bytes:
+    choice = {
+        "index": index, "delta": delta, "logprobs": logprobs_field(logprobs), "finish_reason": reason,
+    }  # fmt: skip
     return _event({**head, "choices": [choice]})
 
 

@@ -48,7 +48,11 @@ class Running:
             raise last.error
         assert isinstance(last, Finished)
         assert isinstance(self.events[0], Started)
-        assert "".join(e.text for e in self.events if isinstance(e, Delta)) == last.text
+        for index, choice in enumerate(last.choices):
+            deltas = [e for e in self.events if isinstance(e, Delta) and e.index == index]
+            assert "".join(e.text for e in deltas) == choice.text
+            shown = [one for e in deltas for one in e.logprobs or ()]
+            assert shown == list(choice.logprobs or ())
         return last
 
 

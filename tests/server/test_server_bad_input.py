@@ -83,12 +83,24 @@ BAD_FIELDS = [
     ({"stop": ["x" * 257]}, 400, "invalid_value", "stop.0"),
     ({"stop": 7}, 400, "invalid_value", "stop"),
     ({"stream": "yes"}, 400, "invalid_value", "stream"),
-    ({"n": 2}, 400, "unsupported_parameter", "n"),
     ({"n": 0}, 400, "invalid_value", "n"),
+    ({"n": -1}, 400, "invalid_value", "n"),
+    ({"n": 99}, 400, "invalid_value", "n"),
+    ({"n": 1.5}, 400, "invalid_value", "n"),
+    ({"n": True}, 400, "invalid_value", "n"),
+    ({"repetition_penalty": 0}, 400, "invalid_value", "repetition_penalty"),
+    ({"repetition_penalty": "high"}, 400, "invalid_value", "repetition_penalty"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
     ({"response_format": {"type": "json_schema"}}, 400, "unsupported_parameter", "response_format"),
-    ({"logprobs": True}, 400, "unsupported_parameter", "logprobs"),
-    ({"top_logprobs": 3}, 400, "unsupported_parameter", "top_logprobs"),
+    ({"logprobs": 5}, 400, "invalid_value", "logprobs"),
+    ({"logprobs": "yes"}, 400, "invalid_value", "logprobs"),
+    ({"logprobs": 5, "top_logprobs": 5}, 400, "invalid_value", "logprobs"),
+    ({"top_logprobs": 3}, 400, "invalid_value", "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 3}, 400, "invalid_value", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, 400, "invalid_value", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": True}, 400, "invalid_value", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 2.5}, 400, "invalid_value", "top_logprobs"),
     ({"modalities": ["text", "audio"]}, 400, "unsupported_parameter", "modalities"),
     ({"model": "gpt-9"}, 404, "model_not_found", "model"),
     ({"agentmem": {"agent": "a/b"}}, 400, "invalid_value", "agent"),
@@ -193,6 +205,15 @@ def test_unknown_agent(daemon) -> None:
 def test_bad_append(daemon, body: dict[str, Any], param: str | None) -> None:
     response = daemon.http.post("/v1/agents/appender/append", json=body)
     check_envelope(response, 400, "invalid_value", param)
+
+
+def test_what_is_out_of_bounds_is_told_the_bounds(daemon) -> None:
+    def message(**fields: Any) -> str:
+        return daemon.http.post(ROUTE, json={"messages": [HELLO], **fields}).json()["error"]["message"]
+
+    assert "8" in message(n=99)
+    assert "20" in message(logprobs=True, top_logprobs=21)
+    assert "logprobs: true" in message(top_logprobs=3)
 
 
 def test_unknown_route_and_wrong_method(daemon) -> None:
