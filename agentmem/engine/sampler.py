@@ -68,7 +68,7 @@ class Sampler:
     def _penalised(self, logits: mx.array) -> mx.array:
         s = self._s
         if self._repeats:
-            repeats = mx.array(list(self._repeats))
+            repeats = mx.array([t for t in self._repeats if t < logits.shape[0]])
             logits = make_repetition_penalty(s.repetition_penalty, repeats.size)(repeats, logits[None])[0]
         change = {
             t: bias for t, bias in s.logit_bias.items() if 0 <= t < logits.shape[0]

@@ -37,6 +37,7 @@ LAST_CHUNK = 32
 class Sequence:
     """One request: its prompt over the session's state, its reply, and the figures that are reported for it.
 
+    `guess` stands for the tokens of a prompt that is not rendered yet; `prefetched` rows were read while it waited.
     `generate=False` only prefills (`append`). `fed` tokens of the prompt are in the table.
     `others` are the further replies of a request that wants several: sequences of their own from the end of the prompt on,
     of which nothing is kept. The `first` one stays in phase `ended` until all of them are done.
@@ -62,6 +63,8 @@ class Sequence:
     finish: Finish = "stop"
     reused: int = 0
     restored: int = 0
+    guess: int = 1
+    prefetched: int = 0
     state_before: State = "cold"
     lost: bool = False
     submitted: float = field(default_factory=time.perf_counter)
@@ -74,15 +77,30 @@ class Sequence:
     index: int = 0
     others: list[Sequence] = field(default_factory=list)
 
-    def next_chunk(self, chunk_tokens: int) -> list[int]:
-        """The tokens to feed next. Prompt chunks end at multiples of `chunk_tokens`, so that they do not depend on how much
-        was remembered; the last one is short, because logits are made for all of it."""
+    @property
+    def agent_key(self) -> tuple[str, str]:
+        """Whose share of the machine it counts against."""
+        return self.request.namespace, self.request.agent
+
+    @property
+    def arrived(self) -> float:
+        return self.submitted
+
+    @property
+    def remaining(self) -> int:
+        """Tokens of the prompt that are not fed yet; a guess while it waits."""
+        return len(self.ids) - len(self.table) if self.table is not None else self.guess
+
+    @property
+    def history(self) -> int:
+        """Tokens in the table."""
+        return len(self.table) if self.table is not None else 0
+
+    def next_chunk(self, tokens: int) -> list[int]:
+        """The next `tokens` tokens of the prompt. The last chunk is short, because logits are made for all of it."""
         assert self.table is not None
-        if self.phase != "prefill":
-            assert self.last is not None
-            return [self.last]
         fed = len(self.table)
-        rest = self.ids[fed : fed + chunk_tokens - fed % chunk_tokens]
+        rest = self.ids[fed : fed + tokens]
         if fed + len(rest) == len(self.ids) and len(rest) > 2 * LAST_CHUNK:
             rest = rest[:-LAST_CHUNK]
         return rest
@@ -106,10 +124,11 @@ class Sequence:
     def fork(self, reply: Reply) -> Sequence:
         """One more reply to the same prompt, which the table holds and the model has just run."""
         assert self.table is not None
+        assert self.sampler is not None
         index = len(self.others) + 1
         other = Sequence(
             self.request, self.ticket, self.sink, phase="decode", ids=self.ids, max_tokens=self.max_tokens,
-            table=self.table.fork(), reply=reply, sampler=self.samplers(index + 1)[index], first=self, index=index,
+            table=self.table.fork(), reply=reply, sampler=self.sampler.sibling(index), first=self, index=index,
         )  # fmt: skip
         self.others.append(other)
         return other
@@ -143,6 +162,11 @@ class Sequence:
     def width(self) -> int:
         """How many sequences the request makes of a batch."""
         return self.request.n if self.first is None else 0
+
+    @property
+    def totals(self) -> list[int]:
+        """Tokens of each sequence of the request at its end."""
+        return [len(self.ids) + self.max_tokens] * self.width
 
     def worst_slots(self, geometry: Geometry) -> int:
         """Slots that the request can take at most. Its further replies share the prompt."""
