@@ -27,6 +27,19 @@ FN void LOAD_TWO(unsigned* to, const unsigned* from) {
   to[0] = x.x;
   to[1] = x.y;
 }
+// Raw rows are read piecemeal, so that they had better stay in the nearest cache.
+FN void NEAR_TWO(unsigned* to, const unsigned* from) {
+  const uint2 x = __ldg((const uint2*)from);
+  to[0] = x.x;
+  to[1] = x.y;
+}
+FN void NEAR_FOUR(unsigned* to, const unsigned* from) {
+  const uint4 x = __ldg((const uint4*)from);
+  to[0] = x.x;
+  to[1] = x.y;
+  to[2] = x.z;
+  to[3] = x.w;
+}
 FN void LOAD_FOUR(float* to, const float* from) {
   const float4 x = *(const float4*)from;
   to[0] = x.x;

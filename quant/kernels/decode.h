@@ -329,51 +329,63 @@ template <class T> struct Fresh {
   bool here;
 };
 
+// N words of a raw row as float16, or of the step's own token
+template <class S, int N, class T>
+FN void raw_words(PRIVATE unsigned* to, const GLOBAL unsigned* at, const GLOBAL T* own, bool fresh) {
+  if (fresh) {
+    UNROLL for (int i = 0; i < N; i++) to[i] = two_halves((float)own[2 * i], (float)own[2 * i + 1]);
+  } else {
+    UNROLL for (int i = 0; i < N; i += N % 4 ? 2 : 4) {
+      if (N % 4) NEAR_TWO(to + i, at + i);
+      else NEAR_FOUR(to + i, at + i);
+    }
+    UNROLL for (int i = 0; i < N; i++) to[i] = as_halves<S::BF>(to[i]);
+  }
+}
+
 template <class S, class T>
-FN void raw_tile(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run, const Fresh<T> fresh,
-                 const PRIVATE unsigned (&lows)[S::COLUMNS][2], unsigned pos, unsigned rows, unsigned first,
-                 unsigned head, unsigned row, unsigned col) {
-  Four s[S::COLUMNS];
+FN void raw_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
+                   const Fresh<T> fresh, unsigned rows, unsigned first, unsigned head, unsigned row, unsigned col) {
   UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
-  const unsigned last = fresh.here ? rows - 1 : rows;
-  unsigned tokens[4];
-  UNROLL for (int x = 0; x < 2; x++) tokens[x] = min(first + 8 * x + row, rows - 1);
   UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
     UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
-      const unsigned at = key_dim<S>(kg, ch, col) / 2;
+      unsigned a[2][4];
+      const unsigned dim = key_dim<S>(kg, ch, col);
+      UNROLL for (int x = 0; x < 2; x++) {
+        const unsigned token = min(first + 8 * x + row, rows - 1);
+        raw_words<S, 4, T>(a[x], run + token * S::RAW_WORDS + (head * S::DK + dim) / 2, fresh.key + dim,
+                           fresh.here && token == rows - 1);
+      }
       UNROLL for (int p = 0; p < 4; p += 2) {
-        unsigned a[2][2];
-        UNROLL for (int i = 0; i < 4; i++) {
-          const unsigned word = at + p + i / 2;
-          const unsigned token = tokens[i % 2];
-          a[i / 2][i % 2] = token == last ? two_halves((float)fresh.key[2 * word], (float)fresh.key[2 * word + 1])
-                                          : as_halves<S::BF>(LOAD(run + token * S::RAW_WORDS + head * S::DK / 2 + word));
-        }
         UNROLL for (int c = 0; c < S::COLUMNS; c++) {
           const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
-          product(s[c].x, a[0][0], a[0][1], a[1][0], a[1][1], b[p], b[p + 1]);
+          product(s[c].x, a[0][p], a[1][p], a[0][p + 1], a[1][p + 1], b[p], b[p + 1]);
         }
       }
     }
   }
-  soften<S>(s, r, lows, pos, first, rows, row);
+}
+
+template <class S, class T>
+FN void raw_values(PRIVATE Result<S>& r, const PRIVATE Four (&s)[S::COLUMNS], const GLOBAL unsigned* run,
+                   const Fresh<T> fresh, unsigned rows, unsigned first, unsigned head, unsigned row, unsigned col) {
   unsigned b[S::COLUMNS][2];
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int x = 0; x < 2; x++) b[c][x] = OPERAND(PACK_HALF(s[c].x[2 * x], s[c].x[2 * x + 1]));
   }
-  UNROLL for (int i = 0; i < 4; i++) tokens[i] = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
-  const GLOBAL unsigned* values = run + (S::H * S::DK + head * S::DV) / 2;
   UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-    UNROLL for (int n = 0; n < S::V_DIMS; n += 2) {
-      unsigned z[4];
-      const unsigned dim = vg * S::VG + row * S::V_DIMS + n;
-      UNROLL for (int i = 0; i < 4; i++) {
-        z[i] = tokens[i] == last ? two_halves((float)fresh.value[dim], (float)fresh.value[dim + 1])
-                                 : as_halves<S::BF>(LOAD(values + tokens[i] * S::RAW_WORDS + dim / 2));
-      }
+    unsigned z[4][S::V_DIMS / 2];
+    const unsigned dim = vg * S::VG + row * S::V_DIMS;
+    UNROLL for (int i = 0; i < 4; i++) {
+      const unsigned token = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
+      const GLOBAL unsigned* at = run + token * S::RAW_WORDS + (S::H * S::DK + head * S::DV + dim) / 2;
+      raw_words<S, S::V_DIMS / 2, T>(z[i], at, fresh.value + dim, fresh.here && token == rows - 1);
+    }
+    UNROLL for (int n = 0; n < S::V_DIMS / 2; n++) {
       UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-        product(r.out[c][(vg * S::V_DIMS + n) / 2].x, (z[0] & 0xffffu) | (z[1] << 16), (z[0] >> 16) | (z[1] & 0xffff0000u),
-                (z[2] & 0xffffu) | (z[3] << 16), (z[2] >> 16) | (z[3] & 0xffff0000u), b[c][0], b[c][1]);
+        product(r.out[c][vg * S::V_DIMS / 2 + n].x, (z[0][n] & 0xffffu) | (z[1][n] << 16),
+                (z[0][n] >> 16) | (z[1][n] & 0xffff0000u), (z[2][n] & 0xffffu) | (z[3][n] << 16),
+                (z[2][n] >> 16) | (z[3][n] & 0xffff0000u), b[c][0], b[c][1]);
       }
     }
   }
@@ -453,7 +465,8 @@ template <class S, class T> FN void keep(GLOBAL unsigned* words, const Fresh<T> 
 }
 
 // items [n, 5]: first run, end run, first entry, end entry, position of the first row. entries: sequence of each.
-// runs [n, 2]: first word, rows | kind << 30. state [sequences, 2]: rows of its tail, first position that it sees.
+// runs [n, 2]: first word, rows | kind << 30; of tails: first row | most rows << 15 | kind << 30, because how many there are
+// changes with every step. state [sequences, 2]: rows of its tail, first position that it sees.
 // keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows` is how they are stored.
 // settings: the bits of the scale, the word at which the layer's tails begin.
 template <class S, class T>
@@ -483,9 +496,16 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
   r.packed = false;
   bool loaded = false, packed = false;
   for (unsigned i = first_run; i < end_run; i++) {
-    const unsigned kind = runs[2 * i + 1] >> 30;
-    const unsigned rows = kind == TAIL ? state[2 * entries[entry]] : runs[2 * i + 1] & 0x3fffffffu;
-    const GLOBAL unsigned* run = (kind == TAIL ? tails + settings[1] : arena) + runs[2 * i];
+    const unsigned kind = runs[2 * i + 1] >> 30, field = runs[2 * i + 1] & 0x3fffffffu;
+    const GLOBAL unsigned* run = arena + runs[2 * i];
+    unsigned rows = field;
+    bool own = false;
+    if (kind == TAIL) {
+      const unsigned held = state[2 * entries[entry]], begin = field & 0x7fffu, end = min(held, begin + (field >> 15));
+      run = tails + settings[1] + runs[2 * i] + begin * S::RAW_WORDS;
+      rows = end > begin ? end - begin : 0u;
+      own = end == held;
+    }
     if (rows == 0) continue;
     if (!loaded || packed != (kind == PACKED)) {
       packed = kind == PACKED;
@@ -497,10 +517,13 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
       packed_run<S>(r, q, run, lows, pos, rows, head, row, col);
     } else {
       const unsigned token = entries[entry] * S::H + head;
-      const Fresh<T> fresh = {keys + token * S::DK, values + token * S::DV, kind == TAIL};
+      const Fresh<T> fresh = {keys + token * S::DK, values + token * S::DV, own};
       if (fresh.here) keep<S, T>(rows_out + entries[entry] * S::RAW_WORDS, fresh, head, lane);
       for (unsigned first = 0; first < rows; first += 16) {
-        raw_tile<S, T>(r, q, run, fresh, lows, pos, rows, first, head, row, col);
+        Four s[S::COLUMNS];
+        raw_scores<S, T>(s, q, run, fresh, rows, first, head, row, col);
+        soften<S>(s, r, lows, pos, first, rows, row);
+        raw_values<S, T>(r, s, run, fresh, rows, first, head, row, col);
       }
     }
     pos += rows;

@@ -27,6 +27,11 @@ FN void LOAD_TWO(thread unsigned* to, const device unsigned* from) {
   to[0] = from[0];
   to[1] = from[1];
 }
+FN void NEAR_TWO(thread unsigned* to, const device unsigned* from) { LOAD_TWO(to, from); }
+FN void NEAR_FOUR(thread unsigned* to, const device unsigned* from) {
+  const uint4 x = *(const device uint4*)from;
+  for (int i = 0; i < 4; i++) to[i] = x[i];
+}
 FN void LOAD_FOUR(thread float* to, const device float* from) {
   const float4 x = *(const device float4*)from;
   for (int i = 0; i < 4; i++) to[i] = x[i];

@@ -21,7 +21,14 @@ WARPS = 2112
 """As many as a large GPU holds at once; more would make the merge of their results longer, not the reading shorter."""
 
 PACKED, RAW, TAIL = 0, 1, 2
-KIND_BIT = 30
+KIND_BIT, LENGTH_BIT = 30, 15
+TILE = 16
+TAIL_PARTS = 4
+"""Stretches of a tail, read by warps of their own: how long a tail is changes with every step, the plan does not."""
+
+RAW_COST = 2
+"""Of a tile of raw rows, in tiles of packed ones."""
+LEAST_COST = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Runs [first, end) that all `members` read; `end` may be one behind the last run, which means the tail."""
+    """Runs [first, end) that all `members` read; those behind the last run in the arena are the tail's parts."""
 
     members: tuple[int, ...]
     first: int
@@ -72,20 +79,20 @@ class Batch:
     _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        offsets = np.cumsum([0, *(len(r.slots) + 1 for r in self.reaches)])
+        self._part = max(TILE, self.page_tokens // TAIL_PARTS)
+        self._parts = -(-self.page_tokens // self._part)
+        offsets = np.cumsum([0, *(len(r.slots) + self._parts for r in self.reaches)])
         stretches = self._stretches(tuple(range(len(self.reaches))), 0)
-        total = sum(s.end - s.first for s in stretches)
-        per = max(1, -(-total * self.kv_heads // WARPS))
+        costs = [self._costs(r) for r in self.reaches]
+        total = sum(int(costs[s.members[0]][s.first : s.end].sum()) for s in stretches)
+        least = max(LEAST_COST, -(-total * self.kv_heads // WARPS))
         items, entries = [], list[int]()
         for s in stretches:
-            lead = self.reaches[s.members[0]]
-            position = np.concatenate([[0], np.cumsum(lead.rows)])
-            base = int(offsets[s.members[0]])
-            for first in range(s.first, s.end, per):
-                end = min(first + per, s.end)
-                items.append(
-                    (base + first, base + end, len(entries), len(entries) + len(s.members), position[first])
-                )
+            lead = s.members[0]
+            base, position = int(offsets[lead]), self._positions(self.reaches[lead])
+            for first, end in self._cut(costs[lead], s, least):
+                entry = len(entries)
+                items.append((base + first, base + end, entry, entry + len(s.members), position[first]))
                 entries += s.members
         self._items = np.array(items, np.uint32)
         self.wide = max(len(s.members) for s in stretches) * self.repeat > NARROW_ROWS
@@ -94,10 +101,30 @@ class Batch:
         counts = np.bincount(entries, minlength=len(self.reaches))
         self.starts = mx.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32))
 
+    def _costs(self, reach: Reach) -> np.ndarray:
+        tiles = -(-reach.rows // TILE) * np.where(reach.raw, RAW_COST, 1)
+        return np.append(tiles, [RAW_COST * -(-self._part // TILE)] * self._parts)
+
+    def _positions(self, reach: Reach) -> np.ndarray:
+        """Of the first row of each run and each part of the tail."""
+        starts = np.concatenate([[0], np.cumsum(reach.rows)])
+        return np.append(starts, starts[-1] + self._part * np.arange(1, self._parts))
+
+    def _cut(self, costs: np.ndarray, s: _Stretch, least: int) -> list[tuple[int, int]]:
+        """Items of a stretch that cost `least` or a little more; a part of a tail is one by itself."""
+        runs = len(costs) - self._parts
+        cuts, first, cost = list[tuple[int, int]](), s.first, 0
+        for i in range(s.first, s.end):
+            cost += int(costs[i])
+            if cost >= least or i + 1 >= runs or i + 1 == s.end:
+                cuts.append((first, i + 1))
+                first, cost = i + 1, 0
+        return cuts
+
     def _stretches(self, members: tuple[int, ...], first: int) -> list[_Stretch]:
         """Cut into stretches what `members`, alike up to run `first`, read from there on."""
         if len(members) == 1:
-            return [_Stretch(members, first, len(self.reaches[members[0]].slots) + 1)]
+            return [_Stretch(members, first, len(self.reaches[members[0]].slots) + self._parts)]
         if not self.share:
             return [s for m in members for s in self._stretches((m,), first)]
         found: list[_Stretch] = []
@@ -142,9 +169,12 @@ class Batch:
         if key not in self._layouts:
             runs = []
             for r in self.reaches:
-                at = np.append(r.slots * self.page_tokens * key[0], r.tail * self.page_tokens * key[1])
-                kinds = np.append(np.where(r.raw, RAW, PACKED), TAIL)
-                runs.append(np.stack([at, np.append(r.rows, 0) + (kinds << KIND_BIT)], axis=1))
+                at = np.append(
+                    r.slots * self.page_tokens * key[0], [r.tail * self.page_tokens * key[1]] * self._parts
+                )
+                fields = np.append(r.rows, self._part * np.arange(self._parts) + (self._part << LENGTH_BIT))
+                kinds = np.append(np.where(r.raw, RAW, PACKED), [TAIL] * self._parts)
+                runs.append(np.stack([at, fields + (kinds << KIND_BIT)], axis=1))
             self._layouts[key] = Layout(
                 mx.array(self._items), mx.array(np.concatenate(runs).astype(np.uint32))
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
@@ -25,8 +26,10 @@ THREADS = {
 
 
 def text(name: str) -> str:
-    """A source file of this folder."""
-    return resources.files(__package__).joinpath(name).read_text()
+    """A source file of this folder without comments and indents: MLX hashes all of it with every call."""
+    lines = resources.files(__package__).joinpath(name).read_text().splitlines()
+    bare = (re.sub(r"//.*", "", line).strip() for line in lines)
+    return "\n".join(line for line in bare if line) + "\n"
 
 
 @cache

@@ -18,10 +18,13 @@ from agentmem.home import default_home
 from agentmem.model.loaded import LoadedModel, load
 from agentmem.model.random import random_model
 from agentmem.quant.attention import Path as Attention
+from agentmem.quant.device import backend
 from agentmem.quant.paths import chosen
 from agentmem.quant.selftest import self_tests
 
 PAGE = 32
+BOUND = 1e-4 if backend() == "cpu" else 2e-2
+"""Of a logit: the fused path multiplies in float16."""
 HEADS = {
     "one KV head each": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "groups of two": {"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -125,7 +128,7 @@ def conversations(bench: Bench, rng: random.Random, lengths: Sequence[int], step
 def test_random_joins_and_leaves(kind: str, heads: dict[str, int]) -> None:
     bench, rng = Bench(random_model(kind, seed=1, **heads)), random.Random(5)
     alone = conversations(bench, rng, [1, 5, 31, 33, 40], 6)
-    assert schedules(bench, alone, 5, rng) < 1e-4
+    assert schedules(bench, alone, 5, rng) < BOUND
 
 
 @pytest.mark.slow
@@ -134,14 +137,14 @@ def test_random_joins_and_leaves(kind: str, heads: dict[str, int]) -> None:
 def test_hundred_random_schedules_each(kind: str, heads: dict[str, int]) -> None:
     bench, rng = Bench(random_model(kind, seed=1, **heads)), random.Random(7)
     alone = conversations(bench, rng, [1, 2, 9, 30, 31, 32, 33, 63, 64, 65, 100], 12)
-    assert schedules(bench, alone, 100, rng) < 1e-4
+    assert schedules(bench, alone, 100, rng) < BOUND
 
 
 @pytest.mark.slow
 def test_the_embedded_model(tmp_path_factory: pytest.TempPathFactory) -> None:
     bench, rng = Bench(load("embedded", default_home()), "q4-plain", 64), random.Random(9)
     alone = conversations(bench, rng, [3, 63, 64, 130], 8)
-    assert schedules(bench, alone, 4, rng) < 1e-4
+    assert schedules(bench, alone, 4, rng) < BOUND
 
 
 def test_joining_and_leaving_copies_no_state() -> None:

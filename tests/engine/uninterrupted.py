@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from agentmem.blockpool.pool import Pool
+from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.conversation import Conversation, Span
 from agentmem.engine.layout import layout
 from agentmem.engine.sequence import LAST_CHUNK
@@ -47,13 +48,26 @@ class Uninterrupted:
         self.model, self.chunk_tokens = model, chunk_tokens
         plan = layout(model, format, page_tokens, calibrations)
         self.pool = Pool(plan.geometry, 2000 * plan.geometry.slot_bytes, "uninterrupted")
-        self.table = Table(self.pool, chosen(self_tests(plan.codecs, plan.query_heads, plan.dtype)))
+        tested = self_tests(plan.codecs, plan.query_heads, plan.dtype)
+        self.table = Table(self.pool, chosen(tested))
+        self._query_heads, self._plans = plan.query_heads, Plans() if tested["fused"]["ok"] else None
         self.conversation = Conversation(model.tokenizer)
 
     def _feed(self, tokens: list[int]) -> np.ndarray:
         views = self.table.views()
         logits = self.model.model(mx.array([tokens]), cache=views)
         arrays, apply = self.table.absorb(views, tokens)
+        last = logits[0, -1].astype(mx.float32)
+        mx.eval(arrays, last)
+        apply()
+        return np.array(last)
+
+    def _say(self, token: int) -> np.ndarray:
+        self.table.reserve()
+        step = DecodeStep([self.table], self._query_heads, self._plans)
+        views = step.views()
+        logits = self.model.model(mx.array([[token]]), cache=views)
+        arrays, apply = step.absorb(views, [token])
         last = logits[0, -1].astype(mx.float32)
         mx.eval(arrays, last)
         apply()
@@ -81,7 +95,7 @@ class Uninterrupted:
                 break
             reply.append(token)
             out += decoder.add(token)
-            logits = self._feed([token])
+            logits = self._say(token)
             if len(reply) == max_tokens:
                 break
         out += decoder.finish()
