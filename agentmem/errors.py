@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
+log = logging.getLogger(__name__)
+
 
 class AgentMemError(Exception):
     """Base: `message` says what is wrong and what to do.
@@ -115,3 +119,11 @@ class AgentLocked(AgentMemError):
     status = 423
     type = "permission_error"
     code = "agent_locked"
+
+
+def reported(error: Exception) -> AgentMemError:
+    """`error` as it is reported; one that is no AgentMemError is logged with its place."""
+    if isinstance(error, AgentMemError):
+        return error
+    log.error("a request failed", exc_info=error)
+    return AgentMemError(f"the request failed: {error}")

@@ -18,15 +18,19 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Vaults
+from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
 from agentmem.engine.engine import Engine
 from agentmem.engine.layout import layout
+from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
+from agentmem.engine.pace import Pace
 from agentmem.engine.planner import Planner
 from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
 from agentmem.engine.roster import Roster
 from agentmem.engine.runner import Runner
+from agentmem.engine.scheduler import Scheduler
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.transfer import Transfer
 from agentmem.engine.upkeep import Upkeep
@@ -42,8 +46,6 @@ from agentmem.quant.selftest import self_tests
 from agentmem.settings import Settings
 
 log = logging.getLogger(__name__)
-
-MAX_BATCH = 16
 
 SWITCH_SECONDS = 5e-4
 """How long the engine may wait for a thread that copies rows; Python's own 5 ms is several decode steps."""
@@ -158,6 +160,12 @@ class Runtime(Roster):
         except ValueError as error:
             raise ModelUnavailable(str(error)) from error
         self._self_test = self_tests(plan.codecs, plan.query_heads, plan.dtype)
+        fused = self._self_test["fused"]["ok"]
+        self._admission = Admission(
+            model_size(model.model, plan.geometry, plan.query_heads, plan.dtype), plan.geometry, self._pool.capacity_bytes,
+            settings.memory_bytes(device_bytes()), chunk_tokens=settings.chunk_tokens, fused=fused,
+        )  # fmt: skip
+        self._admission.start()
         self._store = Store(
             settings.paths.store,
             self._fingerprint,
@@ -172,16 +180,23 @@ class Runtime(Roster):
             self._memory,
             self._pool,
             model.tokenizer,
+            self._admission,
             max_context=self.max_context,
             max_reply=settings.max_reply,
         )
+        scheduler: Scheduler[Sequence] = Scheduler(
+            Pace(), itl_target_ms=settings.itl_target_ms, chunk_tokens=settings.chunk_tokens
+        )
+        lobby = Lobby(
+            scheduler, self._memory, queue_limit=settings.queue_limit, max_wait_ms=1e3 * settings.max_wait_s,
+            max_batch=settings.max_batch,
+        )  # fmt: skip
         self._engine = Engine(
-            Runner(model, plan.query_heads, self._self_test["fused"]["ok"]), self._memory, self._pool, self._store, planner,
-            chosen(self._self_test), chunk_tokens=settings.chunk_tokens, queue_limit=settings.queue_limit,
-            max_batch=MAX_BATCH, wait_for_commit=settings.commit == "full",
+            Runner(model, plan.query_heads, fused), self._memory, self._pool, self._store, planner, chosen(self._self_test),
+            scheduler, lobby, max_batch=settings.max_batch, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
-            self._memory, self._pool, self._store, self.model_name, lambda: self._engine.prefill_rate
+            self._memory, self._pool, self._store, self.model_name, lambda: self._engine.pace.rate
         )
         self._budget = Budget(self._memory, self._pool, self._store, limits(settings))
         self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
@@ -238,7 +253,21 @@ class Runtime(Roster):
             "uptime_s": time.time() - self._started,
             "waiting": len(self._engine.waiting),
             "active": len(self._engine.active),
+            "scheduler": self._scheduling(),
+            "memory": {"limit_bytes": self._admission.limit, "standing_bytes": self._admission.standing},
             "store": status,
+        }
+
+    def _scheduling(self) -> dict[str, int | float]:
+        """What the scheduler does."""
+        engine = self._engine
+        return {
+            "batch": sum(s.phase in ("decode", "closing") for s in list(engine.active)),
+            "max_batch": engine.max_batch,
+            "itl_target_ms": engine.scheduler.itl_target_ms,
+            "itl_ms": round(engine.pace.itl.value, 3),
+            "prefetched_requests": engine.prefetch.requests,
+            "prefetched_pages": engine.prefetch.pages,
         }
 
     def store(self) -> dict[str, Any]:

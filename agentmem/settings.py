@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import ByteSize, Field, TypeAdapter, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -50,7 +50,17 @@ class Settings(BaseSettings):
         description="seal what new agents leave on disk; their keys are files of the home or in the keychain",
     )
     commit: Literal["full", "batched", "none"] = "full"
-    queue_limit: int = Field(default=64, ge=1)
+    queue_limit: int = Field(default=64, ge=1, description="requests that may wait for their turn")
+    max_wait_s: float = Field(
+        default=600.0, gt=0, description="predicted seconds of waiting from which on a request is turned away"
+    )
+    max_batch: int = Field(default=16, ge=1, le=256, description="requests that run side by side")
+    itl_target_ms: float = Field(
+        default=100.0, gt=0, description="milliseconds between two tokens of a reply while prompts are read"
+    )
+    memory_limit: str = Field(
+        default="90%", description="memory of the device that may be used: bytes, or a share of it"
+    )
     open_inference: bool = Field(
         default=False, description="let inference through without a token on loopback"
     )
@@ -65,6 +75,17 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _memory(cls, value: str) -> str:
+        _share_or_bytes(value)
+        return value
+
+    def memory_bytes(self, device: int) -> int:
+        """`memory_limit` in bytes, of a device that has `device` bytes."""
+        share, size = _share_or_bytes(self.memory_limit)
+        return int(share * device) if share is not None else size
 
     @classmethod
     def settings_customise_sources(
@@ -83,3 +104,13 @@ class Settings(BaseSettings):
     @property
     def paths(self) -> Home:
         return Home(self.home)
+
+
+def _share_or_bytes(text: str) -> tuple[float | None, int]:
+    """A share of the device's memory, or bytes. Raises ValueError."""
+    if not text.endswith("%"):
+        return None, int(TypeAdapter(ByteSize).validate_python(text))
+    share = float(text.removesuffix("%")) / 100
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of the memory lies between 0% and 100%; got {text}")
+    return share, 0

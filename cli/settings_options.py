@@ -15,6 +15,13 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--host", help="Address to listen on. Default: 127.0.0.1."),
     click.option("--kv-format", help="How attention state is held. Default: q4."),
     click.option("--ram-budget", help="RAM for attention state, as 512MiB or 4GB. Default: 1GiB."),
+    click.option("--memory-limit", help="Memory to use, as 8GB or 75%. Default: 90% of the device's."),
+    click.option("--max-batch", type=click.IntRange(1, 256), help="Requests that run at once. Default: 16."),
+    click.option(
+        "--itl-target-ms",
+        type=click.FloatRange(0, min_open=True),
+        help="Milliseconds between two tokens while prompts are read. Default: 100.",
+    ),
     click.option("--max-context", type=click.IntRange(64), help="Tokens of context at most."),
     click.option(
         "--commit",

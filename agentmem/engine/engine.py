@@ -6,27 +6,32 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine.draw import Chosen
+from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
+from agentmem.engine.prefetch import Prefetch
 from agentmem.engine.recall import Recall
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Failed
 from agentmem.engine.runner import Runner
+from agentmem.engine.scheduler import Scheduler
 from agentmem.engine.sequence import Finish, Sequence
 from agentmem.engine.table import Table
-from agentmem.errors import AgentMemError, Overloaded, StoreError
+from agentmem.errors import AgentMemError, Overloaded, StoreError, reported
 from agentmem.quant.attention import Path
 
 log = logging.getLogger(__name__)
 
 Outcome = tuple[Sequence, list[Chosen]]
+
+LOOKAHEAD = 4
+"""How many requests that do not fit yet are looked at before the others wait too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,32 +49,35 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path, *,
-        chunk_tokens: int, queue_limit: int, max_batch: int, wait_for_commit: bool,
+        self, runner: Runner, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path,
+        scheduler: Scheduler[Sequence], lobby: Lobby, *, max_batch: int, wait_for_commit: bool,
     ) -> None:  # fmt: skip
         self.runner, self.model = runner, runner.model
         self.memory, self.pool, self.store, self.planner = memory, pool, store, planner
         self.recall = Recall(pool, store)
+        self.prefetch = Prefetch(pool, memory, self.recall)
+        self.scheduler, self.pace, self.lobby = scheduler, scheduler.pace, lobby
         self.path = path
-        self.chunk_tokens, self.queue_limit, self.max_batch = chunk_tokens, queue_limit, max_batch
-        self.wait_for_commit = wait_for_commit
-        self.waiting: deque[Sequence] = deque()
+        self.max_batch, self.wait_for_commit = max_batch, wait_for_commit
         self.active: list[Sequence] = []
-        self.prefill_rate: float | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._closing = False
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Requests that are not admitted yet."""
+        return self.lobby.waiting
 
     def wake(self) -> None:
         """There is something to do; safe from any thread."""
         self._wake.set()
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a request; raises Overloaded when the queue is full. Any thread."""
+        """Queue a request; raises Overloaded when the queue is full, or too slow. Any thread."""
         self._open()
-        if len(self.waiting) + self._inbox.qsize() >= self.queue_limit:
-            raise Overloaded(f"{self.queue_limit} requests are waiting already")
-        self._inbox.put(lambda: self.waiting.append(sequence))
+        self.lobby.check(self._inbox.qsize(), len(self.active))
+        self._inbox.put(lambda: self.lobby.add(sequence))
         self.wake()
 
     def post(self, job: Callable[[], None]) -> None:
@@ -117,13 +125,16 @@ class Engine:
         for sequence in [*self.active, *self.waiting]:
             if sequence.first is None:
                 sequence.sink(Failed(error))
-        self.active, self.waiting = [], deque()
+        self.active, self.lobby.waiting = [], []
 
     def step(self) -> bool:
         """One step of every running sequence; returns whether anything was done."""
         drained = self._drain() | self.pool.arena.advance()
+        start = time.perf_counter()
         work = self.plan()
         self.settle(self.run(work))
+        if work.decoding:
+            self.pace.stepped(1e3 * (time.perf_counter() - start))
         return drained or bool(work.decoding or work.chunks)
 
     def _drain(self) -> bool:
@@ -143,43 +154,48 @@ class Engine:
         for sequence in [s for s in self.active if s.ticket.cancelled and s.phase in ("prefill", "decode")]:
             self._finish(sequence, "cancelled")
         self._admit()
-        prefilling = [s for s in self.active if s.phase == "prefill"]
-        return Work(
+        step = self.scheduler.plan(
             [s for s in self.active if s.phase in ("decode", "closing")],
-            [(s, s.next_chunk(self.chunk_tokens)) for s in prefilling],
+            [s for s in self.active if s.phase == "prefill"],
         )
+        return Work(step.decode, [(s, s.next_chunk(n)) for s, n in step.prefill])
 
     def _admit(self) -> None:
-        """Start what can start, first come, first served: small requests do not starve a large one that waits for room."""
-        for sequence in list(self.waiting):
-            if sequence.ticket.cancelled:
-                self.waiting.remove(sequence)
-                sequence.finish, sequence.phase = "cancelled", "done"
-                self.planner.drop(sequence)
-                self._report(sequence, 0, False)
-                continue
+        """Start what can start, in the lobby's order. One that must be next keeps the others waiting until it fits."""
+        for sequence in [s for s in self.waiting if s.ticket.cancelled]:
+            self.waiting.remove(sequence)
+            sequence.finish, sequence.phase = "cancelled", "done"
+            self.planner.drop(sequence)
+            self._report(sequence, 0, False)
+        misfits = 0
+        for sequence in self.lobby.ordered():
             if self.active and sum(s.width for s in [*self.active, sequence]) > self.max_batch:
-                return
-            if self.planner.busy(sequence):
-                continue
+                break
             try:
                 admitted = self.planner.admit(sequence, self.active)
             except Exception as error:
                 self.waiting.remove(sequence)
-                self._fail(sequence, _reported(error))
+                self._fail(sequence, reported(error))
                 continue
-            if not admitted:
-                return
-            self.waiting.remove(sequence)
-            self.active.append(sequence)
-            self._restore(sequence)
+            if admitted:
+                self.lobby.admitted(sequence)
+                self.active.append(sequence)
+                self.prefetch.release(sequence)
+                self._restore(sequence)
+                continue
+            misfits += 1
+            if misfits == LOOKAHEAD or self.lobby.must_be_next(sequence):
+                break
+        self.prefetch.advance(self.lobby.ordered(), self.planner.need, self.planner.room(self.active))
 
     def _restore(self, sequence: Sequence) -> None:
         """Bring the matched pages into RAM, then start the prefill."""
         assert sequence.match is not None
         missing = [p for p in sequence.match.pages if p.slots is None]
         sequence.phase = "restoring"
-        sequence.restored = sum(p.rows for p in missing)
+        if self.prefetch.finish(sequence, lambda: self._restore(sequence)):
+            return
+        sequence.restored = sequence.prefetched + sum(p.rows for p in missing)
         if not missing:
             self._start(sequence)
             return
@@ -203,7 +219,7 @@ class Engine:
     def _retry_or_fail(self, sequence: Sequence, error: AgentMemError, again: Callable[[], None]) -> None:
         """Slots are missing: they come free when a write or another sequence ends; without either the request fails."""
         others = [s for s in self.active if s is not sequence and s.phase not in ("ended", "done")]
-        if self.memory.unwritten or others or self.recall.running:
+        if self.prefetch.release_all() or self.memory.unwritten or others or self.recall.running:
             self._wake.wait(timeout=0.01)
             self._inbox.put(again)
         else:
@@ -244,26 +260,31 @@ class Engine:
         """A step of the whole batch; when it fails, of each alone, so that only those fail that must."""
         if not sequences:
             return []
+        start = time.perf_counter()
         try:
-            return list(zip(sequences, self.runner.decode(sequences), strict=True))
+            outcomes = list(zip(sequences, self.runner.decode(sequences), strict=True))
+            self.pace.decoded(len(sequences), 1e3 * (time.perf_counter() - start))
+            return outcomes
         except Exception as error:
             if len(sequences) == 1:
-                self._fail(sequences[0], _reported(error))
+                self._fail(sequences[0], reported(error))
                 return []
             log.warning("a decode step of %d sequences failed: %s", len(sequences), error)
             return [outcome for s in sequences if s.phase != "done" for outcome in self._decode([s])]
 
     def _prefill(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
-        start = time.perf_counter()
+        history, start = sequence.history, time.perf_counter()
         try:
             chosen = self.runner.prefill(sequence, tokens)
         except Overloaded as error:
             self._retry_or_fail(sequence, error, lambda: None)
             return None
         except Exception as error:
-            self._fail(sequence, _reported(error))
+            self._fail(sequence, reported(error))
             return None
-        sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
+        ms = 1e3 * (time.perf_counter() - start)
+        sequence.prefill_ms += ms
+        self.pace.prefilled([(len(tokens), history)], ms)
         return sequence, chosen
 
     def settle(self, outcomes: list[Outcome]) -> None:
@@ -291,16 +312,10 @@ class Engine:
         if sequence.phase == "prefill":
             sequence.phase = "decode"
             sequence.ttft_ms = 1e3 * (time.perf_counter() - sequence.submitted)
-            self._measure_rate(sequence)
+            self.pace.prompt_read(len(sequence.ids) - sequence.reused, sequence.prefill_ms)
         finish = sequence.take(chosen.token, chosen.logprob, self.model.tokenizer.eos_ids)
         if finish is not None:
             self._finish(sequence, finish)
-
-    def _measure_rate(self, sequence: Sequence) -> None:
-        """Prefill rate of this machine in tokens per millisecond, from prefills that are long enough to tell."""
-        prefilled = len(sequence.ids) - sequence.reused
-        if prefilled >= 256 and sequence.prefill_ms > 0:
-            self.prefill_rate = prefilled / sequence.prefill_ms
 
     def _finish(self, sequence: Sequence, finish: Finish) -> None:
         """The reply is over. The request is when all its replies are; the first of them is kept."""
@@ -349,6 +364,7 @@ class Engine:
         head = last if last is not root else None
         turn = self.planner.record(sequence, last.end)
         sequence.phase = "done"
+        self.pace.turn_ended(1e3 * (time.perf_counter() - sequence.planned))
         sequence.session.busy = False
         if sequence in self.active:
             self.active.remove(sequence)
@@ -377,11 +393,3 @@ class Engine:
                 self._leave(one)
         self.planner.drop(whole)
         whole.sink(Failed(error))
-
-
-def _reported(error: Exception) -> AgentMemError:
-    """`error` as it is reported; one that is no AgentMemError is logged with its place."""
-    if isinstance(error, AgentMemError):
-        return error
-    log.error("a request failed", exc_info=error)
-    return AgentMemError(f"the request failed: {error}")

@@ -15,6 +15,7 @@ PASSES = 32
 SLOWER = 2.0
 CLIP = 3.0
 PAIRS_LAST = 8.0
+TELLING = 256
 NEAR = 1024.0
 """Looking back this far is little of a token's work."""
 WEIGHT = 0.2
@@ -56,7 +57,9 @@ class Pace:
         self._decode: dict[int, Average] = {}
         self._passes: deque[Pass] = deque(maxlen=PASSES)
         self._cost: tuple[float, float, float] | None = None
+        self.rate: float | None = None
         self._turn = Average()
+        self.itl = Average()
 
     def decoded(self, batch: int, ms: float) -> None:
         """One decode step of `batch` sequences took `ms`."""
@@ -85,6 +88,13 @@ class Pace:
         self._passes.append(Pass(*_work(parts), max(ms, 1e-6)))
         self._cost = _fit(_sound(np.array(self._passes)))
 
+    def prompt_read(self, tokens: int, ms: float) -> None:
+        """All of a prompt that was not remembered was prefilled. `rate`, in tokens per millisecond, is that of the last one
+        that was long enough to tell.
+        """
+        if tokens >= TELLING and ms > 0:
+            self.rate = tokens / ms
+
     @property
     def measured(self) -> bool:
         """Whether a prefill pass was seen."""
@@ -97,6 +107,10 @@ class Pace:
             return tokens
         fixed, per_token, per_pair = self._cost
         return fixed + per_token * tokens + per_pair * attended
+
+    def stepped(self, ms: float) -> None:
+        """Those that decode waited `ms` for their tokens: a whole step."""
+        self.itl.add(ms)
 
     def turn_ended(self, ms: float) -> None:
         """A turn took `ms` from its admission to its end."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 from agentmem.blockpool.index import TurnRow
 from agentmem.blockpool.pool import Pool
+from agentmem.engine.admission import Admission
 from agentmem.engine.conversation import Alignment
 from agentmem.engine.memory import Memory
 from agentmem.engine.reply import Reply
@@ -21,22 +23,17 @@ class Planner:
     """Plans one request at a time. Engine thread only."""
 
     def __init__(
-        self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, *, max_context: int, max_reply: int
-    ) -> None:
+        self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, admission: Admission, *, max_context: int, max_reply: int
+    ) -> None:  # fmt: skip
         self._memory = memory
         self._pool = pool
         self._tokenizer = tokenizer
+        self._admission = admission
         self._max_context = max_context
         self._max_reply = max_reply
 
-    def busy(self, sequence: Sequence) -> bool:
-        """True while another turn of the same session runs."""
-        known = self._memory.agent(sequence.request.namespace, sequence.request.agent)
-        session = known.sessions.get(sequence.request.session) if known is not None else None
-        return session is not None and session.busy
-
     def admit(self, sequence: Sequence, active: list[Sequence]) -> bool:
-        """Plan `sequence` when its slots fit beside those of `active`. Precondition: its session is not busy.
+        """Plan `sequence` when its slots and its memory fit beside those of `active`. Precondition: its session is not busy.
 
         Raises BadRequest or ContextOverflow for what can never run.
         """
@@ -49,7 +46,11 @@ class Planner:
         taken = sum(s.worst_slots(self._pool.geometry) for s in active)
         if taken and need + taken > self._pool.slots.count:
             return False
+        totals = [total for s in active for total in s.totals]
+        if totals and not self._admission.fits([*sequence.totals, *totals]):
+            return False
         session.busy = True
+        sequence.planned = time.perf_counter()
         self.replan(sequence)
         return True
 
@@ -95,6 +96,24 @@ class Planner:
                 param="max_tokens",
             )
 
+        self._admission.check(sequence.totals)
+
+    def need(self, sequence: Sequence) -> int:
+        """Slots that a request can take at most; of one that is not rendered yet, with a letter a token."""
+        request = sequence.request
+        if sequence.ids:
+            return sequence.worst_slots(self._pool.geometry)
+        agent = self._memory.agent(request.namespace, request.agent)
+        session = agent.sessions.get(request.session) if agent is not None else None
+        known = session.conversation.length if session is not None else 0
+        letters = sum(len(str(m.get("content") or "")) for m in request.messages)
+        reply = request.max_tokens if request.max_tokens is not None else self._max_reply
+        return self._pool.geometry.worst_slots(min(self._max_context, known + letters + reply))
+
+    def room(self, active: list[Sequence]) -> int:
+        """Slots that none of `active` can need."""
+        return self._pool.slots.count - sum(s.worst_slots(self._pool.geometry) for s in active)
+
     def replan(self, sequence: Sequence) -> None:
         """Choose the remembered prefix; its pages stay pinned until the table holds them. At least one token is left to feed."""
         session = sequence.session
@@ -104,7 +123,9 @@ class Planner:
         reuse = min(match.tokens, len(sequence.ids) - int(sequence.generate))
         sequence.match, sequence.reused = match, reuse
         in_ram = all(p.slots is not None for p in match.pages)
-        sequence.state_before = "cold" if not reuse else "hot" if in_ram else "warm"
+        sequence.state_before = (
+            "cold" if not reuse else "hot" if in_ram and not sequence.prefetched else "warm"
+        )
         self._pool.pin(match.pages)
         sequence.pinned = list(match.pages)
 

@@ -26,8 +26,8 @@ class Scheduler(Generic[C]):
     """Plans steps. Engine thread only. Knows the time only through `pace`, which the engine feeds.
 
     While somebody decodes, a prefill pass ends within `itl_target_ms` of the step's begin, by what was measured; it has at
-    least 16 tokens, so that prompts go on where the target cannot be kept. While nobody does, it is `chunk_tokens` long, and
-    a prompt that is alone is cut at the multiples of that: its bits do not depend on the time.
+    least 16 tokens, so that prompts go on where the target cannot be kept. Only then do cuts depend on the time: else prompts
+    are cut at the multiples of `chunk_tokens`, and a pass has as many pieces as make up one of that length.
     """
 
     def __init__(self, pace: Pace, *, itl_target_ms: float, chunk_tokens: int) -> None:
@@ -51,7 +51,7 @@ class Scheduler(Generic[C]):
         for candidate in self._prefill.ranked(prefilling, self._rest_ms):
             tokens = self._piece(candidate, left, limit, parts)
             if not tokens:
-                break
+                continue
             pieces.append((candidate, tokens))
             parts.append((tokens, candidate.history))
             left -= tokens
@@ -73,9 +73,11 @@ class Scheduler(Generic[C]):
     def _piece(self, candidate: C, left: int, limit: float | None, parts: list[Part]) -> int:
         """Tokens of `candidate` that join a pass which has `parts` and room for `left` tokens; 0 when none fit."""
         whole = min(candidate.remaining, self.chunk_tokens - candidate.history % self.chunk_tokens)
-        if whole <= left and self._fits(whole, candidate, limit, parts):
+        if whole > left:
+            return 0
+        if self._fits(whole, candidate, limit, parts):
             return whole
-        low, high = 0, min(whole, left) // GRAIN
+        low, high = 0, whole // GRAIN
         while low < high:
             middle = (low + high + 1) // 2
             if self._fits(middle * GRAIN, candidate, limit, parts):

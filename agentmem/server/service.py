@@ -63,6 +63,8 @@ class Service:
         health = self.runtime.health()
         return {
             **flat("store", self.runtime.budgets()),
+            **flat("scheduler", health["scheduler"]),
+            **flat("memory", health["memory"]),
             "turns_active": health["active"],
             "turns_waiting": health["waiting"],
             "uptime_seconds": time.time() - self.started,

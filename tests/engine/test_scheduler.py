@@ -165,12 +165,11 @@ def test_short_prompts_share_one_pass() -> None:
 
 def test_a_small_delta_goes_before_a_long_cold_prompt() -> None:
     machine = Machine()
-    long = machine.arrive("reader", 16_000)
+    machine.arrive("reader", 16_000)
     machine.step()
     delta = machine.arrive("talker", 30, history=4000)
     plan, _ = machine.step()
     assert plan.prefill[0] == (delta, 30)
-    assert plan.prefill[1][0] is long
 
 
 @pytest.mark.parametrize("agents", ["one other", "new ones", "its own"])
