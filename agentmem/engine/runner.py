@@ -6,7 +6,9 @@ import mlx.core as mx
 
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.draw import Chosen, Draw
+from agentmem.engine.packing import PackedPass
 from agentmem.engine.sequence import Sequence
+from agentmem.errors import Overloaded
 from agentmem.model.loaded import LoadedModel
 
 
@@ -32,6 +34,32 @@ class Runner:
         mx.eval(arrays, draw.arrays if draw is not None else [])
         apply()
         return draw.read(self.model.tokenizer.piece)[0] if draw is not None else []
+
+    def prefill_packed(self, chunks: list[tuple[Sequence, list[int]]]) -> list[list[Chosen]]:
+        """Feed chunks of several prompts in one pass; returns what `prefill` gives for each.
+
+        Raises Overloaded, changing nothing, when there are not the slots for all of them.
+        """
+        tables = [s.table for s, _ in chunks if s.table is not None]
+        whole = PackedPass([(t, tokens) for t, (_, tokens) in zip(tables, chunks, strict=True)])
+        views = whole.views()
+        logits = self.model.model(whole.ids, cache=views)
+        try:
+            taken = [
+                table.absorb(whole.rows_of(views, i), tokens)
+                for i, (table, (_, tokens)) in enumerate(zip(tables, chunks, strict=True))
+            ]
+        except Overloaded:
+            for table in tables:
+                table.unreserve()
+            raise
+        due = [i for i, (s, t) in enumerate(chunks) if s.generate and len(tables[i]) + len(t) >= len(s.ids)]
+        draw = Draw([chunks[i][0] for i in due], whole.last(logits)[mx.array(due)]) if due else None
+        mx.eval([arrays for arrays, _ in taken], draw.arrays if draw is not None else [])
+        for _, apply in taken:
+            apply()
+        chosen = iter(draw.read(self.model.tokenizer.piece) if draw is not None else [])
+        return [next(chosen) if i in due else [] for i in range(len(chunks))]
 
     def decode(self, sequences: list[Sequence]) -> list[list[Chosen]]:
         """Feed each sequence its last token; returns the next ones, none for sequences that close.

@@ -175,6 +175,11 @@ class Table:
         if len(self.tail_tokens) + 1 == self.pool.geometry.page_tokens and not self._taken:
             self._take_pages([self._raw_page(len(self.blocks))])
 
+    def unreserve(self) -> None:
+        """Give back slots that were taken for rows that did not come."""
+        self.pool.release(self._taken)
+        self._taken = ()
+
     def seal(self) -> None:
         """The full tail becomes a page in the reserved slots."""
         g = self.pool.geometry
@@ -295,9 +300,9 @@ class Table:
 
     def _end(self) -> None:
         self.pool.unpin(self._pinned)
-        self.pool.release(self._taken)
+        self.unreserve()
         self.pool.tails.release(self.place)
-        self._pinned, self.blocks, self.tail_tokens, self._taken = [], [], [], ()
+        self._pinned, self.blocks, self.tail_tokens = [], [], []
 
 
 def _clip(origin: Origin | None, rows: int) -> Origin | None:

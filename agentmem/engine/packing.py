@@ -1,0 +1,123 @@
+"""Several prompts in one forward pass (prepacking, Zhao et al., 2024), without padding a short prompt to the length of a long one.
+
+The tokens of all pieces lie in rows of equal length; each row has the position of its first token, so that rotary positions
+are right. Attention puts the rows of a piece together again and runs it over its own history only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from agentmem.engine.table import Table
+from agentmem.engine.views import History, LayerRows
+
+ROW = 16
+"""Tokens of a row: at most 15 places a piece are empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One sequence's chunk: `tokens` in rows [first, end) of the pass."""
+
+    table: Table
+    history: History
+    tokens: list[int]
+    first: int
+    end: int
+
+
+class PackedPass:
+    """A prefill pass over chunks of several tables. Engine thread only."""
+
+    def __init__(self, chunks: Sequence[tuple[Table, list[int]]]) -> None:
+        self.pieces: list[_Piece] = []
+        rows = 0
+        for table, tokens in chunks:
+            n = -(-len(tokens) // ROW)
+            self.pieces.append(_Piece(table, History(table), tokens, rows, rows + n))
+            rows += n
+        ids, starts = np.zeros((rows, ROW), np.int32), np.zeros(rows, np.int32)
+        for p in self.pieces:
+            ids[p.first : p.end].reshape(-1)[: len(p.tokens)] = p.tokens
+            starts[p.first : p.end] = len(p.table) + ROW * np.arange(p.end - p.first)
+        self.ids, self.starts = mx.array(ids), mx.array(starts)
+
+    def views(self) -> list[PackedView]:
+        """One view per layer."""
+        return [PackedView(self, layer) for layer in range(self.pieces[0].table.pool.geometry.layers)]
+
+    def last(self, logits: mx.array) -> mx.array:
+        """Logits behind the last token of each piece: [rows, ROW, vocab] -> [pieces, vocab], lazily."""
+        ends = [p.first * ROW + len(p.tokens) - 1 for p in self.pieces]
+        return logits.reshape(-1, logits.shape[-1])[mx.array(ends)]
+
+    def rows_of(self, views: list[PackedView], number: int) -> list[Any]:
+        """What `Table.absorb` takes as views of piece `number`."""
+        return [_Rows(v.rows[number]) for v in views]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    _rows: mx.array
+
+    def raw_rows(self) -> mx.array:
+        return self._rows
+
+
+class PackedView:
+    """What one layer of an mlx-lm model gets as its cache for a packed pass."""
+
+    def __init__(self, whole: PackedPass, layer: int) -> None:
+        self.offset = whole.starts
+        self.rows: list[mx.array] = []
+        self._pass, self._layer = whole, layer
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """keys, values [rows, heads, ROW, dim]; the histories join in `attend`."""
+        return keys, values
+
+    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> None:
+        """Each piece's attention has its own, in `attend`."""
+        assert window_size is None
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Causal attention of every piece over its history and itself; keeps the pieces' rows."""
+        geometry = self._pass.pieces[0].table.pool.geometry
+        keymap = geometry.key_maps[self._layer]
+        queries, keys = keymap.queries(queries), keymap.keys(keys)
+        outs = []
+        for p in self._pass.pieces:
+            q, k, v = (_together(x[p.first : p.end], len(p.tokens)) for x in (queries, keys, values))
+            out, rows = p.table.path(
+                geometry.codecs[self._layer], LayerRows(p.history, self._layer), q, k, v, scale=scale, sinks=sinks
+            )  # fmt: skip
+            self.rows.append(rows)
+            outs.append(_apart(out, p.end - p.first))
+        return mx.concatenate(outs)
+
+
+def _together(rows: mx.array, tokens: int) -> mx.array:
+    """[rows, heads, ROW, dim] -> [1, heads, tokens, dim]."""
+    _, heads, _, dim = rows.shape
+    return rows.transpose(1, 0, 2, 3).reshape(1, heads, -1, dim)[:, :, :tokens]
+
+
+def _apart(out: mx.array, rows: int) -> mx.array:
+    """[1, heads, tokens, dim] -> [rows, heads, ROW, dim], zeros behind the last token."""
+    _, heads, tokens, dim = out.shape
+    whole = mx.pad(out, [(0, 0), (0, 0), (0, rows * ROW - tokens), (0, 0)])
+    return whole.reshape(heads, rows, ROW, dim).transpose(1, 0, 2, 3)
