@@ -14,11 +14,21 @@ from agentmem.client import AgentMemClient
 QUESTION = [{"role": "user", "content": "What does the keeper of the lamp write down?"}]
 
 
+CLIENTS: dict[str, openai.OpenAI] = {}
+
+
+def client_of(daemon: Any) -> openai.OpenAI:
+    """One client for each daemon: they take longer to make than most replies."""
+    if daemon.url not in CLIENTS:
+        CLIENTS[daemon.url] = daemon.openai()
+    return CLIENTS[daemon.url]
+
+
 def ask(daemon: Any, name: str, **fields: Any) -> ChatCompletion:
     """One whole answer to an agent that shares nothing with those of other calls."""
     who = {"x-agentmem-agent": name, "x-agentmem-namespace": f"choices-{name}"}
     options = {"max_tokens": 12, "temperature": 1.0, "seed": 5, **fields}
-    return daemon.openai().chat.completions.create(
+    return client_of(daemon).chat.completions.create(  # type: ignore[call-overload]
         model="default", messages=QUESTION, extra_headers=who, **options
     )
 
