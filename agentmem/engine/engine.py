@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
@@ -19,7 +18,7 @@ from agentmem.engine.prefetch import Prefetch
 from agentmem.engine.recall import Recall
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Failed
-from agentmem.engine.runner import Runner
+from agentmem.engine.runner import Chunk, Runner, Work
 from agentmem.engine.scheduler import Scheduler
 from agentmem.engine.sequence import Finish, Sequence
 from agentmem.engine.table import Table
@@ -32,14 +31,6 @@ Outcome = tuple[Sequence, list[Chosen]]
 
 LOOKAHEAD = 4
 """How many requests that do not fit yet are looked at before the others wait too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one step feeds: the last token of those that decode, and chunks of prompts."""
-
-    decoding: list[Sequence]
-    chunks: list[tuple[Sequence, list[int]]]
 
 
 class Engine:
@@ -239,10 +230,10 @@ class Engine:
             self._finish(sequence, "stop")
 
     def run(self, work: Work) -> list[Outcome]:
-        """One forward pass for all that decode, and one for each chunk of a prompt; the tokens that were sampled."""
+        """One forward pass for all that decode, and one for the chunks of prompts; the tokens that were sampled."""
         reserved = [s for s in work.decoding if self._reserve(s)]
         ready = [s for s in reserved if s.phase != "done"]
-        return [*self._decode(ready), *(o for c in work.chunks if (o := self._prefill(*c)) is not None)]
+        return [*self._decode(ready), *self._prefill(work.chunks)]
 
     def _reserve(self, sequence: Sequence) -> bool:
         """Whether the sequence has the slots for its next token; else it waits for a step in which it has."""
@@ -272,20 +263,29 @@ class Engine:
             log.warning("a decode step of %d sequences failed: %s", len(sequences), error)
             return [outcome for s in sequences if s.phase != "done" for outcome in self._decode([s])]
 
-    def _prefill(self, sequence: Sequence, tokens: list[int]) -> Outcome | None:
-        history, start = sequence.history, time.perf_counter()
+    def _prefill(self, chunks: list[Chunk]) -> list[Outcome]:
+        """A pass over chunks of prompts; when it fails, over each alone."""
+        if not chunks:
+            return []
+        if len(chunks) > 1 and not self.runner.batches:
+            return [outcome for chunk in chunks for outcome in self._prefill([chunk])]
+        sequences, start = [s for s, _ in chunks], time.perf_counter()
+        parts = [(len(tokens), s.history) for s, tokens in chunks]
         try:
-            chosen = self.runner.prefill(sequence, tokens)
-        except Overloaded as error:
-            self._retry_or_fail(sequence, error, lambda: None)
-            return None
+            chosen = self.runner.prefill(chunks)
         except Exception as error:
-            self._fail(sequence, reported(error))
-            return None
+            if len(chunks) > 1:
+                return [outcome for chunk in chunks for outcome in self._prefill([chunk])]
+            if isinstance(error, Overloaded):
+                self._retry_or_fail(sequences[0], error, lambda: None)
+            else:
+                self._fail(sequences[0], reported(error))
+            return []
         ms = 1e3 * (time.perf_counter() - start)
-        sequence.prefill_ms += ms
-        self.pace.prefilled([(len(tokens), history)], ms)
-        return sequence, chosen
+        self.pace.prefilled(parts, ms)
+        for sequence in sequences:
+            sequence.prefill_ms += ms
+        return list(zip(sequences, chosen, strict=True))
 
     def settle(self, outcomes: list[Outcome]) -> None:
         """Stream new text; end the sequences that are complete."""

@@ -1,4 +1,4 @@
-"""Several prompts in one forward pass (prepacking, Zhao et al., 2024), without padding a short prompt to the length of a long one.
+"""Several prompts in one forward pass (prepacking, Zhao et al., 2024): a short one is not padded to the length of a long one.
 
 The tokens of all pieces lie in rows of equal length; each row has the position of its first token, so that rotary positions
 are right. Attention puts the rows of a piece together again and runs it over its own history only.

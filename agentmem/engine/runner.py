@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
+from agentmem.engine import seam
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.draw import Chosen, Draw
 from agentmem.engine.packing import PackedPass
@@ -11,19 +14,37 @@ from agentmem.engine.sequence import Sequence
 from agentmem.errors import Overloaded
 from agentmem.model.loaded import LoadedModel
 
+Chunk = tuple[Sequence, list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step feeds: the last token of those that decode, and chunks of prompts."""
+
+    decoding: list[Sequence]
+    chunks: list[Chunk]
+
 
 class Runner:
     """Runs the model. Engine thread only. A pass that raises has changed no table.
 
-    `fused`: decode steps take the fused path, which reads the packed pages of all sequences in one kernel.
+    `fused`: decode steps take the fused path, which reads the packed pages of all sequences in one kernel. Where `batches`
+    is False, the model does not take a position for each row: passes are of one sequence then.
     """
 
     def __init__(self, model: LoadedModel, query_heads: int, fused: bool) -> None:
         self.model, self.query_heads = model, query_heads
         self._plans = Plans() if fused else None
+        self.batches = seam.takes_ragged_rows(model.model)
 
-    def prefill(self, sequence: Sequence, tokens: list[int]) -> list[Chosen]:
-        """Feed a chunk of one prompt; returns the first token of each of its replies, or none where none is due."""
+    def prefill(self, chunks: list[Chunk]) -> list[list[Chosen]]:
+        """Feed chunks of prompts in one pass; returns the first token of each reply, or none where none is due.
+
+        Raises Overloaded, changing nothing, when there are not the slots for all of them.
+        """
+        return [self._whole(*chunks[0])] if len(chunks) == 1 else self._packed(chunks)
+
+    def _whole(self, sequence: Sequence, tokens: list[int]) -> list[Chosen]:
         table = sequence.table
         assert table is not None
         views = table.views()
@@ -35,11 +56,7 @@ class Runner:
         apply()
         return draw.read(self.model.tokenizer.piece)[0] if draw is not None else []
 
-    def prefill_packed(self, chunks: list[tuple[Sequence, list[int]]]) -> list[list[Chosen]]:
-        """Feed chunks of several prompts in one pass; returns what `prefill` gives for each.
-
-        Raises Overloaded, changing nothing, when there are not the slots for all of them.
-        """
+    def _packed(self, chunks: list[Chunk]) -> list[list[Chosen]]:
         tables = [s.table for s, _ in chunks if s.table is not None]
         whole = PackedPass([(t, tokens) for t, (_, tokens) in zip(tables, chunks, strict=True)])
         views = whole.views()

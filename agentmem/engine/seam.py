@@ -8,6 +8,7 @@ asked, every other cache goes the old way.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from typing import Any
 
@@ -18,6 +19,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from agentmem.errors import ModelUnavailable
 from agentmem.quant.format import LayerShape
+
+log = logging.getLogger(__name__)
 
 NAME = "scaled_dot_product_attention"
 SIGNATURE = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
@@ -62,14 +65,14 @@ def install(model: nn.Module) -> None:
 class _Probe:
     """A cache that notes the geometry of one layer's attention."""
 
-    offset = 0
-
-    def __init__(self) -> None:
+    def __init__(self, offset: int | mx.array = 0) -> None:
+        self.offset = offset
         self.shape: LayerShape | None = None
         self.query_heads = 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
+        self.keys = keys
         self.dtype = keys.dtype
         return keys, values
 
@@ -99,3 +102,27 @@ def probe(model: nn.Module) -> tuple[list[LayerShape], int, mx.Dtype]:
             "a layer of this model does not go through mlx-lm's attention; it is not supported"
         )
     return [s for s in shapes if s is not None], probes[0].query_heads, probes[0].dtype
+
+
+def takes_ragged_rows(model: nn.Module) -> bool:
+    """Whether the rows of one pass may begin at different positions: whether their keys are those of passes of their own.
+
+    Models do that by handing `cache.offset` to their rotary embedding, which takes one number for each row too.
+    """
+    layers, starts = len(make_prompt_cache(model)), (0, 7)
+
+    def keys(rows: int, offset: int | mx.array) -> mx.array:
+        probes = [_Probe(offset) for _ in range(layers)]
+        mx.eval(model(mx.array([[0, 1]] * rows), cache=probes))
+        return mx.stack([p.keys for p in probes]).astype(mx.float32)
+
+    alone = mx.concatenate([keys(1, start) for start in starts], axis=1)
+    try:
+        together = keys(len(starts), mx.array(starts))
+    except (TypeError, ValueError, RuntimeError) as error:
+        log.warning("this model runs one sequence at a time: %s", error)
+        return False
+    if mx.allclose(together, alone, rtol=2e-2, atol=2e-2).item():
+        return True
+    log.warning("this model runs one sequence at a time: it places all rows of a pass at one position")
+    return False

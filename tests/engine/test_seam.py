@@ -149,3 +149,23 @@ def test_another_attention_interface_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(seam, "_original", changed)
     with pytest.raises(ModelUnavailable, match=r"install mlx-lm 0\.32"):
         seam.install(random_model("llama", seed=0).model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_a_pass_may_begin_at_different_positions(family: str) -> None:
+    model = random_model(family, seed=0, **FAMILIES[family]).model
+    seam.install(model)
+    assert seam.takes_ragged_rows(model)
+
+
+def test_a_model_that_puts_all_rows_at_one_position_is_noticed() -> None:
+    model = random_model("llama", seed=0).model
+    seam.install(model)
+    rope = model.layers[0].self_attn.rope
+
+    class First(nn.Module):
+        def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+            return rope(x, offset=offset if isinstance(offset, int) else offset[:1])
+
+    model.layers[0].self_attn.rope = First()
+    assert not seam.takes_ragged_rows(model)

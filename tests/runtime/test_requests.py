@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from agentmem.engine.batch import DecodeStep
-from agentmem.engine.engine import Work
 from agentmem.engine.request import ChatRequest, Delta, Event, Finished, Sampling, Started
+from agentmem.engine.runner import Work
 from agentmem.errors import AgentMemError, BadRequest, ContextOverflow, Overloaded, StoreError
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, Running, ask, cached, memory, open_runtime, turn
