@@ -20,11 +20,11 @@ class Ranking:
     def __init__(self, logits: mx.array, token: mx.array, top: int) -> None:
         """logits [vocab], token a scalar; `top` may be 0."""
         logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits)
-        top = min(top, logprobs.shape[0])
-        self._token, self._logprob = token, logprobs[token]
-        self._ids = mx.argpartition(-logprobs, kth=top - 1)[:top] if top else mx.zeros(0, mx.uint32)
-        self._logprobs = logprobs[self._ids]
+        total, vocab = mx.logsumexp(logits), logits.shape[0]
+        top = min(top, vocab)
+        self._token, self._logprob = token, logits[token] - total
+        self._ids = mx.argpartition(logits, kth=vocab - top)[vocab - top :] if top else mx.zeros(0, mx.uint32)
+        self._logprobs = logits[self._ids] - total
 
     @property
     def arrays(self) -> list[mx.array]:

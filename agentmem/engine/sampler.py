@@ -49,15 +49,15 @@ class Sampler:
         logits = self._penalised(logits.astype(mx.float32))
         if self._greedy:
             return mx.argmax(logits)
-        logprobs = logits - mx.logsumexp(logits)
+        logits = logits - mx.max(logits)
         if 0 < s.top_p < 1:
-            logprobs = _nucleus(logprobs, s.top_p)
+            logits = _nucleus(logits, s.top_p)
         if s.min_p > 0:
-            logprobs = mx.where(logprobs < mx.max(logprobs) + math.log(s.min_p), -mx.inf, logprobs)
+            logits = mx.where(logits < math.log(s.min_p), -mx.inf, logits)
         if 0 < s.top_k < logits.shape[0]:
-            logprobs = apply_top_k(logprobs, s.top_k)
+            logits = apply_top_k(logits, s.top_k)
         key = mx.random.key((self._seed * 1_000_003 + position) % (1 << 63))
-        return mx.random.categorical(logprobs / s.temperature, key=key)
+        return mx.random.categorical(logits / s.temperature, key=key)
 
     def saw(self, token: int) -> None:
         """Count a token of the reply, for the penalties."""
@@ -83,12 +83,13 @@ class Sampler:
 
 # mlx-lm's top-p and min-p are compiled with the value as a constant: a request with a value that no other had before it
 # would keep every running sequence waiting for a compiler.
-def _nucleus(logprobs: mx.array, top_p: float) -> mx.array:
-    """The likeliest tokens, as few as hold the share `top_p` of the probability; the others become -inf."""
-    ascending = mx.sort(logprobs)
-    mass_above = mx.cumsum(mx.exp(ascending), reverse=True, inclusive=False)
-    dropped = mx.minimum(mx.sum(mass_above >= top_p), logprobs.shape[0] - 1)
-    return mx.where(logprobs < ascending[dropped], -mx.inf, logprobs)
+def _nucleus(logits: mx.array, top_p: float) -> mx.array:
+    """The likeliest tokens, as few as hold the share `top_p` of the probability; the others become -inf. The largest is 0."""
+    ascending = mx.sort(logits)
+    weights = mx.exp(ascending)
+    above = mx.cumsum(weights, reverse=True, inclusive=False)
+    dropped = mx.minimum(mx.sum(above >= top_p * mx.sum(weights)), logits.shape[0] - 1)
+    return mx.where(logits < ascending[dropped], -mx.inf, logits)
 
 
 def choose_batch(samplers: Sequence[Sampler], logits: mx.array, positions: Sequence[int]) -> mx.array:
