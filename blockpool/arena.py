@@ -158,6 +158,7 @@ class DeviceArena(Arena):
         self._scatter(mx.array(where.astype(np.int32)), rows, first_layer)
 
     def _scatter(self, where: mx.array, rows: list[mx.array], first_layer: int = 0) -> None:
+        mx.synchronize()  # who still reads an array would make its update a copy
         layers = self._layers[first_layer : first_layer + len(rows)]
         mx.eval(rows)
         for layer, new in zip(layers, rows, strict=True):

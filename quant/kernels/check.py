@@ -41,6 +41,8 @@ def fused_error(codec: RowCodec, query_heads: int, dtype: mx.Dtype) -> float:
     tails = mx.stack([mx.pad(rows(n, parts[3 + i]), [(0, PAGE - n), (0, 0)]) for i, n in enumerate((1, 18))])
     raw = [min(per, PAGE - i) for i in range(0, PAGE, per)]
     at, kinds = np.arange(len(arena)), np.arange(len(arena)) < len(raw)
+    if not codec.format.packs:
+        kinds[:] = True
     reaches = [
         Reach(at[:-1], np.array([*raw, PAGE]), kinds[:-1], 0),
         Reach(at, np.array([*raw, PAGE, CUT]), kinds, 1),
