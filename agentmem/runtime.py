@@ -254,7 +254,7 @@ class Runtime(Roster):
             "waiting": len(self._engine.waiting),
             "active": len(self._engine.active),
             "scheduler": self._scheduling(),
-            "memory": {"limit_bytes": self._admission.limit, "standing_bytes": self._admission.standing},
+            "memory": self._admission.figures(),
             "store": status,
         }
 

@@ -12,21 +12,21 @@ import psutil
 from mlx.utils import tree_flatten
 
 from agentmem.blockpool.geometry import Geometry
+from agentmem.engine.packing import ROW
 from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.errors import ContextOverflow, ModelUnavailable
 from agentmem.quant.device import backend
 
-INTERMEDIATE, HIDDEN, QUERIES, HISTORY, ROWS, LOGITS = 2.2, 6.5, 6.0, 1.6, 3.0, 1.0
+INTERMEDIATE, HIDDEN, QUERIES, HISTORY, ROWS, LOGITS = 2.1, 6.2, 5.9, 1.45, 2.9, 1.0
 """How many arrays of each width a pass holds at its peak, while MLX runs a few operations ahead of what it has freed.
 
-Fitted to the peaks of 28 random models (2-4 layers; hidden 256-1024, intermediate 256-3072, 4-16 heads, 1-8 KV heads, prompts
-to 2048 tokens, all kinds of formats) on a CPU, and rounded up: within 15 % of the part that a pass adds.
+Fitted to the peaks of 28 random models (2-4 layers, hidden 256-1024, intermediate 256-3072, 4-16 heads, 1-8 KV heads, prompts
+to 2048 tokens, formats of all kinds) on a CPU: within 15 % of what a pass adds.
 """
-SCORES = 0.95
+SCORES = 0.9
 """The same for scores [heads, tokens, keys], which only MLX's CPU attention makes."""
-GROWTH = 1.5
-"""Tails move to twice the memory when they grow; a third of what they then have is the old one's."""
-SLACK = 1 << 20
+PLACES = 4
+"""Tails that there is room for from the beginning; then they move to twice the memory whenever that is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,21 @@ class Admission:
         if before < cache:
             mx.set_cache_limit(before)
 
+    def figures(self) -> dict[str, int]:
+        """For `/health`. Any thread."""
+        return {
+            "limit_bytes": self.limit,
+            "standing_bytes": self.standing,
+            "active_bytes": mx.get_active_memory(),
+            "peak_bytes": mx.get_peak_memory(),
+        }
+
     def peak(self, requests: Sequence[int]) -> int:
         """Bytes at the peak of requests that run together."""
         if not requests:
             return self.standing
-        step = max(self._prefill(max(requests)), self._decode(requests))
-        return round(self.standing + GROWTH * self._tails(len(requests)) + step) + SLACK
+        step = max(self._prefill(requests), self._decode(requests))
+        return round(self.standing + self._tails(len(requests)) + step)
 
     def check(self, request: Sequence[int]) -> None:
         """Raises ContextOverflow when a request, with the tokens of each of its replies, would not fit even if it were alone."""
@@ -124,10 +133,11 @@ class Admission:
         return self.peak(requests) <= self.limit
 
     def _tails(self, sequences: int) -> int:
-        places = 4
+        """While they grow, the old and the new memory are both there."""
+        places, before = PLACES, 0
         while places < sequences:
-            places *= 2
-        return places * self._geometry.page_tokens * self._geometry.raw_row_bytes
+            before, places = places, 2 * places
+        return (places + before) * self._geometry.page_tokens * self._geometry.raw_row_bytes
 
     def _row(self, tokens: int) -> float:
         """What one layer's `tokens` keys and values take in model precision."""
@@ -141,15 +151,14 @@ class Admission:
             s.itemsize * (tokens * widths + LOGITS * logits * s.vocab) + ROWS * tokens * self._geometry.raw_row_bytes
         )  # fmt: skip
 
-    def _prefill(self, tokens: int) -> float:
-        """A chunk at the end of `tokens` tokens. Logits are made for the short chunk at the end of a prompt only."""
-        s, chunk = self._size, min(self._chunk, tokens)
-        scores = self._scores * s.query_heads * s.itemsize * chunk * tokens
-        return (
-            max(self._activations(chunk, 0), self._activations(2 * LAST_CHUNK, 2 * LAST_CHUNK))
-            + scores
-            + self._row(tokens)
-        )
+    def _prefill(self, requests: Sequence[int]) -> float:
+        """A pass at the end of the prompts. One alone gets logits for the short chunk at its end only, a packed pass for all."""
+        s, pieces, longest = self._size, len(requests), max(requests)
+        tokens = min(self._chunk, sum(requests)) + (pieces - 1) * ROW
+        last = tokens if pieces > 1 else min(tokens, 2 * LAST_CHUNK)
+        scores = self._scores * s.query_heads * s.itemsize * tokens * longest
+        middle = self._activations(tokens, 0) if pieces == 1 else 0.0
+        return max(middle, self._activations(last, last)) + scores + self._row(sum(requests))
 
     def _decode(self, requests: Sequence[int]) -> float:
         """A token each. The fused path reads packed rows; without it, each sequence's rows of one layer are unpacked."""

@@ -35,10 +35,11 @@ class Lobby:
         Clients are told to come back when a place is free, as fast as turns ended so far.
         """
         waiting = len(self.waiting) + arriving
-        step = self.pace.wait_ms(1, self._max_batch)
+        beside = active if waiting and active else self._max_batch
+        step = self.pace.wait_ms(1, beside)
         if waiting >= self._queue_limit:
             raise Overloaded(f"{self._queue_limit} requests are waiting already", retry_after_ms=_retry(step))
-        wait = self.pace.wait_ms(waiting + 1, self._max_batch) if active >= self._max_batch else 0.0
+        wait = step * (waiting + 1) if waiting or active >= self._max_batch else 0.0
         if wait > self._max_wait_ms:
             raise Overloaded(
                 f"{waiting} requests are waiting already; one more would wait about {wait / 1e3:.0f} s",

@@ -111,6 +111,13 @@ class Prefetch:
             self._complete.add(sequence)
         return held
 
+    def let_go(self, agent: tuple[str, str]) -> bool:
+        """An agent's pages are to be moved or deleted: hold none for its requests; False while some are being read."""
+        for sequence in [s for s in self._pinned if s.agent_key == agent]:
+            self.release(sequence)
+            self._complete.add(sequence)
+        return self._reading is None or self._reading.agent_key != agent
+
     def finish(self, sequence: Sequence, then: Callable[[], None]) -> bool:
         """Call `then` once the piece that is being read for `sequence` is there; False when none is."""
         if self._reading is not sequence:

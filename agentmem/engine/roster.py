@@ -199,7 +199,10 @@ class Roster:
         """Run `job` on the engine thread once the agent is not speaking and no turn waits to be written."""
 
         def speaking() -> bool:
-            return any(s.busy for s in self._memory.find(namespace, name).sessions.values())
+            agent = self._memory.find(namespace, name)
+            return any(s.busy for s in agent.sessions.values()) or not self._engine.prefetch.let_go(
+                (namespace, name)
+            )
 
         return self._when_written(
             job, speaking, f"agent {name!r} is still speaking; try again when its reply is over"
