@@ -11,6 +11,7 @@ from collections.abc import Callable
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine.draw import Chosen
+from agentmem.engine.followers import Followers
 from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
 from agentmem.engine.planner import Planner
@@ -48,6 +49,7 @@ class Engine:
         self.recall = Recall(pool, store)
         self.prefetch = Prefetch(pool, memory, self.recall)
         self.scheduler, self.pace, self.lobby = scheduler, scheduler.pace, lobby
+        self.followers = Followers(pool.geometry.page_tokens)
         self.path = path
         self.max_batch, self.wait_for_commit = max_batch, wait_for_commit
         self.active: list[Sequence] = []
@@ -145,10 +147,10 @@ class Engine:
         for sequence in [s for s in self.active if s.ticket.cancelled and s.phase in ("prefill", "decode")]:
             self._finish(sequence, "cancelled")
         self._admit()
-        step = self.scheduler.plan(
-            [s for s in self.active if s.phase in ("decode", "closing")],
-            [s for s in self.active if s.phase == "prefill"],
-        )
+        ready = self.followers.ready(self.active)
+        for sequence in ready:
+            self.planner.announce(sequence)
+        step = self.scheduler.plan([s for s in self.active if s.phase in ("decode", "closing")], ready)
         return Work(step.decode, [(s, s.next_chunk(n)) for s, n in step.prefill])
 
     def _admit(self) -> None:
@@ -225,8 +227,8 @@ class Engine:
         sequence.table = table
         self.planner.unpin(sequence)
         sequence.phase = "prefill"
-        sequence.sink(self.planner.started(sequence))
         if sequence.prompt_done:
+            self.planner.announce(sequence)
             self._finish(sequence, "stop")
 
     def run(self, work: Work) -> list[Outcome]:

@@ -143,9 +143,14 @@ class Planner:
             self._memory.close_unused(sequence.agent, sequence.session)
 
     @staticmethod
-    def started(sequence: Sequence) -> Started:
+    def announce(sequence: Sequence) -> None:
+        """Tell the client, once, how much of the prompt is remembered."""
+        if sequence.announced:
+            return
+        sequence.announced = True
         r = sequence.request
-        return Started(r.agent, r.session, len(sequence.ids), sequence.reused, sequence.state_before)
+        started = Started(r.agent, r.session, len(sequence.ids), sequence.reused, sequence.state_before)
+        sequence.sink(started)
 
     def record(self, sequence: Sequence, fed: int) -> TurnRow:
         """Add the turn to the session's conversation; returns its log entry. A cancelled prefill keeps the `fed` tokens."""

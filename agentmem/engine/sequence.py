@@ -67,6 +67,7 @@ class Sequence:
     prefetched: int = 0
     state_before: State = "cold"
     lost: bool = False
+    announced: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     planned: float = 0.0
     restore_ms: float = 0.0
