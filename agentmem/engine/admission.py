@@ -11,10 +11,11 @@ import mlx.nn as nn
 import psutil
 from mlx.utils import tree_flatten
 
-from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.geometry import WORD, Geometry
 from agentmem.engine.packing import ROW
 from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.errors import ContextOverflow, ModelUnavailable
+from agentmem.quant.attention import SHORT_TO
 from agentmem.quant.device import backend
 
 INTERMEDIATE, HIDDEN, QUERIES, HISTORY, ROWS, LOGITS = 2.1, 6.2, 5.9, 1.45, 2.9, 1.0
@@ -24,7 +25,9 @@ Fitted to the peaks of 28 random models (2-4 layers, hidden 256-1024, intermedia
 to 2048 tokens, formats of all kinds) on a CPU: within 15 % of what a pass adds.
 """
 SCORES = 0.9
-"""The same for scores [heads, tokens, keys], which only MLX's CPU attention makes."""
+"""The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
+SHORT = 3.0
+"""The same for the float32 scores of short chunks on CUDA, see `short_attention`."""
 PLACES = 4
 """Tails that there is room for from the beginning; then they move to twice the memory whenever that is full."""
 
@@ -86,7 +89,7 @@ class Admission:
         self.standing = size.weights + arena_bytes
         self._size, self._geometry = size, geometry
         self._chunk, self._fused = chunk_tokens, fused
-        self._scores = SCORES if backend() == "cpu" else 0.0
+        self._backend = backend()
 
     def start(self) -> None:
         """Hold MLX to the limit too. Raises ModelUnavailable when not even a short prompt fits."""
@@ -153,12 +156,19 @@ class Admission:
 
     def _prefill(self, requests: Sequence[int]) -> float:
         """A pass at the end of the prompts. One alone gets logits for the short chunk at its end only, a packed pass for all."""
-        s, pieces, longest = self._size, len(requests), max(requests)
+        pieces = len(requests)
         tokens = min(self._chunk, sum(requests)) + (pieces - 1) * ROW
         last = tokens if pieces > 1 else min(tokens, 2 * LAST_CHUNK)
-        scores = self._scores * s.query_heads * s.itemsize * tokens * longest
         middle = self._activations(tokens, 0) if pieces == 1 else 0.0
+        scores = self._scores(tokens, max(requests))
         return max(middle, self._activations(last, last)) + scores + self._row(sum(requests))
+
+    def _scores(self, tokens: int, keys: int) -> float:
+        """What attention makes of `tokens` queries beside its output; Metal's keeps nothing."""
+        s = self._size
+        if self._backend == "cpu":
+            return SCORES * s.query_heads * s.itemsize * tokens * keys
+        return SHORT * s.query_heads * WORD * min(tokens, SHORT_TO) * keys if self._backend == "cuda" else 0.0
 
     def _decode(self, requests: Sequence[int]) -> float:
         """A token each. The fused path reads packed rows; without it, each sequence's rows of one layer are unpacked."""

@@ -183,7 +183,7 @@ def test_many_agents_at_once_all_get_their_own_answer(tmp_path: Path) -> None:
 
 
 def test_equal_first_turns_of_many_agents_at_once_are_all_kept(tmp_path: Path, gate: threading.Event) -> None:
-    runtime = open_runtime(tmp_path, itl_target_ms=1e6)  # cuts that depend on the time change bits
+    runtime = open_runtime(tmp_path)
     hold(runtime, gate)
     running = [Running(runtime, ask(f"a{i}", LONG)) for i in range(6)]
     gate.set()
