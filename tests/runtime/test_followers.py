@@ -33,7 +33,7 @@ def test_one_prefills_and_the_others_go_on_from_its_state(tmp_path: Path) -> Non
 
 
 def test_a_leader_that_is_cancelled_leaves_its_state_or_the_prompt_to_the_next(tmp_path: Path) -> None:
-    alone = open_runtime(tmp_path / "alone")
+    alone = open_runtime(tmp_path / "alone", chunk_tokens=64)
     want = turn(alone, "a", LONG, max_tokens=12).text
     alone.close()
     runtime, gate = open_runtime(tmp_path, chunk_tokens=64), threading.Event()
