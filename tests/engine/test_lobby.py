@@ -51,7 +51,7 @@ def test_a_small_request_is_admitted_before_a_large_one_and_a_session_stays_in_o
         return Running(runtime, request, lambda e: order.append(name) if isinstance(e, Delta) else None)
 
     running = [
-        run(ask("ada", LONG * 4), "large"),
+        run(ask("ada", LONG), "large"),
         run(ask("bob", "hello"), "small"),
         run(ask("ada", "and?"), "second"),
     ]
