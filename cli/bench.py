@@ -49,5 +49,25 @@ def formats(arguments: tuple[str, ...]) -> None:
     _run("formats", arguments)
 
 
+@bench.command(**PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def attention(arguments: tuple[str, ...]) -> None:
+    """One decode step's attention over packed rows, next to 16-bit keys and values.
+
+    Takes --json and the options that `agentmem bench attention --help` lists.
+    """
+    _run("attention", arguments)
+
+
+@bench.command(**PASSED_ON)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def batch(arguments: tuple[str, ...]) -> None:
+    """Many streams at once: decode speed and memory, next to 16-bit pages and stock mlx-lm, and speed under load.
+
+    Takes --json and the options that `agentmem bench batch --help` lists.
+    """
+    _run("batch", arguments)
+
+
 def _run(name: str, arguments: tuple[str, ...]) -> NoReturn:
     sys.exit(subprocess.call([sys.executable, "-m", "agentmem.bench", name, *arguments]))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from agentmem.quant import gather
+from agentmem.quant import direct, gather
 from agentmem.quant.attention import Path, reference_path
 from agentmem.quant.rows import RowCodec
 
-PATHS: dict[str, Path] = {"gathered": gather.gathered_path, "reference": reference_path}
+PATHS: dict[str, Path] = {
+    "gathered": gather.gathered_path,
+    "direct": direct.direct_path,
+    "reference": reference_path,
+}
+SUPPORTED = {"gathered": gather.supported, "direct": direct.supported}
 
 
 def candidates(codec: RowCodec) -> dict[str, Path]:
     """The paths that can serve this layer here; the self-test decides which may."""
-    return {name: path for name, path in PATHS.items() if name != "gathered" or gather.supported(codec)}
+    return {name: path for name, path in PATHS.items() if name not in SUPPORTED or SUPPORTED[name](codec)}
 
 
 def chosen(result: dict[str, object]) -> Path:

@@ -17,10 +17,36 @@ def _pack(x: mx.array, code: Code) -> mx.array:
     return mx.concatenate([codes.reshape(n, -1), pairs.reshape(n, -1)], axis=1)
 
 
-def _unpack(words: mx.array, code: Code, heads: int, dim: int, stored: mx.Dtype, out: mx.Dtype) -> mx.array:
-    """uint32 [n, code words + scale words] -> [heads, n, dim] of dtype `out`.
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Keys or values of one layer as `mx.quantize` gives them: codes uint32 [heads, n, words], scales, biases [heads, n, groups].
 
-    The packed words are transposed, not the result: they are an eighth of the bytes.
+    Transposed views of packed rows; `code` says how many bits and elements a scale is for.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    code: Code
+
+    def unpacked(self) -> mx.array:
+        """[heads, n, dim] of the dtype of `scales`."""
+        return mx.dequantize(
+            self.codes, self.scales, self.biases, group_size=self.code.group, bits=self.code.bits
+        )
+
+    def times(self, x: mx.array, *, transpose: bool) -> mx.array:
+        """The product of x [heads, m, dim] with the transpose, or of x [heads, m, n] with the unpacked matrices."""
+        return mx.quantized_matmul(
+            x, self.codes, self.scales, self.biases, transpose=transpose, group_size=self.code.group,
+            bits=self.code.bits,
+        )  # fmt: skip
+
+
+def _parts(words: mx.array, code: Code, heads: int, dim: int, stored: mx.Dtype, out: mx.Dtype) -> Packed:
+    """uint32 [n, code words + scale words] -> the same as `Packed`, its scales of dtype `out`.
+
+    The packed words are transposed, not what is unpacked from them: they are an eighth of the bytes.
     """
     n, split = words.shape[0], code.code_words(heads, dim)
     codes = words[:, :split].reshape(n, heads, -1).transpose(1, 0, 2)
@@ -31,7 +57,7 @@ def _unpack(words: mx.array, code: Code, heads: int, dim: int, stored: mx.Dtype,
         .transpose(1, 0, 2, 3)
         .astype(out)
     )
-    return mx.dequantize(codes, pairs[..., 0], pairs[..., 1], group_size=code.group, bits=code.bits)
+    return Packed(codes, pairs[..., 0], pairs[..., 1], code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +100,16 @@ class RowCodec:
         """Packed rows uint32 [n, packed_words] -> keys [heads, n, key_dim], values [heads, n, value_dim] of dtype `out`."""
         if not self.format.packs:
             return self.unraw(rows, out)
+        keys, values = self.parts(rows, out)
+        return keys.unpacked(), values.unpacked()
+
+    def parts(self, rows: mx.array, out: mx.Dtype) -> tuple[Packed, Packed]:
+        """Packed rows uint32 [n, packed_words] -> keys and values, with scales of dtype `out`. The format must pack."""
         assert self.format.keys is not None
         assert self.format.values is not None
         shape, split = self.shape, self.key_words
-        keys = _unpack(rows[:, :split], self.format.keys, shape.heads, shape.key_dim, self.stored, out)
-        values = _unpack(rows[:, split:], self.format.values, shape.heads, shape.value_dim, self.stored, out)
+        keys = _parts(rows[:, :split], self.format.keys, shape.heads, shape.key_dim, self.stored, out)
+        values = _parts(rows[:, split:], self.format.values, shape.heads, shape.value_dim, self.stored, out)
         return keys, values
 
     def raw(self, keys: mx.array, values: mx.array) -> mx.array:

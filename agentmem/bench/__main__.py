@@ -1,14 +1,19 @@
-"""`python -m agentmem.bench restore|store|formats ...`: what `agentmem bench` runs. JSON on stdout, progress on stderr."""
+"""`python -m agentmem.bench restore|store|formats|attention|batch ...`: what `agentmem bench` runs.
+
+JSON on stdout, progress on stderr.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from agentmem.home import Home, default_home
+from agentmem.settings import Settings
 
 
 def _say(text: str) -> None:
@@ -181,6 +186,90 @@ def _format_table(result: dict[str, Any]) -> str:
         f"{r['format']:11s} {r['bits']:5.2f}  {r['kl']:7.4f}  {r['kl_p95']:7.4f}  {r['top1']:7.3f}"
         for r in result["rows"]
     ]
+    return "\n".join([*lines, _checks(result)])
+
+
+@bench.command()
+@click.option(
+    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
+)
+@click.option(
+    "--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b."
+)
+@click.option(
+    "--batch", "batches", default="1,2,4,8,16", callback=_counts, help="Streams at once, such as 1,8,16."
+)
+@click.option(
+    "--tokens",
+    "lengths",
+    default="1024,4096",
+    callback=_lengths,
+    help="Context lengths, such as 4096,32768; a context beyond the model's own is skipped.",
+)
+@click.option("--steps", default=64, type=click.IntRange(1), help="Tokens of each stream in a round.")
+@click.option("--rounds", default=3, type=click.IntRange(1), help="Rounds of which medians are reported.")
+@click.option(
+    "--format", default=Settings.model_fields["kv_format"].default, help="KV format.", show_default=True
+)
+@click.option("--load/--no-load", default=True, help="Measure a runtime under load too; on by default.")
+@click.option("--streams", type=click.IntRange(1, 64), help="Streams of the load; default 8, on a CPU 3.")
+@click.option(
+    "--prompt",
+    type=click.IntRange(512),
+    help="Tokens of the prompt that arrives; default 16384, on a CPU 2048.",
+)
+@click.option("--chunk", type=click.IntRange(16), help="Prefill chunk in tokens; default 2048, on a CPU 512.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def batch(
+    model: str,
+    shape: str | None,
+    load: bool,
+    streams: int | None,
+    prompt: int | None,
+    chunk: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Many streams at once: decode speed and memory next to 16-bit pages and stock mlx-lm, and speed under load."""
+    from agentmem.bench.batch import run
+    from agentmem.bench.loaded import default_load
+    from agentmem.model.loaded import load as load_model
+    from agentmem.model.random import shape_model
+
+    home = Home(default_home())
+    given = {"streams": streams, "prompt": prompt, "chunk": chunk}
+    under = (
+        replace(default_load(), **{name: value for name, value in given.items() if value}) if load else None
+    )
+    loaded = shape_model(shape) if shape else load_model(model, home.root)
+    try:
+        result = run(loaded, **options, folder=None if shape else home.calibration, load=under, say=_say)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(json.dumps(result) if as_json else _batch_table(result))
+
+
+def _batch_table(result: dict[str, Any]) -> str:
+    names = {"pages": result["format"], "fp16_pages": "fp16", "stock": "stock", "stock_single": "stock, one"}
+    lines = [
+        f"{result['model']} on {result['backend']}, {result['dtype']}; tokens/s of all streams (peak MB)",
+        "batch  tokens  " + "".join(f"{title:>18s}" for title in names.values()),
+    ]
+    for row in result["rows"]:
+        cells = "".join(
+            f"{row[n]['tokens_per_s']:9.1f} ({row[n]['peak_bytes'] / 1e6:6.0f})" if n in row else " " * 18
+            for n in names
+        )
+        lines.append(f"{row['batch']:5d} {row['tokens']:7d}  {cells}")
+    under = result["load"]
+    if under is not None:
+        beside, alone = under["beside_prompt"], under["alone"]
+        lines += [
+            f"{under['streams']} streams, ms between tokens p50/p99: {alone['p50_ms']:.1f}/{alone['p99_ms']:.1f}; while "
+            f"{under['prompt_tokens']} tokens are read {beside['p50_ms']:.1f}/{beside['p99_ms']:.1f}",
+            f"a warm agent's first token: {under['warm_idle_ttft_ms']:.0f} ms idle, "
+            f"{under['warm_loaded_ttft_ms']:.0f} beside them",
+        ]
     return "\n".join([*lines, _checks(result)])
 
 

@@ -131,7 +131,8 @@ def random_model(architecture: str, *, seed: int, **overrides: Any) -> LoadedMod
 def shape_model(shape: str, *, bits: int = 4, seed: int = 0) -> LoadedModel:
     """A full-size model of a shape in `SHAPES`, random weights of `bits` (4, 8, or 16 for plain bfloat16).
 
-    Packed weights are drawn as such, layer by layer on the device: the unpacked model never exists there.
+    Packed weights are drawn as such, layer by layer on the device: the unpacked model never exists there. Greedy replies of
+    a model with a packed output layer of its own are printable ASCII, and end when they are cut.
     """
     if shape not in SHAPES:
         raise ModelUnavailable(f"There is no shape {shape!r}; there are {', '.join(SHAPES)}")
@@ -198,4 +199,8 @@ def _random_leaf(name: str, module: nn.Module, key: mx.array) -> dict[str, mx.ar
     codes = mx.random.randint(0, 256, (*packed[:-1], packed[-1] * 4), dtype=mx.uint8, key=key)
     step = math.sqrt(12) / (2**bits * math.sqrt(columns))  # codes are uniform: a variance of 1 / columns
     scales = mx.full(module.scales.shape, step, dtype=mx.bfloat16)
+    if name.endswith("lm_head"):
+        scales = mx.where(
+            mx.array([[number in PRINTABLE] for number in range(packed[0])]), scales, mx.zeros_like(scales)
+        )
     return {"weight": codes.view(mx.uint32), "scales": scales, "biases": scales * (-(2**bits - 1) / 2)}

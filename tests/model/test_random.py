@@ -77,6 +77,13 @@ def test_full_size_shape_is_repeatable_and_tame() -> None:
         assert sum(weight.size for _, weight in named) == 134_515_008
 
 
+def test_packed_output_layer_says_printable_text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 128, "vocab_size": 512}
+    monkeypatch.setitem(SHAPES, "small", SHAPES["llama-3.1-8b"] | small)
+    reply = _reply(shape_model("small"), "hello", 60)
+    assert all(token in range(0x20, 0x7F) for token in reply)
+
+
 def test_every_shape_groups_its_heads() -> None:
     for shape in SHAPES.values():
         assert shape["num_attention_heads"] % shape["num_key_value_heads"] == 0

@@ -9,6 +9,7 @@ import pytest
 
 from agentmem.quant import rows, selftest
 from agentmem.quant.attention import dequantised_history, reference_attention, reference_path
+from agentmem.quant.device import backend
 from agentmem.quant.format import FORMATS, LayerShape, kv_format
 from agentmem.quant.paths import PATHS
 
@@ -77,6 +78,13 @@ def test_reference_path_passes(name: str) -> None:
     assert result["code_error"] <= 1.5
 
 
+@pytest.mark.skipif(backend() != "cpu", reason="GPUs have kernels of their own")
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"fp16"}))
+def test_direct_path_passes_on_a_cpu(name: str) -> None:
+    assert check(name)["paths"]["direct"]["ok"]
+    assert check(name)["paths"]["direct"]["error"] < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=["bfloat16", "float16"])
 def test_reference_path_passes_in_16_bits(dtype: mx.Dtype) -> None:
     assert check(dtype=dtype)["paths"]["reference"]["ok"]
@@ -94,7 +102,8 @@ def test_a_wrong_path_is_refused_and_named(
 
 
 def test_without_a_right_path_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(PATHS, "reference")
+    for name in ("direct", "reference"):
+        monkeypatch.delitem(PATHS, name)
     monkeypatch.setitem(PATHS, "wrong", as_path(wrong_scale))
     with pytest.raises(RuntimeError, match="no attention path"):
         check()
