@@ -55,6 +55,11 @@ SHAPES = {
 }
 
 
+def test_two_sequences() -> None:
+    assert error(StoredBatch(codec(1, 64, 4, 4, 64), 2, [3, 81])) < BOUND
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_a_ragged_batch(shape: tuple[int, ...]) -> None:
     heads, query_heads, *rest = shape
@@ -62,11 +67,13 @@ def test_a_ragged_batch(shape: tuple[int, ...]) -> None:
     assert error(StoredBatch(codec(heads, *rest), query_heads, lengths)) < BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [0, 4])
 def test_bfloat16(bits: int) -> None:
     assert error(StoredBatch(codec(2, 64, bits, bits, 64, mx.bfloat16), 4, [5, 150])) < BOUND
 
 
+@pytest.mark.slow
 def test_pages_that_were_cut() -> None:
     assert error(StoredBatch(codec(1, 64, 4, 4, 64), 2, [30, 100, 219], cut=True)) < BOUND
 
@@ -74,6 +81,7 @@ def test_pages_that_were_cut() -> None:
 @pytest.mark.parametrize(
     ("query_heads", "count", "wide"), [(2, 3, False), (4, 3, True), (4, 6, True), (12, 2, True)]
 )
+@pytest.mark.slow
 def test_a_shared_prefix_is_read_once(query_heads: int, count: int, wide: bool) -> None:
     stored = StoredBatch(codec(1, 64, 4, 4, 64), query_heads, [200 + 7 * i for i in range(count)], shared=3)
     assert (stored.batch.bytes_shared > 0) == (query_heads * 2 <= 16)
@@ -81,6 +89,7 @@ def test_a_shared_prefix_is_read_once(query_heads: int, count: int, wide: bool) 
     assert error(stored) < BOUND
 
 
+@pytest.mark.slow
 def test_a_window() -> None:
     stored = StoredBatch(codec(1, 64, 4, 4, 64), 4, [200, 70, 10])
     lows = [137, 66, 0]
@@ -88,6 +97,7 @@ def test_a_window() -> None:
     assert error(stored, lows=lows) < BOUND
 
 
+@pytest.mark.slow
 def test_sinks() -> None:
     sinks = np.array([0.5, 3.0, -2.0, 6.0])
     assert error(StoredBatch(codec(2, 64, 4, 4, 64), 4, [100, 3]), sinks=sinks) < BOUND
