@@ -21,7 +21,6 @@ from pydantic import ByteSize
 from agentmem.bench.checks import check
 from agentmem.bench.restore import prompt
 from agentmem.bench.turns import finished_turn, say_in_turn
-from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.layout import layout
 from agentmem.engine.request import ChatRequest, Delta, Event, Failed, Finished
 from agentmem.model.loaded import LoadedModel
@@ -39,7 +38,8 @@ PATIENCE_S = 600.0
 @dataclass(frozen=True, slots=True)
 class Load:
     """`streams` agents speak on contexts of `context` tokens, agents with `warm` tokens on disk come back, and a cold prompt
-    of `prompt` tokens arrives. `gaps` tokens of each stream are timed without either; visits are repeated `repeats` times."""
+    of `prompt` tokens arrives. `gaps` tokens of each stream are timed without either; visits are repeated `repeats` times.
+    The same prompt is also read while nobody speaks."""
 
     streams: int
     context: int
@@ -111,12 +111,10 @@ class LoadedBench:
         tokens = (
             load.streams * (load.context + TURNS * REPLY + 256)
             + (2 * load.repeats + 2) * (load.warm + 256)
-            + load.prompt * 9 // 8 + 512
+            + load.prompt * 17 // 8 + 512
         )  # fmt: skip
-        self._plan = plan = layout(
-            model, format, Settings(home=home).page_tokens, Settings(home=home).paths.calibration
-        )
-        g = plan.geometry
+        defaults = Settings(home=home)
+        g = layout(model, format, defaults.page_tokens, defaults.paths.calibration).geometry
         self.settings = Settings(
             home=home, kv_format=format, chunk_tokens=load.chunk,
             ram_budget=ByteSize(g.slot_bytes * (g.worst_slots(tokens) + 16 * g.worst_slots(1))),
@@ -132,15 +130,16 @@ class LoadedBench:
 
     def run(self) -> dict[str, Any]:
         load = self.load
-        visitors = iter([f"visitor-{i}" for i in range(2 * load.repeats + 2)])
         names = [f"visitor-{i}" for i in range(2 * load.repeats + 2)]
+        visitors = iter(names)
         for name in names:
             say_in_turn(self.runtime, name, self._text(name, load.warm), max_tokens=VISIT)
             self.runtime.evict(name)
         self._visit(next(visitors))
         idle = [self._visit(next(visitors)) for _ in range(load.repeats)]
         mx.reset_peak_memory()
-        others = mx.get_active_memory()
+        self.say("the long prompt, alone")
+        alone_ttft, _ = self._cold("alone", load.prompt)
         speakers = [
             _Speaker(self.runtime, name, self._text(name, load.context))
             for name in (f"speaker-{i}" for i in range(load.streams))
@@ -163,10 +162,10 @@ class LoadedBench:
         return {
             **asdict(load), "itl_target_ms": self.settings.itl_target_ms,
             "alone": _percentiles(alone), "beside_prompt": _percentiles(beside),
-            "prompt_tokens": prompt_tokens, "prompt_ttft_ms": long_ttft,
+            "prompt_tokens": prompt_tokens, "prompt_ttft_ms": long_ttft, "alone_ttft_ms": alone_ttft,
             "warm_idle_ttft_ms": float(np.median(idle)), "warm_loaded_ttft_ms": float(np.median(busy)),
             "warm_idle_ttfts_ms": idle, "warm_loaded_ttfts_ms": busy,
-            "peak_bytes": mx.get_peak_memory(), "active_bytes": others, "predicted_bytes": self._predicted(prompt_tokens),
+            "peak_bytes": mx.get_peak_memory(), "predicted_bytes": self._predicted(prompt_tokens),
         }  # fmt: skip
 
     def _visit(self, name: str) -> float:
@@ -196,14 +195,10 @@ class LoadedBench:
             time.sleep(0.01)
 
     def _predicted(self, prompt_tokens: int) -> int:
-        """What admission expects of the device's memory while the long prompt is read."""
-        plan, load = self._plan, self.load
-        admission = Admission(
-            model_size(self.model.model, plan.geometry, plan.query_heads, plan.dtype), plan.geometry,
-            self.runtime.budgets()["ram"]["capacity_bytes"], device_bytes(),
-            chunk_tokens=load.chunk, fused=self.runtime.health()["self_test"]["fused"]["ok"],
-        )  # fmt: skip
-        return admission.peak([prompt_tokens + 1, *[load.context + REPLY] * load.streams])
+        """What admission expects of the device's memory while the long prompt is read, alone or beside the streams."""
+        admission, load = self.runtime._admission, self.load
+        beside = [prompt_tokens + 1, *[load.context + REPLY] * load.streams]
+        return max(admission.peak([prompt_tokens + 1]), admission.peak(beside))
 
 
 def _raise(speakers: list[_Speaker]) -> None:
