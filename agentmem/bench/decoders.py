@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator, GenerationBatch, StopSequences, generate_step
+from mlx_lm.generate import BatchGenerator, GenerationBatch, StopSequences, generate_step, generation_stream
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.sample_utils import greedy_sampler
 
@@ -38,6 +38,10 @@ class Decoder(Protocol):
 
     def step(self) -> None:
         """One more token of every stream; they are known when it returns."""
+        ...
+
+    def wait(self) -> None:
+        """Return when nothing runs any more: stock mlx-lm computes a step ahead, which would run beside the next contender."""
         ...
 
     def close(self) -> None: ...
@@ -75,6 +79,9 @@ class Paged:
             sequence.table.reserve()
         for sequence, drawn in zip(self._sequences, self._runner.decode(self._sequences), strict=True):
             sequence.last = drawn[0].token
+
+    def wait(self) -> None:
+        mx.synchronize()
 
     def close(self) -> None:
         for sequence in self._sequences:
@@ -157,6 +164,9 @@ class Batched:
     def step(self) -> None:
         self._generator.next()
 
+    def wait(self) -> None:
+        mx.synchronize(self._generator.stream)
+
     def close(self) -> None:
         self._generator.close()
 
@@ -176,6 +186,9 @@ class Single:
 
     def step(self) -> None:
         next(self._tokens)
+
+    def wait(self) -> None:
+        mx.synchronize(generation_stream)
 
     def close(self) -> None:
         self._tokens.close()
