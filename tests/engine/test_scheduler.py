@@ -212,7 +212,10 @@ def test_whoever_came_first_is_fed_in_one_of_four_passes(rng: random.Random, spe
     st.booleans(),
 )
 def test_agents_that_always_want_more_get_equal_shares(habits: list[tuple[int, int]], speaking: bool) -> None:
-    """Whatever the size of an agent's prompts, and however many more than a pass holds it sends: within a factor of two."""
+    """Whatever the size of an agent's prompts, and however many more than a pass holds it sends: at least half of an equal share.
+
+    More than that is room of a pass that nobody else's prompt fits into.
+    """
     machine = Machine(per_pair=0.0)
     if speaking:
         machine.arrive("speaker", 1, reply=100_000)
@@ -224,7 +227,7 @@ def test_agents_that_always_want_more_get_equal_shares(habits: list[tuple[int, i
                 machine.arrive(f"agent-{agent}", tokens)
         machine.step()
     shares = [machine.fed[f"agent-{agent}"] for agent in range(len(habits))]
-    assert max(shares) <= 2 * min(shares)
+    assert 2 * len(shares) * min(shares) >= sum(shares)
 
 
 def test_being_away_earns_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -222,7 +223,7 @@ def mutate(c: Content, data: st.DataObject) -> None:
             place = place[step]
         match data.draw(st.sampled_from(["set", "nudge", "drop", "double", "swap", "ids"])):
             case "set":
-                place[last] = data.draw(VALUES)
+                place[last] = copy.deepcopy(data.draw(VALUES))  # a later step may change it
             case "nudge" if type(place[last]) is int:
                 place[last] += data.draw(st.sampled_from([-1, 1]))
             case "drop":
