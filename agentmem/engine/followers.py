@@ -42,9 +42,10 @@ class Followers:
 
     def _alike(self, sequence: Sequence, other: Sequence) -> int:
         """Tokens of the prompt that the other's prompt begins with too, as far as its state may be used."""
-        assert sequence.agent is not None
-        assert other.agent is not None
-        if other.agent.row.space != sequence.agent.row.space:
+        agent, its = sequence.agent, other.whole.agent
+        assert agent is not None
+        assert its is not None
+        if its.row.space != agent.row.space:
             return 0
         if (sequence, other) not in self._common:
             most = min(len(sequence.ids) - int(sequence.generate), len(other.ids))
