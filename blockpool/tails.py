@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from agentmem.blockpool.geometry import WORD, Geometry
+from agentmem.blockpool.geometry import Geometry
 
-FIRST = 4
+PLACES = 4
+"""Places that there is room for from the beginning; then they move to twice the memory whenever that is full."""
 
 
 class Tails:
@@ -54,7 +55,7 @@ class Tails:
 
     def _grow(self) -> None:
         self.flush()
-        before, self._count = self._count, max(FIRST, 2 * self._count)
+        before, self._count = self._count, max(PLACES, 2 * self._count)
         for width in self._widths:
             shape = (len(self._members[width]), self._count, self.geometry.page_tokens, width)
             new = mx.zeros(shape, mx.uint32)
@@ -102,8 +103,3 @@ class Tails:
         where, row = mx.array(places), mx.array(at)
         for width, layers in self._members.items():
             self._arrays[width][:, where, row] = mx.stack([rows[i] for i in layers])
-
-    @property
-    def place_bytes(self) -> int:
-        """Bytes of one place."""
-        return WORD * self.geometry.page_tokens * sum(self.geometry.raw_words)

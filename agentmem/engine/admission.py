@@ -12,6 +12,7 @@ import psutil
 from mlx.utils import tree_flatten
 
 from agentmem.blockpool.geometry import WORD, Geometry
+from agentmem.blockpool.tails import PLACES
 from agentmem.engine.packing import ROW
 from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.errors import ContextOverflow, ModelUnavailable
@@ -28,8 +29,6 @@ SCORES = 0.9
 """The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
 SHORT = 3.0
 """The same for the float32 scores of short chunks on CUDA, see `short_attention`."""
-PLACES = 4
-"""Tails that there is room for from the beginning; then they move to twice the memory whenever that is full."""
 
 
 @dataclass(frozen=True, slots=True)
