@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -148,12 +147,6 @@ class Batch:
             same = (lead.slots[:n] == other.slots[:n]) & (lead.rows[:n] == other.rows[:n])
             end = n if same.all() else int(np.argmin(same))
         return end
-
-    @cached_property
-    def bytes_shared(self) -> int:
-        """Runs that are read for more than one sequence, times the readings saved."""
-        size = self._items[:, 3] - self._items[:, 2] - 1
-        return int((size * (self._items[:, 1] - self._items[:, 0])).sum())
 
     def advance(self, tail_rows: Sequence[int], lows: Sequence[int] | None = None) -> None:
         """The step to come: rows of each tail, its own token included, and the first position that each query sees."""
