@@ -33,6 +33,9 @@ Outcome = tuple[Sequence, list[Chosen]]
 LOOKAHEAD = 4
 """How many requests that do not fit yet are looked at before the others wait too."""
 
+IDLE_S, RETRY_S = 1.0, 0.01
+"""How long the engine sleeps when nothing wakes it: with nothing to do, and while somebody waits for slots."""
+
 
 class Engine:
     """Runs sequences. Other threads use `submit` and `call` only; everything else happens on the engine thread.
@@ -54,6 +57,7 @@ class Engine:
         self.max_batch, self.wait_for_commit = max_batch, wait_for_commit
         self.active: list[Sequence] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._again: list[Callable[[], None]] = []
         self._wake = threading.Event()
         self._closing = False
 
@@ -93,7 +97,7 @@ class Engine:
         while not self._closing:
             if not self.step():
                 self._check()
-                self._wake.wait(timeout=1.0)
+                self._wake.wait(timeout=RETRY_S if self._again else IDLE_S)
             self._wake.clear()
         for sequence in [*self.active, *self.waiting]:
             sequence.ticket.cancel()
@@ -125,22 +129,23 @@ class Engine:
         drained = self._drain() | self.pool.arena.advance()
         start = time.perf_counter()
         work = self.plan()
-        self.settle(self.run(work))
-        if work.decoding:
+        outcomes = self.run(work)
+        self.settle(outcomes)
+        if work.decoding and outcomes:
             self.pace.stepped(1e3 * (time.perf_counter() - start))
-        return drained or bool(work.decoding or work.chunks)
+        return drained or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
 
     def _drain(self) -> bool:
+        """Run what was posted, what the store has completed, and what waits for slots, each once."""
         done = False
         for box in (self._inbox, self.store.completions):
-            while True:
-                try:
-                    job = box.get_nowait()
-                except queue.Empty:
-                    break
-                job()
+            for _ in range(box.qsize()):
+                box.get_nowait()()
                 done = True
-        return done
+        again, self._again = self._again, []
+        for job in again:
+            job()
+        return done or len(self._again) < len(again)
 
     def plan(self) -> Work:
         """Admit what can start, end what was cancelled, and choose the tokens that each sequence is fed in this step."""
@@ -213,8 +218,7 @@ class Engine:
         """Slots are missing: they come free when a write or another sequence ends; without either the request fails."""
         others = [s for s in self.active if s is not sequence and s.phase not in ("ended", "done")]
         if self.prefetch.release_all() or self.memory.unwritten or others or self.recall.running:
-            self._wake.wait(timeout=0.01)
-            self._inbox.put(again)
+            self._again.append(again)
         else:
             self._fail(sequence, error)
 

@@ -243,6 +243,26 @@ def test_requests_that_together_exceed_the_budget_take_turns(tmp_path: Path, gat
     runtime.close()
 
 
+def test_replies_that_end_while_all_slots_wait_to_be_written_are_kept(tmp_path: Path) -> None:
+    """Nothing can be evicted before the writer is done: who needs slots waits for it, and keeps nobody else waiting."""
+    runtime = open_runtime(tmp_path, ram_budget=1 << 20, commit="none")
+    gate = threading.Event()
+    runtime._store._jobs.put(lambda: gate.wait(60))
+    running = [Running(runtime, ask(f"a{i}", f"{i} {LONG[: 9 * i]}", max_tokens=12)) for i in range(24)]
+    full = threading.Event()
+    for _ in range(600):
+        if runtime._call(lambda: bool(runtime._engine._again)):
+            full.set()
+            break
+        full.wait(0.05)
+    assert full.is_set(), "the budget is too large for this test"
+    assert not all(r._over.is_set() for r in running)
+    gate.set()
+    assert all(r.end().text for r in running)
+    runtime._call(runtime._pool.check)
+    runtime.close()
+
+
 def test_a_small_turn_does_not_slip_in_before_a_large_one_of_its_session(
     tmp_path: Path, gate: threading.Event
 ) -> None:
