@@ -19,6 +19,7 @@ import numpy as np
 from agentmem.bench.checks import check
 from agentmem.blockpool.pool import Pool
 from agentmem.engine import conversation
+from agentmem.engine.calibrate import Observed
 from agentmem.engine.layout import Layout, layout
 from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
@@ -39,30 +40,6 @@ def own_texts() -> dict[str, str]:
     return dict(sorted(prose.items())) | {"conversation.py": inspect.getsource(conversation)}
 
 
-class _Layer:
-    """A cache that notes the keys and values of one layer."""
-
-    offset = 0
-
-    def __init__(self) -> None:
-        self.keys = self.values = mx.zeros((0,))
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
-
-    def make_mask(self, n: int, **_: Any) -> str:
-        return "causal"
-
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any,
-        sinks: mx.array | None,
-    ) -> mx.array:  # fmt: skip
-        self.keys, self.values = keys, values
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask="causal", sinks=sinks
-        )
-
-
 class _Rows:
     """Rows of one layer, as a layer view gives them after a forward pass."""
 
@@ -78,7 +55,7 @@ class Reading:
 
     def __init__(self, model: LoadedModel, ids: Sequence[int], history: int) -> None:
         self._model, self._ids, self._history = model, list(ids), history
-        self.layers = [_Layer() for _ in model.model.layers]
+        self.layers = [Observed() for _ in model.model.layers]
         logits = model.model(mx.array([self._ids]), cache=self.layers)
         self.wanted = _log_p(logits[0, history:])
         mx.eval(self.wanted, [(x.keys, x.values) for x in self.layers])

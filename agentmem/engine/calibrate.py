@@ -42,13 +42,13 @@ def calibration(
     return kept
 
 
-class _Observed:
-    """A cache that notes the queries and keys of one layer, at positions from `offset` on."""
+class Observed:
+    """A cache that notes the queries, keys and values [1, heads, n, dim] of one layer, at positions from `offset` on."""
 
-    def __init__(self, offset: int) -> None:
+    def __init__(self, offset: int = 0) -> None:
         self.offset = offset
         self.scale = 1.0
-        self.queries = self.keys = mx.zeros((0,))
+        self.queries = self.keys = self.values = mx.zeros((0,))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
@@ -60,7 +60,7 @@ class _Observed:
         self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any,
         sinks: mx.array | None,
     ) -> mx.array:  # fmt: skip
-        self.queries, self.keys, self.scale = queries[0, :, SINK:], keys[0, :, SINK:], scale
+        self.queries, self.keys, self.values, self.scale = queries, keys, values, scale
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask="causal", sinks=sinks
         )
@@ -74,8 +74,8 @@ def calibrated(model: LoadedModel, codecs: Sequence[RowCodec]) -> Calibration:
         assert codec.format.keys is not None
         layers.append(
             corrected(
-                mx.concatenate([s.keys for s in seen], axis=1),
-                mx.concatenate([s.queries for s in seen], axis=1),
+                mx.concatenate([s.keys[0, :, SINK:] for s in seen], axis=1),
+                mx.concatenate([s.queries[0, :, SINK:] for s in seen], axis=1),
                 scale=seen[0].scale, code=codec.format.keys, stored=codec.stored,
             )
         )  # fmt: skip
@@ -91,9 +91,9 @@ def _pieces(model: LoadedModel) -> list[tuple[list[int], int]]:
     return [(ids[i * n : (i + 1) * n], min(at, last)) for i, at in enumerate(POSITIONS)]
 
 
-def _observe(model: LoadedModel, ids: list[int], offset: int, layers: int) -> list[_Observed]:
+def _observe(model: LoadedModel, ids: list[int], offset: int, layers: int) -> list[Observed]:
     """One pass over `ids`, of which nothing but queries and keys is computed."""
-    seen = [_Observed(offset) for _ in range(layers)]
+    seen = [Observed(offset) for _ in range(layers)]
     model.model(mx.array([ids]), cache=seen)
     mx.eval([(s.queries, s.keys) for s in seen])
     return seen
