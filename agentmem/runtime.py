@@ -287,10 +287,8 @@ class Runtime(Roster):
             },
             "disk": {
                 **self._store.status(),
-                "bytes": self._store.disk_bytes,
                 "budget_bytes": self._budget.limits.disk,
                 "floor_bytes": self._budget.limits.floor,
-                "free_bytes": self._store.free_disk(),
                 "evicted_bytes": self._budget.evicted_bytes,
                 "exceeded": self._budget.exceeded,
                 "compactions": self._memory.journal.compactions,

@@ -387,7 +387,7 @@ class Store:
             "extents": len(self.shelf),
             "extent_bytes": self.shelf.extent_bytes,
             "index_bytes": self.index_bytes,
-            "disk_bytes": self.disk_bytes,
+            "bytes": self.disk_bytes,
             "free_bytes": self.free_disk(),
             "quarantined": self.quarantined,
             "bytes_written": self.bytes_written,
