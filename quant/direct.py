@@ -12,6 +12,9 @@ from agentmem.quant.attention import StoredRows, dequantised_history, reference_
 from agentmem.quant.device import backend
 from agentmem.quant.rows import RowCodec
 
+LONGEST = 1
+"""Queries of a chunk that the path serves itself."""
+
 
 def supported(codec: RowCodec) -> bool:
     """Whether the path is of use here: a CPU, and a format that packs. GPUs have kernels of their own."""
@@ -24,7 +27,7 @@ def direct_path(
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """Attention of one query over packed rows; see `agentmem.quant.attention.Path`. Longer chunks are served by reference."""
     packed = stored.packed_rows()
-    if packed is None or queries.shape[2] > 1 or sinks is not None:
+    if packed is None or queries.shape[2] > LONGEST or sinks is not None:
         return reference_path(codec, stored, queries, keys, values, scale=scale, sinks=sinks)
     packed_keys, packed_values = codec.parts(packed, keys.dtype)
     old_keys, old_values = dequantised_history(codec, stored.raw_blocks(), None, keys.dtype)

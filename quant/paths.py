@@ -11,6 +11,8 @@ PATHS: dict[str, Path] = {
     "direct": direct.direct_path,
     "reference": reference_path,
 }
+LONGEST = {"direct": direct.LONGEST}
+"""The longest chunk that a path serves itself; longer ones it hands to the reference path."""
 SUPPORTED = {"gathered": gather.supported, "direct": direct.supported}
 
 
