@@ -59,6 +59,10 @@ class Geometry:
     def packed_row_bytes(self) -> int:
         return WORD * sum(self.packed_words)
 
+    def row_bytes(self, raw: bool) -> int:
+        """Bytes of one token's rows of every layer."""
+        return self.raw_row_bytes if raw else self.packed_row_bytes
+
     def slots_for(self, raw: bool, rows: int) -> int:
         """Slots that a page of `rows` rows occupies."""
         return -(-rows // self.raw_per_slot) if raw else 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -84,6 +84,17 @@ class Page:
             page = stack.pop()
             yield page
             stack.extend(page.children)
+
+
+def bytes_by_extent(pages: Iterable[Page], row_bytes: Callable[[bool], int]) -> dict[int, int]:
+    """Bytes of rows that `pages` have in each extent, in their order; repeated pages count repeatedly.
+
+    `row_bytes`: of one row, raw or packed, see `Geometry.row_bytes`.
+    """
+    sizes: dict[int, int] = {}
+    for piece in (x for p in pages for x in p.pieces or ()):
+        sizes[piece.extent] = sizes.get(piece.extent, 0) + piece.rows * row_bytes(piece.raw)
+    return sizes
 
 
 def page_key(parent: bytes, tokens: Tokens) -> bytes:

@@ -59,7 +59,7 @@ class RestorePlan:
         g = self.geometry
         for piece in page.pieces:
             runs = self.runs.setdefault((piece.extent, piece.raw), [])
-            self.bytes += piece.rows * (g.raw_row_bytes if piece.raw else g.packed_row_bytes)
+            self.bytes += piece.rows * g.row_bytes(piece.raw)
             if not piece.raw:
                 runs.append(
                     Run(piece.extent_row, piece.rows, "packed", slots[0] * g.page_tokens + piece.page_row)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from agentmem.blockpool.page import Page
+from agentmem.blockpool.page import Page, bytes_by_extent
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.reclaim import Reclaim
 from agentmem.blockpool.store import Store
@@ -105,15 +105,12 @@ class Budget:
         return [p for t in self._pool.trees() for p in t.pages()]
 
     def _rows(self, pages: Iterable[Page]) -> int:
-        g = self._pool.geometry
-        pieces = (x for p in pages for x in p.pieces or ())
-        return sum(x.rows * (g.raw_row_bytes if x.raw else g.packed_row_bytes) for x in pieces)
+        return sum(bytes_by_extent(pages, self._pool.geometry.row_bytes).values())
 
     def _reclaim(self, pages: list[Page]) -> Reclaim:
-        g = self._pool.geometry
         return Reclaim(
             pages, kept=self._memory.pinned_pages(), half_life=self.limits.half_life, now=time.monotonic(),
-            row_bytes=lambda raw: g.raw_row_bytes if raw else g.packed_row_bytes,
+            row_bytes=self._pool.geometry.row_bytes,
         )  # fmt: skip
 
     def _evict(self, pages: list[Page]) -> None:

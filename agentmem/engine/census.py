@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from agentmem.blockpool.page import Page
+from agentmem.blockpool.page import Page, bytes_by_extent
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine.memory import Agent, Memory
@@ -49,7 +49,7 @@ class Census:
     def _infos(self, agents: list[Agent]) -> list[AgentInfo]:
         owned = {a: a.pages() for a in self._memory.agents()}
         users = Counter(p for pages in owned.values() for p in pages)
-        used = self._extent_use(p for pages in owned.values() for p in pages)
+        used = self._in_extents(p for pages in owned.values() for p in pages)
         return [self._info(a, owned[a], users, used) for a in agents]
 
     def _info(self, agent: Agent, pages: list[Page], users: Counter[Page], used: dict[int, int]) -> AgentInfo:
@@ -86,9 +86,10 @@ class Census:
 
     def _rows(self, pages: Iterable[Page]) -> int:
         """Bytes of the rows of `pages` on disk."""
-        g = self._pool.geometry
-        pieces = (x for p in pages for x in p.pieces or ())
-        return sum(x.rows * (g.raw_row_bytes if x.raw else g.packed_row_bytes) for x in pieces)
+        return sum(self._in_extents(pages).values())
+
+    def _in_extents(self, pages: Iterable[Page]) -> dict[int, int]:
+        return bytes_by_extent(pages, self._pool.geometry.row_bytes)
 
     def _disk_bytes(self, agent: Agent, pages: list[Page], used: dict[int, int]) -> int:
         """The agent's share of the extents that its pages lie in, by rows, plus its token log and its rows in the index.
@@ -96,20 +97,11 @@ class Census:
         Rows that several agents use are charged in equal parts of what all of them use; rows that no session uses any more
         fall to those who use the rest of their extent.
         """
-        mine = self._extent_use(pages)
+        mine = self._in_extents(pages)
         share = sum(self._store.size_of(e) * n / used[e] for e, n in mine.items())
         index_rows = sum(4 * p.rows + 64 + 32 * len(p.pieces or ()) for p in pages)
         logs = sum(s.log_bytes for s in agent.sessions.values())
         return round(share) + index_rows + logs if agent.persist else 0
-
-    def _extent_use(self, pages: Iterable[Page]) -> dict[int, int]:
-        """Bytes of rows that `pages` have in each extent, repeated pages counted repeatedly."""
-        g = self._pool.geometry
-        use: dict[int, int] = {}
-        for piece in (x for p in pages for x in p.pieces or ()):
-            row = g.raw_row_bytes if piece.raw else g.packed_row_bytes
-            use[piece.extent] = use.get(piece.extent, 0) + piece.rows * row
-        return use
 
 
 def state_of(pages: list[Page]) -> State:

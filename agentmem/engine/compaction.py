@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentmem.blockpool.geometry import Geometry
-from agentmem.blockpool.page import Page
+from agentmem.blockpool.page import Page, bytes_by_extent
 
 FAN = 4
 """Extents that a merge takes at least."""
@@ -18,7 +18,7 @@ def fragments(chain: list[Page], geometry: Geometry) -> list[Page]:
     Where there is nothing to merge, packed pages go whose rows lie raw on disk, because they were the tail of a turn: packing
     them takes longer than reading them, so it must not be left to the restore. All pages must be in RAM.
     """
-    sizes = _sizes(chain, geometry)
+    sizes = bytes_by_extent(chain, geometry.row_bytes)
     taken: set[int] = set()
     total = 0
     for extent in reversed(sizes):
@@ -31,12 +31,3 @@ def fragments(chain: list[Page], geometry: Geometry) -> list[Page]:
     else:
         pages = [p for p in chain if any(x.extent in taken for x in p.pieces or ())]
     return pages if all(p.slots is not None and p.id is not None for p in pages) else []
-
-
-def _sizes(chain: list[Page], geometry: Geometry) -> dict[int, int]:
-    """Bytes of the chain's rows in each extent, in the order of the chain."""
-    sizes: dict[int, int] = {}
-    for piece in (x for p in chain for x in p.pieces or ()):
-        row = geometry.raw_row_bytes if piece.raw else geometry.packed_row_bytes
-        sizes[piece.extent] = sizes.get(piece.extent, 0) + piece.rows * row
-    return sizes
