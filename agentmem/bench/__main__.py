@@ -5,7 +5,9 @@ JSON on stdout, progress on stderr.
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,29 +17,41 @@ import click
 from agentmem.home import Home, default_home
 from agentmem.settings import Settings
 
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _lengths(_: click.Context, __: click.Parameter, value: str) -> list[int]:
-    try:
-        lengths = [int(v) for v in value.split(",")]
-    except ValueError:
-        raise click.BadParameter("give token counts like 1024,4096") from None
-    if not all(64 <= n <= 1 << 20 for n in lengths):
-        raise click.BadParameter("token counts lie between 64 and 1048576")
-    return lengths
+Result = dict[str, Any]
+Option = Callable[[Any], Any]
 
 
-def _counts(_: click.Context, __: click.Parameter, value: str) -> list[int]:
-    try:
-        counts = [int(v) for v in value.split(",")]
-    except ValueError:
-        raise click.BadParameter("give counts like 1,4,8") from None
-    if not all(1 <= n <= 64 for n in counts):
-        raise click.BadParameter("counts lie between 1 and 64")
-    return counts
+def _numbers(noun: str, example: str, least: int, most: int) -> Callable[..., list[int]]:
+    def parse(_: click.Context, __: click.Parameter, value: str) -> list[int]:
+        try:
+            numbers = [int(v) for v in value.split(",")]
+        except ValueError:
+            raise click.BadParameter(f"give {noun} like {example}") from None
+        if not all(least <= n <= most for n in numbers):
+            raise click.BadParameter(f"{noun} lie between {least} and {most}")
+        return numbers
+
+    return parse
+
+
+MODEL = click.option(
+    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
+)
+SHAPE = click.option(
+    "--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b."
+)
+MEGABYTES = click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _tokens(default: str, help: str) -> Option:
+    parse = _numbers("token counts", "1024,4096", 64, 1 << 20)
+    return click.option("--tokens", "lengths", default=default, callback=parse, help=help)
+
+
+def _batches(default: str, help: str) -> Option:
+    parse = _numbers("counts", "1,4,8", 1, 64)
+    return click.option("--batch", "batches", default=default, callback=parse, help=help)
 
 
 @click.group()
@@ -45,44 +59,43 @@ def bench() -> None:
     """Benchmarks that print ratios measured in one run."""
 
 
-@bench.command()
-@click.option(
-    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
-)
-@click.option(
-    "--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b."
-)
-@click.option(
-    "--tokens", "lengths", default="1024", callback=_lengths, help="Context lengths, such as 1024,4096."
-)
-@click.option("--chunk", default=512, help="Prefill chunk in tokens.")
-@click.option("--repeats", default=3, help="Hot and warm turns per length; medians are reported.")
-@click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
-@click.option("--drop-cache", is_flag=True, help="Drop the page cache of the extents before every warm turn.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def restore(
-    model: str,
-    shape: str | None,
-    lengths: list[int],
-    chunk: int,
-    repeats: int,
-    megabytes: int,
-    drop_cache: bool,
-    as_json: bool,
-) -> None:
-    """Time to first token cold, hot and warm, restore bandwidth, and the same through stock mlx-lm."""
-    from agentmem.bench.restore import run
+def _benchmark(
+    table: Callable[[Result], str], *options: Option
+) -> Callable[[Callable[..., Result]], click.Command]:
+    """Make a command of a function that measures: with these options and --json, it prints the result."""
+
+    def declare(measure: Callable[..., Result]) -> click.Command:
+        @functools.wraps(measure)
+        def command(as_json: bool, **given: Any) -> None:
+            result = measure(**given)
+            click.echo(json.dumps(result) if as_json else table(result))
+
+        for option in reversed((*options, JSON)):
+            command = option(command)
+        return bench.command()(command)
+
+    return declare
+
+
+def _loaded(model: str, shape: str | None = None) -> Any:
     from agentmem.model.loaded import load
     from agentmem.model.random import shape_model
 
-    loaded = shape_model(shape) if shape else load(model, default_home())
-    result = run(
-        loaded, lengths, chunk=chunk, repeats=repeats, drop_cache=drop_cache, megabytes=megabytes, say=_say
+    return shape_model(shape) if shape else load(model, default_home())
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _checks(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})"
+        for c in result["checks"]
     )
-    click.echo(json.dumps(result, indent=None if as_json else 2) if as_json else _table(result))
 
 
-def _table(result: dict[str, Any]) -> str:
+def _restore_table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} on {result['backend']}; restore {result['bandwidth']['restore_gb_s']:.1f} GB/s, "
         f"pread {result['bandwidth']['pread_gb_s']:.1f}, mx.load {result['bandwidth']['mx_load_gb_s']:.1f}",
@@ -97,87 +110,56 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, _checks(result)])
 
 
-def _checks(result: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})"
-        for c in result["checks"]
-    )
+@_benchmark(
+    _restore_table,
+    MODEL,
+    SHAPE,
+    _tokens("1024", "Context lengths, such as 1024,4096."),
+    click.option("--chunk", default=512, help="Prefill chunk in tokens."),
+    click.option("--repeats", default=3, help="Hot and warm turns per length; medians are reported."),
+    MEGABYTES,
+    click.option(
+        "--drop-cache", is_flag=True, help="Drop the page cache of the extents before every warm turn."
+    ),
+)
+def restore(model: str, shape: str | None, **options: Any) -> Result:
+    """Time to first token cold, hot and warm, restore bandwidth, and the same through stock mlx-lm."""
+    from agentmem.bench.restore import run
+
+    return run(_loaded(model, shape), **options, say=_say)
 
 
-@bench.command()
-@click.option("--pages", default=100_000, help="Pages of the large home.")
-@click.option("--agents", default=1000, help="Agents of the large home.")
-@click.option("--turns", default=200, help="Turns of the long session.")
-@click.option("--steps", default=400, help="Decode steps that are timed.")
-@click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
-@click.option("--repeats", default=5, help="Rounds of which medians are reported.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def store(
-    pages: int, agents: int, turns: int, steps: int, megabytes: int, repeats: int, as_json: bool
-) -> None:
+@_benchmark(
+    _checks,
+    click.option("--pages", default=100_000, help="Pages of the large home."),
+    click.option("--agents", default=1000, help="Agents of the large home."),
+    click.option("--turns", default=200, help="Turns of the long session."),
+    click.option("--steps", default=400, help="Decode steps that are timed."),
+    MEGABYTES,
+    click.option("--repeats", default=5, help="Rounds of which medians are reported."),
+)
+def store(**options: Any) -> Result:
     """Put and restore bandwidth, long sessions, delays of decoding, lookup, fork, and opening after a crash."""
     from agentmem.bench.store import run
 
-    result = run(
-        pages=pages, agents=agents, turns=turns, steps=steps, megabytes=megabytes, repeats=repeats, say=_say
-    )
-    click.echo(json.dumps(result) if as_json else _checks(result))
+    return run(**options, say=_say)
 
 
-@bench.command()
-@click.option("--heads", default=8, help="KV heads.")
-@click.option("--query-heads", default=32, help="Query heads.")
-@click.option("--dim", default=128, help="Head size.")
-@click.option("--format", default="q4-plain", help="KV format.")
-@click.option(
-    "--batch", "batches", default="1,8", callback=_counts, help="Sequences at once, such as 1,8,16."
+@_benchmark(
+    _checks,
+    click.option("--heads", default=8, help="KV heads."),
+    click.option("--query-heads", default=32, help="Query heads."),
+    click.option("--dim", default=128, help="Head size."),
+    click.option("--format", default="q4-plain", help="KV format."),
+    _batches("1,8", "Sequences at once, such as 1,8,16."),
+    _tokens("4096,32768", "Context lengths, such as 4096,32768."),
+    click.option("--repeats", default=5, help="Graphs of which the median is reported."),
 )
-@click.option(
-    "--tokens",
-    "lengths",
-    default="4096,32768",
-    callback=_lengths,
-    help="Context lengths, such as 4096,32768.",
-)
-@click.option("--repeats", default=5, help="Graphs of which the median is reported.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def attention(as_json: bool, **options: Any) -> None:
+def attention(**options: Any) -> Result:
     """One decode step's attention: fused over packed rows, against SDPA over 16-bit keys and values."""
     from agentmem.bench.attention import run
 
-    result = run(**options, say=_say)
-    click.echo(json.dumps(result) if as_json else _checks(result))
-
-
-@bench.command()
-@click.option(
-    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
-)
-@click.option("--format", "names", multiple=True, help="A format to measure; repeatable. Default: all.")
-@click.option(
-    "--text", "files", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text to measure on; repeatable. Default: four texts of this project's own.",
-)  # fmt: skip
-@click.option("--history", default=640, help="Tokens of a text that are held in the format.")
-@click.option("--next", "fed", default=128, help="Tokens that are predicted over them.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def formats(
-    model: str, names: tuple[str, ...], files: tuple[Path, ...], history: int, fed: int, as_json: bool
-) -> None:
-    """What each KV format costs: divergence from the predictions of a run without packing."""
-    from agentmem.bench.formats import FORMATS, own_texts, run
-    from agentmem.model.loaded import load
-
-    texts = {f.name: f.read_text(encoding="utf-8") for f in files} or own_texts()
-    home = Home(default_home())
-    loaded = load(model, home.root)
-    try:
-        result = run(
-            loaded, names or FORMATS, texts, history=history, fed=fed, calibrations=home.calibration, say=_say
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    click.echo(json.dumps(result) if as_json else _format_table(result))
+    return run(**options, say=_say)
 
 
 def _format_table(result: dict[str, Any]) -> str:
@@ -189,64 +171,30 @@ def _format_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, _checks(result)])
 
 
-@bench.command()
-@click.option(
-    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
+@_benchmark(
+    _format_table,
+    MODEL,
+    click.option("--format", "names", multiple=True, help="A format to measure; repeatable. Default: all."),
+    click.option(
+        "--text",
+        "files",
+        multiple=True,
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A text to measure on; repeatable. Default: four texts of this project's own.",
+    ),
+    click.option("--history", default=640, help="Tokens of a text that are held in the format."),
+    click.option("--next", "fed", default=128, help="Tokens that are predicted over them."),
 )
-@click.option(
-    "--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b."
-)
-@click.option(
-    "--batch", "batches", default="1,2,4,8,16", callback=_counts, help="Streams at once, such as 1,8,16."
-)
-@click.option(
-    "--tokens",
-    "lengths",
-    default="1024,4096",
-    callback=_lengths,
-    help="Context lengths, such as 4096,32768; a context beyond the model's own is skipped.",
-)
-@click.option("--steps", default=64, type=click.IntRange(1), help="Tokens of each stream in a round.")
-@click.option("--rounds", default=3, type=click.IntRange(1), help="Rounds of which medians are reported.")
-@click.option(
-    "--format", default=Settings.model_fields["kv_format"].default, help="KV format.", show_default=True
-)
-@click.option("--load/--no-load", default=True, help="Measure a runtime under load too; on by default.")
-@click.option("--streams", type=click.IntRange(1, 64), help="Streams of the load; default 8, on a CPU 3.")
-@click.option(
-    "--prompt",
-    type=click.IntRange(512),
-    help="Tokens of the prompt that arrives; default 16384, on a CPU 2048.",
-)
-@click.option("--chunk", type=click.IntRange(16), help="Prefill chunk in tokens; default 2048, on a CPU 512.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def batch(
-    model: str,
-    shape: str | None,
-    load: bool,
-    streams: int | None,
-    prompt: int | None,
-    chunk: int | None,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Many streams at once: decode speed and memory next to 16-bit pages and stock mlx-lm, and speed under load."""
-    from agentmem.bench.batch import run
-    from agentmem.bench.loaded import default_load
-    from agentmem.model.loaded import load as load_model
-    from agentmem.model.random import shape_model
+def formats(model: str, names: tuple[str, ...], files: tuple[Path, ...], **options: Any) -> Result:
+    """What each KV format costs: divergence from the predictions of a run without packing."""
+    from agentmem.bench.formats import FORMATS, own_texts, run
 
-    home = Home(default_home())
-    given = {"streams": streams, "prompt": prompt, "chunk": chunk}
-    under = (
-        replace(default_load(), **{name: value for name, value in given.items() if value}) if load else None
-    )
-    loaded = shape_model(shape) if shape else load_model(model, home.root)
+    texts = {f.name: f.read_text(encoding="utf-8") for f in files} or own_texts()
+    loaded, folder = _loaded(model), Home(default_home()).calibration
     try:
-        result = run(loaded, **options, folder=None if shape else home.calibration, load=under, say=_say)
+        return run(loaded, names or FORMATS, texts, **options, calibrations=folder, say=_say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    click.echo(json.dumps(result) if as_json else _batch_table(result))
 
 
 def _batch_table(result: dict[str, Any]) -> str:
@@ -271,6 +219,50 @@ def _batch_table(result: dict[str, Any]) -> str:
             f"{under['warm_loaded_ttft_ms']:.0f} beside them",
         ]
     return "\n".join([*lines, _checks(result)])
+
+
+@_benchmark(
+    _batch_table,
+    MODEL,
+    SHAPE,
+    _batches("1,2,4,8,16", "Streams at once, such as 1,8,16."),
+    _tokens("1024,4096", "Context lengths, such as 4096,32768; a context beyond the model's own is skipped."),
+    click.option("--steps", default=64, type=click.IntRange(1), help="Tokens of each stream in a round."),
+    click.option("--rounds", default=3, type=click.IntRange(1), help="Rounds of which medians are reported."),
+    click.option(
+        "--format", default=Settings.model_fields["kv_format"].default, help="KV format.", show_default=True
+    ),
+    click.option("--load/--no-load", default=True, help="Measure a runtime under load too; on by default."),
+    click.option("--streams", type=click.IntRange(1, 64), help="Streams of the load; default 8, on a CPU 3."),
+    click.option(
+        "--prompt",
+        type=click.IntRange(512),
+        help="Tokens of the prompt that arrives; default 16384, on a CPU 2048.",
+    ),
+    click.option(
+        "--chunk", type=click.IntRange(16), help="Prefill chunk in tokens; default 2048, on a CPU 512."
+    ),
+)
+def batch(
+    model: str,
+    shape: str | None,
+    load: bool,
+    streams: int | None,
+    prompt: int | None,
+    chunk: int | None,
+    **options: Any,
+) -> Result:
+    """Many streams at once: decode speed and memory next to 16-bit pages and stock mlx-lm, and speed under load."""
+    from agentmem.bench.batch import run
+    from agentmem.bench.loaded import default_load
+
+    given = {"streams": streams, "prompt": prompt, "chunk": chunk}
+    under = replace(default_load(), **{k: v for k, v in given.items() if v}) if load else None
+    loaded, folder = _loaded(model, shape), None if shape else Home(default_home()).calibration
+    try:
+        return run(loaded, **options, folder=folder, load=under, say=_say)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 if __name__ == "__main__":
