@@ -44,8 +44,8 @@ MEGABYTES = click.option("--megabytes", default=256, help="Size of the bandwidth
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _tokens(default: str, help: str) -> Option:
-    parse = _numbers("token counts", "1024,4096", 64, 1 << 20)
+def _tokens(default: str, help: str, least: int = 64) -> Option:
+    parse = _numbers("token counts", "1024,4096", least, 1 << 20)
     return click.option("--tokens", "lengths", default=default, callback=parse, help=help)
 
 
@@ -152,7 +152,7 @@ def store(**options: Any) -> Result:
     click.option("--dim", default=128, help="Head size."),
     click.option("--format", default="q4-plain", help="KV format."),
     _batches("1,8", "Sequences at once, such as 1,8,16."),
-    _tokens("4096,32768", "Context lengths, such as 4096,32768."),
+    _tokens("4096,32768", "Context lengths, such as 4096,32768.", least=65),
     click.option("--repeats", default=5, help="Graphs of which the median is reported."),
 )
 def attention(**options: Any) -> Result:
