@@ -6,15 +6,14 @@
 
 // starts [sequences + 1], order: the entries of each sequence. sinks [heads], where there are any.
 // shared: `weights` [AT_ONCE], `parts` [WARPS * (DV + 1)], `tops` [WARPS].
-template <int DV, class T>
-FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GLOBAL unsigned* starts,
-                const GLOBAL unsigned* order, const GLOBAL float* sinks, bool sunk, unsigned heads, GLOBAL T* out,
-                SHARED_ARGUMENT float* weights, SHARED_ARGUMENT unsigned* places, SHARED_ARGUMENT float* parts,
-                SHARED_ARGUMENT float* tops, unsigned group, unsigned thread, unsigned lane) {
-  const unsigned sequence = group / heads, head = group % heads, warp = thread / 32;
+template <int DV, class T, class Stats, class Starts, class Order, class Sinks>
+FN void combine(const GLOBAL float* partial, Stats stats, Starts starts, Order order, Sinks sinks, bool sunk,
+                unsigned heads, GLOBAL T* out, SHARED_ARGUMENT float* weights, SHARED_ARGUMENT unsigned* places,
+                SHARED_ARGUMENT float* parts, SHARED_ARGUMENT float* tops, unsigned group, unsigned tid, unsigned lane) {
+  const unsigned sequence = group / heads, head = group % heads, warp = tid / 32;
   const unsigned begin = starts[sequence], end = starts[sequence + 1];
   float top = sunk ? sinks[head] * LOG2_E : NOTHING;
-  for (unsigned i = begin + thread; i < end; i += AT_ONCE) top = fmaxf(top, stats[2 * (order[i] * heads + head)]);
+  for (unsigned i = begin + tid; i < end; i += AT_ONCE) top = fmaxf(top, stats[2 * (order[i] * heads + head)]);
   top = WARP_MAX(top);
   if (lane == 0) tops[warp] = top;
   BARRIER;
@@ -24,11 +23,11 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
   float sum = 0, mine[(DV + 127) / 128][4];
   UNROLL for (int d = 0; d < DV; d += 128) UNROLL for (int i = 0; i < 4; i++) mine[d / 128][i] = 0;
   for (unsigned first = begin; first < end; first += AT_ONCE) {
-    if (first + thread < end) {
-      const unsigned at = order[first + thread] * heads + head;
+    if (first + tid < end) {
+      const unsigned at = order[first + tid] * heads + head;
       const float weight = EXP2(stats[2 * at] - top);
-      weights[thread] = weight;
-      places[thread] = at * DV;
+      weights[tid] = weight;
+      places[tid] = at * DV;
       sum += weight * stats[2 * at + 1];
     }
     BARRIER;
@@ -52,7 +51,7 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
   BARRIER;
   float total = sunk ? EXP2(sinks[head] * LOG2_E - top) : 0.0f;
   for (int w = 0; w < WARPS; w++) total += parts[w * (DV + 1) + DV];
-  for (unsigned d = thread; d < DV; d += 32 * WARPS) {
+  for (unsigned d = tid; d < DV; d += 32 * WARPS) {
     float x = 0;
     for (int w = 0; w < WARPS; w++) x += parts[w * (DV + 1) + d];
     out[(sequence * heads + head) * DV + d] = (T)(x / total);

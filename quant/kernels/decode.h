@@ -100,7 +100,6 @@ template <int BITS> FN unsigned quad_halves(const PRIVATE unsigned* a, const PRI
 
 // -- stored halves ----------------------------------------------------------------------------------------------------------
 
-template <bool BF> FN float wide(unsigned x) { return BF ? AS_FLOAT(x << 16) : FROM_HALF(x & 0xffffu); }
 FN float in_half(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
 FN unsigned two_halves(float x, float y) { return PACK_HALF(in_half(x), in_half(y)); }
 
@@ -136,9 +135,9 @@ FN unsigned column_of(int c, int j, unsigned col) { return 8 * c + 2 * col + j; 
 template <class S> FN unsigned key_dim(int kg, int c, unsigned col) { return kg * S::KG + col * (S::KG / 4) + c * 8; }
 
 // A row of `b` is dim 2col + j of a product's keys: that of lane column row / 2, its pair's half row % 2
-template <class S, class T>
-FN void load_query(PRIVATE Query<S>& q, const GLOBAL T* queries, const GLOBAL unsigned* entries, unsigned used,
-                   unsigned head, float scale, bool packed, unsigned row, unsigned col) {
+template <class S, class T, class Entries>
+FN void load_query(PRIVATE Query<S>& q, const GLOBAL T* queries, Entries entries, unsigned used, unsigned head,
+                   float scale, bool packed, unsigned row, unsigned col) {
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     const GLOBAL T* from[2];
     float live[2];
@@ -151,8 +150,8 @@ FN void load_query(PRIVATE Query<S>& q, const GLOBAL T* queries, const GLOBAL un
       float sums[2] = {0, 0};
       UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
         UNROLL for (int p = 0; p < 4; p++) {
-          const unsigned half = row % 2;
-          const unsigned in = !packed ? 2 * p + half : half ? second_of<S::KB>(p) : first_of<S::KB>(p);
+          const unsigned odd = row % 2;
+          const unsigned in = !packed ? 2 * p + odd : odd ? second_of<S::KB>(p) : first_of<S::KB>(p);
           const unsigned dim = key_dim<S>(kg, ch, row / 2) + in;
           const float part = packed ? 1.0f / unit<S::KB>(p % Half<S::KB>::VALUES) : 1.0f;
           const unsigned pair =
@@ -469,11 +468,10 @@ template <class S, class T> FN void keep(GLOBAL unsigned* words, const Fresh<T> 
 // changes with every step. state [sequences, 2]: rows of its tail, first position that it sees.
 // keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows` is how they are stored.
 // settings: the bits of the scale, the word at which the layer's tails begin.
-template <class S, class T>
+template <class S, class T, class Items, class Entries, class Runs, class State, class Settings>
 FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values,
-                     const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, const GLOBAL unsigned* items,
-                     const GLOBAL unsigned* entries, const GLOBAL unsigned* runs, const GLOBAL unsigned* state,
-                     const GLOBAL unsigned* settings, unsigned count, GLOBAL float* partial, GLOBAL float* stats,
+                     const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, Items items, Entries entries, Runs runs,
+                     State state, Settings settings, unsigned count, GLOBAL float* partial, GLOBAL float* stats,
                      GLOBAL unsigned* rows_out, unsigned warp, unsigned lane, unsigned row, unsigned col) {
   const unsigned item = warp / S::H, head = warp % S::H;
   if (item >= count) return;

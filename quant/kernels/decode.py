@@ -27,12 +27,12 @@ _INPUTS = ("queries", "keys", "values", "arena", "tails", "items", "entries", "r
 _BODY = """
   flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
       queries, keys, values, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
-      group * (threads / 32) + thread / 32, lane, row, col);
+      group * (threads / 32) + tid / 32, lane, row, col);
 """
 _COMBINE = """
   SHARED float weights[AT_ONCE], parts[WARPS * (DV + 1)], tops[WARPS];
   SHARED unsigned places[AT_ONCE];
-  combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, weights, places, parts, tops, group, thread, lane);
+  combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, weights, places, parts, tops, group, tid, lane);
 """
 
 

@@ -16,6 +16,8 @@
 #define AS_UINT(x) as_type<unsigned>(x)
 #define LOAD(p) (*(p))
 #define EXP2(x) fast::exp2(x)
+#define fmaxf(x, y) fmax(x, y)
+#define fminf(x, y) fmin(x, y)
 
 // Subnormal numbers may be flushed here: codes become whole numbers.
 #define CODE_UNIT 1.0f

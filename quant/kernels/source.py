@@ -15,11 +15,11 @@ from agentmem.quant.device import backend
 Kernel = Callable[..., list[mx.array]]
 
 THREADS = {
-    "cuda": "const unsigned group = blockIdx.x, thread = threadIdx.x, threads = blockDim.x, lane = thread % 32;\n"
+    "cuda": "const unsigned group = blockIdx.x, tid = threadIdx.x, threads = blockDim.x, lane = tid % 32;\n"
     "const unsigned row = lane / 4, col = lane % 4;\n"
     "#define SHARED __shared__\n",
-    "metal": "const unsigned group = threadgroup_position_in_grid.x, thread = thread_position_in_threadgroup.x;\n"
-    "const unsigned threads = threads_per_threadgroup.x, lane = thread % 32, row = row_of(lane), col = col_of(lane);\n"
+    "metal": "const unsigned group = threadgroup_position_in_grid.x, tid = thread_position_in_threadgroup.x;\n"
+    "const unsigned threads = threads_per_threadgroup.x, lane = tid % 32, row = row_of(lane), col = col_of(lane);\n"
     "#define SHARED threadgroup\n",
 }
 """Where a thread is. Metal gives a kernel only what its source names, so these are text of the body, not of a header."""
@@ -32,14 +32,19 @@ def text(name: str) -> str:
     return "\n".join(line for line in bare if line) + "\n"
 
 
+def sources(device: str, file: str, body: str) -> tuple[str, str]:
+    """(header, body) of a kernel whose functions are in `file`, for `metal` or `cuda`."""
+    return text(f"{device}.h") + text("elements.h") + text(file), THREADS[device] + body
+
+
 @cache
 def kernel(name: str, file: str, body: str, inputs: Sequence[str], outputs: Sequence[str]) -> Kernel:
-    """A kernel of this device whose functions are in `file`; `body` sees `group`, `thread`, `threads`, `lane`, `row`, `col`."""
+    """A kernel of this device whose functions are in `file`; `body` sees `group`, `tid`, `threads`, `lane`, `row`, `col`."""
     fast: Any = mx.fast
     device = "metal" if backend() == "metal" else "cuda"
     make = fast.metal_kernel if device == "metal" else fast.cuda_kernel
+    header, source = sources(device, file, body)
     made: Kernel = make(
-        name=name, input_names=list(inputs), output_names=list(outputs),
-        source=THREADS[device] + body, header=text(f"{device}.h") + text(file),
-    )  # fmt: skip
+        name=name, input_names=list(inputs), output_names=list(outputs), source=source, header=header
+    )
     return made

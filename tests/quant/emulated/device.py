@@ -1,4 +1,4 @@
-"""The fused path's kernels on a CPU: compiled with the machine's C++ compiler, one library per shape."""
+"""The kernels on a CPU: compiled with the machine's C++ compiler, one library per shape."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from agentmem.quant.attention import StoredRows
+from agentmem.quant.gather import ELEMENTS, THREADS
 from agentmem.quant.kernels.decode import _settings, template
 from agentmem.quant.kernels.plan import Batch
 from agentmem.quant.rows import RowCodec
@@ -71,3 +73,20 @@ def attend(
         ctypes.c_uint(heads), ctypes.c_uint(count), _at(out),
     )  # fmt: skip
     return out, rows
+
+
+def gather(
+    codec: RowCodec, stored: StoredRows, keys: mx.array, values: mx.array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `gather` gives for a float32 chunk."""
+    shape, fresh, tailed = codec.shape, keys.shape[2], stored.tail.shape[0]
+    total = stored.packed + stored.raw + tailed + fresh
+    library = _library(",".join(_word(v) for v in template(codec, shape.heads, False).values()))
+    sizes = np.array([stored.packed, stored.raw, tailed, fresh], np.uint32)
+    held = [np.ascontiguousarray(x) for x in (stored.arena, stored.offsets, stored.tail, keys, values, sizes)]
+    whole_keys = np.full((1, shape.heads, total, shape.key_dim), np.nan, np.float32)
+    whole_values = np.full((1, shape.heads, total, shape.value_dim), np.nan, np.float32)
+    rows = np.zeros((fresh, codec.raw_words), np.uint32)
+    threads = -(-total * shape.heads * (shape.key_dim + shape.value_dim) // ELEMENTS // THREADS) * THREADS
+    library.run_gather(*map(_at, held), ctypes.c_uint(threads), _at(whole_keys), _at(whole_values), _at(rows))
+    return whole_keys, whole_values, rows
