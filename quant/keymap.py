@@ -20,6 +20,7 @@ class KeyMap:
 
     def __init__(self, rotation: str = "none") -> None:
         self._rotation = rotation
+        self.nbytes = 0
 
     def keys(self, keys: mx.array) -> mx.array:
         """keys [batch, heads, n, key_dim] of the model -> the same shape and dtype, as they are stored."""
@@ -48,6 +49,7 @@ class CalibratedMap(KeyMap):
         self._forward = mx.array(forward).astype(dtype)
         self._shift = mx.array(-mean[:, None, :] @ forward).astype(dtype)
         self._back = mx.array(back).astype(dtype if exact else mx.float32)
+        self.nbytes = self._forward.nbytes + self._shift.nbytes + self._back.nbytes
 
     def keys(self, keys: mx.array) -> mx.array:
         return mx.addmm(self._shift, keys, self._forward)

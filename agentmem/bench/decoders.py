@@ -77,7 +77,8 @@ class Paged:
         for sequence in self._sequences:
             assert sequence.table is not None
             sequence.table.reserve()
-        for sequence, drawn in zip(self._sequences, self._runner.decode(self._sequences), strict=True):
+        for sequence, drawn in self._runner.decode(self._sequences):
+            assert not isinstance(drawn, Exception)
             sequence.last = drawn[0].token
 
     def wait(self) -> None:
@@ -118,6 +119,7 @@ def _sequence(model: LoadedModel, table: Table) -> Sequence:
     return Sequence(
         request, Ticket(), lambda _: None, phase="decode", table=table, last=FIRST_TOKEN,
         reply=Reply(model.tokenizer.detokenizer(), []), sampler=Sampler(Sampling(), 0),
+        max_tokens=model.max_context,
     )  # fmt: skip
 
 

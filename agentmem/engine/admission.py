@@ -27,6 +27,8 @@ to 2048 tokens, formats of all kinds) on a CPU: within 15 % of what a pass adds.
 """
 SCORES = 0.9
 """The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
+AT_ONCE = 2
+"""Decode steps on their way: one is built while the device is at the one before."""
 SHORT = 3.0
 """The same for the float32 scores of short chunks on CUDA, see `short_attention`."""
 
@@ -78,14 +80,15 @@ def device_bytes() -> int:
 class Admission:
     """Predicts peaks and holds them against `limit`, all in bytes. A request counts by its tokens at its end, prompt and reply.
 
-    Peak = weights + arena + tails + the larger of a prefill chunk and a decode step, of one layer each.
+    Peak = weights + key maps + arena + tails + a prefill chunk and the decode steps that are on their way, of one layer each.
+    One request alone never does both.
     """
 
     def __init__(
         self, size: ModelSize, geometry: Geometry, arena_bytes: int, limit: int, *, chunk_tokens: int, fused: bool
     ) -> None:  # fmt: skip
         self.limit = limit
-        self.standing = size.weights + arena_bytes
+        self.standing = size.weights + arena_bytes + sum(m.nbytes for m in geometry.key_maps)
         self._size, self._geometry = size, geometry
         self._chunk, self._fused = chunk_tokens, fused
         self._backend = backend()
@@ -117,7 +120,8 @@ class Admission:
         """Bytes at the peak of requests that run together."""
         if not requests:
             return self.standing
-        step = max(self._prefill(requests), self._decode(requests))
+        prefill, decode = self._prefill(requests), AT_ONCE * self._decode(requests)
+        step = max(prefill, decode) if len(requests) == 1 else prefill + decode
         return round(self.standing + self._tails(len(requests)) + step)
 
     def check(self, request: Sequence[int]) -> None:
@@ -135,11 +139,11 @@ class Admission:
         return self.peak(requests) <= self.limit
 
     def _tails(self, sequences: int) -> int:
-        """While they grow, the old and the new memory are both there."""
-        places, before = PLACES, 0
+        """A step writes them anew while the one before it still reads them."""
+        places = PLACES
         while places < sequences:
-            before, places = places, 2 * places
-        return (places + before) * self._geometry.page_tokens * self._geometry.raw_row_bytes
+            places *= 2
+        return AT_ONCE * places * self._geometry.page_tokens * self._geometry.raw_row_bytes
 
     def _row(self, tokens: int) -> float:
         """What one layer's `tokens` keys and values take in model precision."""

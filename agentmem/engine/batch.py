@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from agentmem.engine.table import Table
-from agentmem.engine.views import History, LayerRows
+from agentmem.engine.views import History, LayerCache, LayerRows
 from agentmem.quant.kernels.decode import flash_decode
 from agentmem.quant.kernels.plan import Batch
+
+Failures = dict[int, Exception]
 
 
 class Plans:
@@ -32,11 +33,7 @@ class Plans:
 
 
 class DecodeStep:
-    """One token for each of `tables`. Engine thread only.
-
-    Every table gets its row by `apply`, and a page when its tail is full: the slots for that are taken here, before anything
-    runs. Raises Overloaded, changing nothing, when there are none.
-    """
+    """One token for each of `tables`, which are not changed before `apply`. Engine thread only."""
 
     def __init__(self, tables: list[Table], query_heads: int, plans: Plans | None) -> None:
         self.tables, self.pool = tables, tables[0].pool
@@ -70,50 +67,41 @@ class DecodeStep:
             rows.append(row)
         return (outs[0], rows[0]) if len(outs) == 1 else (mx.concatenate(outs), mx.concatenate(rows))
 
-    def absorb(self, views: list[BatchView], tokens: list[int]) -> tuple[list[mx.array], Callable[[], None]]:
-        """(arrays to evaluate with the step, what to do after that). Tails that are full become pages then."""
-        rows = [v.rows() for v in views]
+    def apply(
+        self, rows: list[mx.array], tokens: Sequence[int], kept: Sequence[int] | None = None
+    ) -> Failures:
+        """Give each table its token's row; tails that are full become pages. Only those of `kept`, when it is given.
 
-        def apply() -> None:
-            places = [t.place for t in self.tables]
-            self.pool.tails.append(places, [len(t.tail_tokens) for t in self.tables], rows)
-            for table, token in zip(self.tables, tokens, strict=True):
-                table.tail_tokens.append(token)
-                if len(table.tail_tokens) == self.pool.geometry.page_tokens:
-                    table.seal()
+        rows: uint32 [B, raw_words] of every layer. `tokens` are those of the tables that get theirs. Returns which of all
+        tables could not pack their page, and why; they are of no use any more. Precondition: where a tail becomes full, its
+        table has reserved the slots, and the rows are evaluated.
+        """
+        kept = range(len(self.tables)) if kept is None else kept
+        tables = [self.tables[i] for i in kept]
+        if len(tables) < len(self.tables):
+            at = mx.array(list(kept))
+            rows = [r[at] for r in rows]
+        self.pool.tails.append([t.place for t in tables], [len(t.tail_tokens) for t in tables], rows)
+        failures: Failures = {}
+        for i, table, token in zip(kept, tables, tokens, strict=True):
+            try:
+                table.append(token)
+            except Exception as error:
+                failures[i] = error
+        return failures
 
-        return rows, apply
 
-
-class BatchView:
-    """What one layer of an mlx-lm model gets as its cache for one decode step."""
+class BatchView(LayerCache):
+    """A layer's cache for one decode step."""
 
     def __init__(self, step: DecodeStep, layer: int, offset: int | mx.array) -> None:
-        self.offset = offset
+        super().__init__(offset, step.pool.geometry.key_maps[layer])
         self._step, self._layer = step, layer
         self._rows: mx.array | None = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """keys, values [B, heads, 1, dim] of the tokens; the histories join in `attend`."""
-        return keys, values
-
-    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> None:
-        assert n == 1
-        assert window_size is None
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
+    def _attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """Every sequence's query over its own history and token."""
-        keymap = self._step.pool.geometry.key_maps[self._layer]
-        queries, keys = keymap.queries(queries), keymap.keys(keys)
         out, self._rows = self._step.attend(self._layer, queries, keys, values, scale, sinks)
         return out
 

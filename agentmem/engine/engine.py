@@ -14,12 +14,13 @@ from agentmem.engine.draw import Chosen
 from agentmem.engine.followers import Followers
 from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
+from agentmem.engine.passes import Outcome, Passes
 from agentmem.engine.planner import Planner
 from agentmem.engine.prefetch import Prefetch
 from agentmem.engine.recall import Recall
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Failed
-from agentmem.engine.runner import Chunk, Runner, Work
+from agentmem.engine.runner import Runner, Work
 from agentmem.engine.scheduler import Scheduler
 from agentmem.engine.sequence import Finish, Sequence
 from agentmem.engine.table import Table
@@ -27,8 +28,6 @@ from agentmem.errors import AgentMemError, Overloaded, StoreError, reported
 from agentmem.quant.attention import Path
 
 log = logging.getLogger(__name__)
-
-Outcome = tuple[Sequence, list[Chosen]]
 
 LOOKAHEAD = 4
 """How many requests that do not fit yet are looked at before the others wait too."""
@@ -53,6 +52,7 @@ class Engine:
         self.prefetch = Prefetch(pool, memory, self.recall)
         self.scheduler, self.pace, self.lobby = scheduler, scheduler.pace, lobby
         self.followers = Followers(pool.geometry.page_tokens)
+        self.passes = Passes(runner, scheduler.pace, self._fail, self._retry_or_fail)
         self.path = path
         self.max_batch, self.wait_for_commit = max_batch, wait_for_commit
         self.active: list[Sequence] = []
@@ -166,7 +166,8 @@ class Engine:
             self.planner.drop(sequence)
             self._report(sequence, 0, False)
         misfits = 0
-        for sequence in self.lobby.ordered():
+        ordered = self.lobby.ordered()
+        for sequence in ordered:
             if self.active and sum(s.width for s in [*self.active, sequence]) > self.max_batch:
                 break
             try:
@@ -184,7 +185,8 @@ class Engine:
             misfits += 1
             if misfits == LOOKAHEAD or self.lobby.must_be_next(sequence):
                 break
-        self.prefetch.advance(self.lobby.ordered(), self.planner.need, self.planner.room(self.active))
+        still = [s for s in ordered if s in self.waiting]
+        self.prefetch.advance(still, self.planner.need, self.planner.room(self.active))
 
     def _restore(self, sequence: Sequence) -> None:
         """Bring the matched pages into RAM, then start the prefill."""
@@ -237,61 +239,7 @@ class Engine:
 
     def run(self, work: Work) -> list[Outcome]:
         """One forward pass for all that decode, and one for the chunks of prompts; the tokens that were sampled."""
-        reserved = [s for s in work.decoding if self._reserve(s)]
-        ready = [s for s in reserved if s.phase != "done"]
-        return [*self._decode(ready), *self._prefill(work.chunks)]
-
-    def _reserve(self, sequence: Sequence) -> bool:
-        """Whether the sequence has the slots for its next token; else it waits for a step in which it has."""
-        if sequence.phase == "done":  # another reply to its prompt has failed
-            return False
-        assert sequence.table is not None
-        try:
-            sequence.table.reserve()
-        except Overloaded as error:
-            self._retry_or_fail(sequence, error, lambda: None)
-            return False
-        return True
-
-    def _decode(self, sequences: list[Sequence]) -> list[Outcome]:
-        """A step of the whole batch; when it fails, of each alone, so that only those fail that must."""
-        if not sequences:
-            return []
-        start = time.perf_counter()
-        try:
-            outcomes = list(zip(sequences, self.runner.decode(sequences), strict=True))
-            self.pace.decoded(len(sequences), 1e3 * (time.perf_counter() - start))
-            return outcomes
-        except Exception as error:
-            if len(sequences) == 1:
-                self._fail(sequences[0], reported(error))
-                return []
-            log.warning("a decode step of %d sequences failed: %s", len(sequences), error)
-            return [outcome for s in sequences if s.phase != "done" for outcome in self._decode([s])]
-
-    def _prefill(self, chunks: list[Chunk]) -> list[Outcome]:
-        """A pass over chunks of prompts; when it fails, over each alone."""
-        if not chunks:
-            return []
-        if len(chunks) > 1 and not self.runner.batches:
-            return [outcome for chunk in chunks for outcome in self._prefill([chunk])]
-        sequences, start = [s for s, _ in chunks], time.perf_counter()
-        parts = [(len(tokens), s.history) for s, tokens in chunks]
-        try:
-            chosen = self.runner.prefill(chunks)
-        except Exception as error:
-            if len(chunks) > 1:
-                return [outcome for chunk in chunks for outcome in self._prefill([chunk])]
-            if isinstance(error, Overloaded):
-                self._retry_or_fail(sequences[0], error, lambda: None)
-            else:
-                self._fail(sequences[0], reported(error))
-            return []
-        ms = 1e3 * (time.perf_counter() - start)
-        self.pace.prefilled(parts, ms)
-        for sequence in sequences:
-            sequence.prefill_ms += ms
-        return list(zip(sequences, chosen, strict=True))
+        return self.passes.run(work)
 
     def settle(self, outcomes: list[Outcome]) -> None:
         """Stream new text; end the sequences that are complete."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from agentmem.engine.table import Table
-from agentmem.engine.views import History, LayerRows
+from agentmem.engine.views import History, LayerCache, LayerRows
 
 ROW = 16
 """Tokens of a row: at most 15 places a piece are empty."""
@@ -69,42 +69,23 @@ class _Rows:
         return self._rows
 
 
-class PackedView:
-    """What one layer of an mlx-lm model gets as its cache for a packed pass."""
+class PackedView(LayerCache):
+    """A layer's cache for a packed pass."""
 
     def __init__(self, whole: PackedPass, layer: int) -> None:
-        self.offset = whole.starts
+        geometry = whole.pieces[0].table.pool.geometry
+        super().__init__(whole.starts, geometry.key_maps[layer])
         self.rows: list[mx.array] = []
-        self._pass, self._layer = whole, layer
+        self._pieces, self._codec, self._layer = whole.pieces, geometry.codecs[layer], layer
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """keys, values [rows, heads, ROW, dim]; the histories join in `attend`."""
-        return keys, values
-
-    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> None:
-        """Each piece's attention has its own, in `attend`."""
-        assert window_size is None
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
+    def _attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """Causal attention of every piece over its history and itself; keeps the pieces' rows."""
-        geometry = self._pass.pieces[0].table.pool.geometry
-        keymap = geometry.key_maps[self._layer]
-        queries, keys = keymap.queries(queries), keymap.keys(keys)
         outs = []
-        for p in self._pass.pieces:
+        for p in self._pieces:
             q, k, v = (_together(x[p.first : p.end], len(p.tokens)) for x in (queries, keys, values))
-            out, rows = p.table.path(
-                geometry.codecs[self._layer], LayerRows(p.history, self._layer), q, k, v, scale=scale, sinks=sinks
-            )  # fmt: skip
+            stored = LayerRows(p.history, self._layer)
+            out, rows = p.table.path(self._codec, stored, q, k, v, scale=scale, sinks=sinks)
             self.rows.append(rows)
             outs.append(_apart(out, p.end - p.first))
         return mx.concatenate(outs)

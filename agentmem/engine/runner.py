@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,10 +10,13 @@ import mlx.core as mx
 from agentmem.engine import seam
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.draw import Chosen, Draw
+from agentmem.engine.launched import Launched, Outcome
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import Overloaded
 from agentmem.model.loaded import LoadedModel
+
+log = logging.getLogger(__name__)
 
 Chunk = tuple[Sequence, list[int]]
 
@@ -26,16 +30,18 @@ class Work:
 
 
 class Runner:
-    """Runs the model. Engine thread only. A pass that raises has changed no table.
+    """Runs the model. Engine thread only. A prefill pass that raises has changed no table.
 
     `fused`: decode steps take the fused path, which reads the packed pages of all sequences in one kernel. Where `batches`
     is False, the model does not take a position for each row: passes are of one sequence then.
     """
 
-    def __init__(self, model: LoadedModel, query_heads: int, fused: bool) -> None:
+    def __init__(self, model: LoadedModel, query_heads: int, fused: bool, looks_ahead: bool = True) -> None:
         self.model, self.query_heads = model, query_heads
         self._plans = Plans() if fused else None
         self.batches = seam.takes_ragged_rows(model.model)
+        self.looks_ahead = looks_ahead
+        self._ahead: Launched | None = None
 
     def prefill(self, chunks: list[Chunk]) -> list[list[Chosen]]:
         """Feed chunks of prompts in one pass; returns the first token of each reply, or none where none is due.
@@ -78,24 +84,79 @@ class Runner:
         chosen = iter(draw.read(self.model.tokenizer.piece) if draw is not None else [])
         return [next(chosen) if i in due else [] for i in range(len(chunks))]
 
-    def decode(self, sequences: list[Sequence]) -> list[list[Chosen]]:
-        """Feed each sequence its last token; returns the next ones, none for sequences that close.
+    def decode(self, sequences: list[Sequence]) -> list[Outcome]:
+        """Feed sequences their last tokens; returns the next ones, none for those that close, or why one alone has failed.
 
-        Precondition: every table has reserved the slots that it needs.
+        Precondition: every table has reserved the slots that it needs. While the device is at it, the step after it is built
+        from the tokens to come. What joins meanwhile has its first step after that one, and no outcome now. Raises what the
+        model raises, and then tables may have their rows: their lengths tell.
         """
+        ahead, self._ahead = self._ahead, None
+        kept = ahead.still(sequences) if ahead is not None else []
+        if ahead is None or not kept:
+            ahead, kept = self._launch(sequences, None, []), list(range(len(sequences)))
+        members = [ahead.sequences[i] for i in kept]
+        following = self._following(sequences, members)
+        if not following:
+            ahead.wait()
+        failures = ahead.apply(kept)
+        if following:
+            self._ahead = self._launch_ahead(following, ahead)
+        return ahead.read(kept, failures, self.model.tokenizer.piece)
+
+    def rest(self) -> None:
+        """Nobody decodes: let go of a step that nobody waits for."""
+        self._ahead = None
+
+    def _following(self, sequences: list[Sequence], members: list[Sequence]) -> list[Sequence]:
+        """Who will be in the step after this one of `members`, as far as can be told now; nobody when it cannot be built yet.
+
+        A page that fills must be packed before it is read, and a penalty must know what was said.
+        """
+        if not self.looks_ahead:
+            return []
+        following = []
+        for sequence in sequences:
+            assert sequence.table is not None
+            assert sequence.sampler is not None
+            if sequence in members:
+                if sequence.table.fills or not sequence.sampler.forgetful:
+                    return []
+                if sequence.phase == "closing" or sequence.position + 1 >= sequence.max_tokens:
+                    continue
+            following.append(sequence)
+        return following
+
+    def _launch_ahead(self, sequences: list[Sequence], before: Launched) -> Launched | None:
+        """The step after `before`; when it cannot be built, it is tried again in its turn, and fails then."""
+        try:
+            return self._launch(sequences, before, [s for s in sequences if s in before.drawn])
+        except Exception:
+            log.warning("a decode step could not be built ahead of its turn", exc_info=True)
+            return None
+
+    def _launch(
+        self, sequences: list[Sequence], before: Launched | None, pending: list[Sequence]
+    ) -> Launched:
+        """Start a step. `before` is drawing the last tokens of `pending`; the other sequences have theirs."""
+        tokens = mx.array([s.last if s not in pending else 0 for s in sequences])
+        if before is not None and before.draw is not None and pending:
+            at = [i for i, s in enumerate(sequences) if s in pending]
+            drawn = before.draw.tokens[mx.array([before.drawn.index(s) for s in pending])]
+            tokens[mx.array(at)] = drawn.astype(tokens.dtype)
         tables = [s.table for s in sequences if s.table is not None]
-        tokens = [s.last for s in sequences if s.last is not None]
         step = DecodeStep(tables, self.query_heads, self._plans)
         views = step.views()
-        logits = self.model.model(mx.array(tokens)[:, None], cache=views)
-        arrays, apply = step.absorb(views, tokens)
-        going = [i for i, s in enumerate(sequences) if s.phase != "closing"]
-        if going:
-            last = logits[:, -1] if len(going) == len(sequences) else logits[mx.array(going), -1]
-            draw = Draw([sequences[i] for i in going], last)
-            mx.eval(arrays, draw.arrays)
-            chosen = iter(draw.read(self.model.tokenizer.piece))
-        else:
-            mx.eval(arrays)
-        apply()
-        return [[] if s.phase == "closing" else next(chosen) for s in sequences]
+        logits = self.model.model(tokens[:, None], cache=views)
+        drawn_by = [s for s in sequences if s.phase != "closing"]
+        draw = None
+        if drawn_by:
+            last = logits[:, -1]
+            if len(drawn_by) < len(sequences):
+                last = last[mx.array([i for i, s in enumerate(sequences) if s.phase != "closing"])]
+            draw = Draw(drawn_by, last, pending)
+        launched = Launched(
+            sequences, [len(t) for t in tables], step, [v.rows() for v in views], drawn_by, draw
+        )
+        mx.async_eval(launched.arrays)
+        return launched

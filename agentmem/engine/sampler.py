@@ -34,9 +34,13 @@ class Sampler:
     @property
     def plain(self) -> bool:
         """Whether every choice is the likeliest token of the model, whatever was said."""
+        return self._greedy and self.forgetful and not self._s.logit_bias
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether choices do not depend on what was said, but for what the model makes of it."""
         s = self._s
-        penalised = s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1
-        return self._greedy and not penalised and not s.logit_bias
+        return not s.frequency_penalty and not s.presence_penalty and s.repetition_penalty == 1
 
     def sibling(self, number: int) -> Sampler:
         """For another reply to the same prompt, before its first token: the same settings, a seed of its own."""

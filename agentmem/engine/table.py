@@ -55,13 +55,20 @@ class Table:
         self.tail_origin: Origin | None = None
         self._pinned: list[Page] = []
         self._taken: tuple[int, ...] = ()
+        self._paged: int | None = None
         self._reach: Reach | None = None
 
     def __len__(self) -> int:
-        return sum(b.rows for b in self.blocks) + len(self.tail_tokens)
+        if self._paged is None:
+            self._paged = sum(b.rows for b in self.blocks)
+        return self._paged + len(self.tail_tokens)
+
+    def _blocks_changed(self) -> None:
+        self._paged, self._reach = None, None
 
     def load(self, match: Match, tokens: int) -> None:
         """Take over the first `tokens` tokens of a match, all of whose pages are in RAM."""
+        self._blocks_changed()
         self.pool.pin(match.pages)
         self._pinned = list(match.pages)
         left = tokens
@@ -87,6 +94,7 @@ class Table:
     def fork(self) -> Table:
         """Another table with the same state: it shares the pages, and has a tail of its own."""
         other = Table(self.pool, self.path)
+        other._blocks_changed()
         other._pinned = list(self._pinned)
         self.pool.pin(other._pinned)
         for block in self.blocks:
@@ -166,13 +174,14 @@ class Table:
             self.pool.tails.write(self.place, fresh, tail)
             self.tail_tokens = [int(t) for t in all_tokens[full * p :]]
             if full:
-                self.tail_origin, self._reach = None, None
+                self.tail_origin = None
+                self._blocks_changed()
 
         return [*packed, *(a for page in raw for a in page), *tail], apply
 
     def reserve(self) -> None:
         """Take the slots that the next row needs, when it fills a page; raises Overloaded when there are none."""
-        if len(self.tail_tokens) + 1 == self.pool.geometry.page_tokens and not self._taken:
+        if self.fills and not self._taken:
             self._take_pages([self._raw_page(len(self.blocks))])
 
     def unreserve(self) -> None:
@@ -180,10 +189,21 @@ class Table:
         self.pool.release(self._taken)
         self._taken = ()
 
-    def seal(self) -> None:
+    @property
+    def fills(self) -> bool:
+        """Whether the next row makes the tail a page."""
+        return len(self.tail_tokens) + 1 == self.pool.geometry.page_tokens
+
+    def append(self, token: int) -> None:
+        """The token's row has been given to the tail."""
+        fills = self.fills
+        self.tail_tokens.append(token)
+        if fills:
+            self._seal()
+
+    def _seal(self) -> None:
         """The full tail becomes a page in the reserved slots."""
         g = self.pool.geometry
-        assert len(self.tail_tokens) == g.page_tokens
         raw = self._raw_page(len(self.blocks))
         rows = [self.tail(layer) for layer in range(g.layers)]
         slots, self._taken = self._taken, ()
@@ -196,7 +216,8 @@ class Table:
             self.pool.arena.write_packed(slots, packed)
         tokens = np.array(self.tail_tokens, np.int32)
         self.blocks.append(Block(slots, raw, tokens, None, self.tail_origin))
-        self.tail_tokens, self.tail_origin, self._reach = [], None, None
+        self.tail_tokens, self.tail_origin = [], None
+        self._blocks_changed()
 
     def _take_pages(self, kinds: list[bool]) -> list[tuple[int, ...]]:
         """Slots for full pages, raw where `kinds` says so; all or none."""
@@ -211,8 +232,8 @@ class Table:
         drop = len(self) - tokens
         keep = max(0, len(self.tail_tokens) - drop)
         drop -= len(self.tail_tokens) - keep
-        self.tail_tokens, self._reach = self.tail_tokens[:keep], None
-        self.tail_origin = _clip(self.tail_origin, keep)
+        self.tail_tokens, self.tail_origin = self.tail_tokens[:keep], _clip(self.tail_origin, keep)
+        self._blocks_changed()
         while drop:
             last = self.blocks[-1]
             if last.rows <= drop:
@@ -303,6 +324,7 @@ class Table:
         self.unreserve()
         self.pool.tails.release(self.place)
         self._pinned, self.blocks, self.tail_tokens = [], [], []
+        self._blocks_changed()
 
 
 def _clip(origin: Origin | None, rows: int) -> Origin | None:

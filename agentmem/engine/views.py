@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from agentmem.quant.keymap import KeyMap
+
 if TYPE_CHECKING:
     from agentmem.engine.table import Table
 
@@ -79,19 +81,15 @@ class LayerRows:
         return self._history.raw_blocks(self._layer)
 
 
-class LayerView:
-    """What one layer of an mlx-lm model gets as its cache for one forward pass over one sequence."""
+class LayerCache:
+    """What one layer of an mlx-lm model gets as its cache for one forward pass: keys go to `attend` as they come."""
 
-    def __init__(self, table: Table, history: History, layer: int) -> None:
-        self.offset = history.length
-        self._table = table
-        self._stored = LayerRows(history, layer)
-        self._codec = table.pool.geometry.codecs[layer]
-        self._key_map = table.pool.geometry.key_maps[layer]
-        self._rows: mx.array | None = None
+    def __init__(self, offset: int | mx.array, key_map: KeyMap) -> None:
+        self.offset = offset
+        self._key_map = key_map
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """keys, values [1, heads, n, dim] of the chunk; the history joins in `attend`."""
+        """keys, values [rows, heads, n, dim] of the pass; histories join in `attend`."""
         return keys, values
 
     def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False) -> str | None:
@@ -100,18 +98,30 @@ class LayerView:
         return "causal" if n > 1 else None
 
     def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None,
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array:  # fmt: skip
+        """Causal attention over the histories and the pass; keeps the rows of the pass."""
+        return self._attend(self._key_map.queries(queries), self._key_map.keys(keys), values, scale, sinks)
+
+    def _attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
-        """Causal attention over history and chunk; keeps the chunk's rows for `raw_rows`."""
-        queries, keys = self._key_map.queries(queries), self._key_map.keys(keys)
-        out, self._rows = self._table.path(
+        raise NotImplementedError
+
+
+class LayerView(LayerCache):
+    """A layer's cache for a pass over one sequence."""
+
+    def __init__(self, table: Table, history: History, layer: int) -> None:
+        super().__init__(history.length, table.pool.geometry.key_maps[layer])
+        self._path, self._codec = table.path, table.pool.geometry.codecs[layer]
+        self._stored = LayerRows(history, layer)
+        self._rows: mx.array | None = None
+
+    def _attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
+    ) -> mx.array:
+        out, self._rows = self._path(
             self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks
         )
         return out

@@ -67,10 +67,10 @@ class Uninterrupted:
         step = DecodeStep([self.table], self._query_heads, self._plans)
         views = step.views()
         logits = self.model.model(mx.array([[token]]), cache=views)
-        arrays, apply = step.absorb(views, [token])
+        rows = [v.rows() for v in views]
         last = logits[0, -1].astype(mx.float32)
-        mx.eval(arrays, last)
-        apply()
+        mx.eval(rows, last)
+        assert not step.apply(rows, [token])
         return np.array(last)
 
     def turn(self, messages: list[dict[str, Any]], max_tokens: int) -> tuple[str, np.ndarray, int]:

@@ -13,6 +13,7 @@ import pytest
 from agentmem.engine.batch import DecodeStep
 from agentmem.engine.request import ChatRequest, Delta, Event, Finished, Sampling, Started
 from agentmem.engine.runner import Work
+from agentmem.engine.table import Table
 from agentmem.errors import AgentMemError, BadRequest, ContextOverflow, Overloaded, StoreError
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, Running, ask, cached, memory, open_runtime, turn
@@ -141,17 +142,17 @@ def test_a_failing_sequence_fails_alone(
     alone = open_runtime(tmp_path / "alone")
     want = [turn(alone, f"a{i}", f"{LONG} {i}", max_tokens=20).text for i in range(3)]
     alone.close()
-    absorb = DecodeStep.absorb
+    views = DecodeStep.views
 
-    def broken(self: DecodeStep, views: Any, tokens: list[int]) -> Any:
+    def broken(self: DecodeStep) -> Any:
         last = [t for table in self.tables for t in [*table.blocks[-1].tokens, *table.tail_tokens]]
         if ord("1") in last:
             raise RuntimeError("a kernel failed")
-        return absorb(self, views, tokens)
+        return views(self)
 
     hold(runtime, gate)
     running = [Running(runtime, ask(f"a{i}", f"{LONG} {i}", max_tokens=20)) for i in range(3)]
-    monkeypatch.setattr(DecodeStep, "absorb", broken)
+    monkeypatch.setattr(DecodeStep, "views", broken)
     gate.set()
     assert running[0].end().text == want[0]
     with pytest.raises(AgentMemError, match="a kernel failed"):
@@ -161,6 +162,41 @@ def test_a_failing_sequence_fails_alone(
     assert [a["agent"] for a in runtime.agents()] == ["a0", "a2"]
     runtime._call(runtime._pool.check)
     assert turn(runtime, "a1", f"{LONG} 1", max_tokens=20).text == want[1]
+    runtime.close()
+
+
+def test_a_sequence_that_fails_with_its_token_fed_is_not_fed_it_again(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing a page fails when its last row is there already; who shares the step says what it would have said."""
+    runtime = open_runtime(tmp_path)
+    alone = open_runtime(tmp_path / "alone")
+    want = [turn(alone, f"a{i}", f"{LONG} {i}", max_tokens=90).text for i in range(3)]
+    alone.close()
+    seal, calls = Table._seal, list[Table]()
+
+    def broken(self: Table) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise RuntimeError("packing failed")
+        seal(self)
+
+    hold(runtime, gate)
+    running = [Running(runtime, ask(f"a{i}", f"{LONG} {i}", max_tokens=90)) for i in range(3)]
+    monkeypatch.setattr(Table, "_seal", broken)
+    gate.set()
+    said = []
+    for one in running:
+        try:
+            said.append(one.end().text)
+        except AgentMemError as error:
+            said.append(str(error))
+    assert sum(one == other for one, other in zip(said, want, strict=True)) == 2
+    assert sum("packing failed" in one for one in said) == 1
+    assert calls.count(calls[0]) == 1
+    monkeypatch.undo()
+    runtime._call(runtime._pool.check)
+    assert runtime._call(lambda: runtime._pool.tails.used) == 0
     runtime.close()
 
 
