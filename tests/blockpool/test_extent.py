@@ -6,111 +6,23 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from agentmem.blockpool import extent as extent_module
 from agentmem.blockpool.extent import Extent, ExtentCorrupt, stripe_rows, write_extent
 from agentmem.blockpool.files import Files
 from agentmem.blockpool.geometry import Geometry
-from agentmem.blockpool.page import Page, Piece
+from agentmem.blockpool.page import Piece
 from agentmem.blockpool.restore import Reader, RestorePlan
-from tests.blockpool.layout import PAGE, extent_data, geometry
-
-PACKED, RAW = 3 * PAGE, 7
-SLOTS = (4, 1, 2)
-
-
-@pytest.fixture
-def g() -> Geometry:
-    return geometry()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
-
-
-def written(folder: Path, g: Geometry, packed: int = PACKED, raw: int = RAW) -> Path:
-    name, size = write_extent(folder, extent_data(g, packed, raw), Files())
-    assert (folder / name).stat().st_size == size
-    return folder / name
-
-
-def named_by_header(path: Path, content: bytes) -> Path:
-    """A file with `content` whose name is right for its header, as a forger would make it."""
-    length = struct.unpack("<Q", content[:8])[0]
-    target = path.with_name(hashlib.sha256(content[8 : 8 + length]).hexdigest() + ".safetensors")
-    target.write_bytes(content)
-    return target
-
-
-@contextmanager
-def flipped(path: Path, at: int, bit: int) -> Iterator[None]:
-    """The file with one bit of byte `at` turned over."""
-    with path.open("r+b", buffering=0) as file:
-        byte = os.pread(file.fileno(), 1, at)[0]
-        os.pwrite(file.fileno(), bytes([byte ^ bit]), at)
-        yield
-        os.pwrite(file.fileno(), bytes([byte]), at)
-
-
-def rebuilt(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """The same payload behind a changed header, under the name that is right for it."""
-    content = path.read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    table = json.loads(content[8 : 8 + length])
-    change(table)
-    header = json.dumps(table, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return named_by_header(path, struct.pack("<Q", len(header)) + header + content[8 + length :])
-
-
-def read_all(
-    path: Path, g: Geometry, packed: int = PACKED, raw: int = RAW
-) -> tuple[list[np.ndarray], dict[int, str]]:
-    """Read every row through the reader; returns the slots' memory and what is wrong."""
-    pages = [_page(np.arange(PAGE), False, Piece(1, False, i * PAGE, 0, PAGE)) for i in range(packed // PAGE)]
-    placed: list[tuple[Page, tuple[int, ...]]] = [(p, (s,)) for p, s in zip(pages, SLOTS, strict=False)]
-    if raw:
-        placed.append(
-            (_page(np.arange(raw), True, Piece(1, True, 0, 0, raw)), (5, 6, 7)[: g.slots_for(True, raw)])
-        )
-    views = [np.zeros((8, w), np.uint32) for w in g.slot_words]
-    reader = Reader(path.parent, threads=2)
-    try:
-        _, bad = reader.read(RestorePlan(g, placed), {1: path.name}, views)
-    finally:
-        reader.close()
-    return views, bad
-
-
-def _page(tokens: np.ndarray, raw: bool, *pieces: Piece) -> Page:
-    return Page(None, tokens, b"", raw, pieces=pieces)
-
-
-def assert_right(g: Geometry, views: list[np.ndarray]) -> None:
-    data = extent_data(g, PACKED, RAW)
-    per = g.raw_per_slot
-    for layer, view in enumerate(views):
-        words = g.packed_words[layer]
-        for i, slot in enumerate(SLOTS):
-            rows = data.packed[layer][i * PAGE : (i + 1) * PAGE]
-            assert np.array_equal(view[slot].reshape(PAGE, words), rows)
-        raw = g.raw_words[layer]
-        for row in range(RAW):
-            at = view[5 + row // per, row % per * raw : (row % per + 1) * raw]
-            assert np.array_equal(at, data.raw[layer][row])
+from tests.blockpool.extents import PACKED, RAW, assert_right, flipped, read_all, stored_page, written
+from tests.blockpool.layout import PAGE, extent_data
 
 
 def test_reader_gives_back_what_was_written(folder: Path, g: Geometry) -> None:
@@ -220,157 +132,6 @@ def test_truncation_behind_the_readers_back_is_found(
     assert "shorter" in read_all(path, g)[1][1]
 
 
-def _wrong_name(path: Path) -> Path:
-    return path.rename(path.with_name("0" * 64 + ".safetensors"))
-
-
-def _version(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["__metadata__"].update(agentmem="2"))
-
-
-def _no_version(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["__metadata__"].pop("agentmem"))
-
-
-def _no_metadata(path: Path) -> Path:
-    return rebuilt(path, lambda t: t.pop("__metadata__"))
-
-
-def _no_sum(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["__metadata__"].pop("sum"))
-
-
-def _no_checks(path: Path) -> Path:
-    return rebuilt(path, lambda t: t.pop("checks"))
-
-
-def _no_tensors(path: Path) -> Path:
-    return rebuilt(path, lambda t: [t.pop(k) for k in list(t) if k != "__metadata__"])
-
-
-def _odd_shape(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["packed.0"].update(shape=[3]))
-
-
-def _zero_words(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["packed.0"].update(shape=[3, 0]))
-
-
-def _text_offsets(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["tokens"].update(data_offsets=["a", "b"]))
-
-
-def _fewer_rows(path: Path) -> Path:
-    return rebuilt(path, lambda t: t["packed.0"]["shape"].__setitem__(0, PAGE))
-
-
-def _length_lies_high(path: Path) -> Path:
-    content = path.read_bytes()
-    path.write_bytes(struct.pack("<Q", 1 << 40) + content[8:])
-    return path
-
-
-def _length_lies_low(path: Path) -> Path:
-    content = path.read_bytes()
-    path.write_bytes(struct.pack("<Q", 2) + content[8:])
-    return path
-
-
-def _empty(path: Path) -> Path:
-    path.write_bytes(b"")
-    return path
-
-
-def _directory(path: Path) -> Path:
-    path.unlink()
-    path.mkdir()
-    return path
-
-
-def _symlink(path: Path) -> Path:
-    target = path.rename(path.with_suffix(".elsewhere"))
-    path.symlink_to(target)
-    return path
-
-
-def _missing(path: Path) -> Path:
-    path.unlink()
-    return path
-
-
-def _not_json(path: Path) -> Path:
-    return named_by_header(path, struct.pack("<Q", 16) + b"{{{{{{{{{{{{{{{{" + b"\0" * 64)
-
-
-def _not_an_object(path: Path) -> Path:
-    return named_by_header(path, struct.pack("<Q", 8) + b"[1,2,3] " + b"\0" * 64)
-
-
-def _not_text(path: Path) -> Path:
-    return named_by_header(path, struct.pack("<Q", 8) + b"\xff\xfe\xfd\xfc\xff\xfe\xfd\xfc" + b"\0" * 64)
-
-
-def _foreign(path: Path) -> Path:
-    """Somebody else's safetensors file."""
-    other = path.with_suffix(".other")
-    save_file({"weight": np.ones((4, 4), np.float32)}, other)
-    return named_by_header(path, other.read_bytes())
-
-
-def _another_extent(path: Path) -> Path:
-    """A sound extent of other rows, put in this one's place."""
-    aside = path.parent / "aside"
-    aside.mkdir()
-    name, _ = write_extent(aside, extent_data(geometry(), PACKED, RAW, seed=9), Files())
-    shutil.copy(aside / name, path)
-    return path
-
-
-MUTATIONS = [
-    _wrong_name, _version, _no_version, _no_metadata, _no_sum, _no_checks, _no_tensors, _odd_shape,
-    _zero_words, _text_offsets, _fewer_rows, _length_lies_high, _length_lies_low, _empty, _directory,
-    _symlink, _missing, _not_json, _not_an_object, _not_text, _foreign, _another_extent,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_bad_file_is_reported_and_never_raises(
-    folder: Path, g: Geometry, mutation: Callable[[Path], Path]
-) -> None:
-    path = mutation(written(folder, g))
-    _, bad = read_all(path, g)
-    assert list(bad) == [1]
-    assert bad[1].partition(": ")[0] in ("ExtentCorrupt", "FileNotFoundError", "IsADirectoryError", "OSError")
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_constructor_closes_its_file_and_names_the_fault(
-    folder: Path, g: Geometry, mutation: Callable[[Path], Path]
-) -> None:
-    path = mutation(written(folder, g))
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    with pytest.raises((ExtentCorrupt, OSError)):
-        Extent(path)
-    after = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    assert after == before
-
-
-def test_one_bad_extent_does_not_hide_the_good_one(folder: Path, g: Geometry) -> None:
-    good, bad = written(folder, g), written(folder, g, PAGE, 0)
-    bad.write_bytes(b"")
-    pages: list[tuple[Page, tuple[int, ...]]] = [
-        (_page(np.arange(PAGE), False, Piece(1, False, 0, 0, PAGE)), (0,)),
-        (_page(np.arange(PAGE), False, Piece(2, False, 0, 0, PAGE)), (1,)),
-        (_page(np.arange(PAGE), False, Piece(3, False, 0, 0, PAGE)), (2,)),
-    ]
-    reader = Reader(folder, threads=2)
-    views = [np.zeros((3, w), np.uint32) for w in g.slot_words]
-    _, found = reader.read(RestorePlan(g, pages), {1: good.name, 2: bad.name}, views)
-    reader.close()
-    assert set(found) == {2, 3}
-    assert np.array_equal(views[0][0].reshape(PAGE, -1), extent_data(g, PACKED, RAW).packed[0][:PAGE])
-
-
 def test_small_stripes_find_every_flip_in_the_rows_that_are_used(
     folder: Path, g: Geometry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +141,7 @@ def test_small_stripes_find_every_flip_in_the_rows_that_are_used(
     monkeypatch.setattr("agentmem.blockpool.restore.stripe_rows", lambda words: 4)
     path = written(folder, g)
     extent = Extent(path)
-    page = _page(np.arange(6), False, Piece(1, False, 5, 0, 6))
+    page = stored_page(np.arange(6), False, Piece(1, False, 5, 0, 6))
     for layer in range(g.layers):
         offset, rows, words = extent.locate(False, layer)
         assert rows == PACKED
