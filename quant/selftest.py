@@ -128,9 +128,9 @@ def _trial(codec: RowCodec, query_heads: int, dtype: mx.Dtype) -> _Trial:
     )
     plain_q, new_rows = q[0].astype(mx.float32), codec.raw(new_k[0], new_v[0])
     mx.eval(plain_q, k, v, new_rows)
-    wide = [np.array(x).astype(np.float64) for x in (plain_q, k, v)]
-    grouped = wide[0].reshape(shape.heads, -1, chunk, shape.key_dim)
-    want = _numpy_attention(grouped, *wide[1:], shape.key_dim**-0.5).reshape(query_heads, chunk, -1)
+    wide_q, wide_k, wide_v = (np.array(x).astype(np.float64) for x in (plain_q, k, v))
+    grouped = wide_q.reshape(shape.heads, -1, chunk, shape.key_dim)
+    want = _numpy_attention(grouped, wide_k, wide_v, shape.key_dim**-0.5).reshape(query_heads, chunk, -1)
     return _Trial(codec, stored, q, new_k, new_v, new_rows, want)
 
 
