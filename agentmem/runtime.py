@@ -161,9 +161,11 @@ class Runtime(Roster):
             raise ModelUnavailable(str(error)) from error
         self._self_test = self_tests(plan.codecs, plan.query_heads, plan.dtype)
         fused = self._self_test["fused"]["ok"]
+        runner = Runner(model, plan.query_heads, fused)
         self._admission = Admission(
             model_size(model.model, plan.geometry, plan.query_heads, plan.dtype), plan.geometry, self._pool.capacity_bytes,
             settings.memory_bytes(device_bytes()), chunk_tokens=settings.chunk_tokens, fused=fused,
+            splits=runner.network.splits,
         )  # fmt: skip
         self._admission.start()
         self._store = Store(
@@ -192,7 +194,7 @@ class Runtime(Roster):
             max_batch=settings.max_batch,
         )  # fmt: skip
         self._engine = Engine(
-            Runner(model, plan.query_heads, fused), self._memory, self._pool, self._store, planner, chosen(self._self_test),
+            runner, self._memory, self._pool, self._store, planner, chosen(self._self_test),
             scheduler, lobby, max_batch=settings.max_batch, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(

@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from agentmem.blockpool.geometry import WORD, Geometry
 from agentmem.blockpool.tails import PLACES
 from agentmem.engine.packing import ROW
-from agentmem.engine.sequence import LAST_CHUNK
 from agentmem.errors import ContextOverflow, ModelUnavailable
 from agentmem.quant.attention import SHORT_TO
 from agentmem.quant.device import backend
@@ -79,18 +78,20 @@ def device_bytes() -> int:
 
 class Admission:
     """Predicts peaks and holds them against `limit`, all in bytes. A request counts by its tokens at its end, prompt and reply.
+    `fused` and `splits`: see `Runner` and `Network`.
 
     Peak = weights + key maps + arena + tails + a prefill chunk and the decode steps that are on their way, of one layer each.
     One request alone never does both.
     """
 
     def __init__(
-        self, size: ModelSize, geometry: Geometry, arena_bytes: int, limit: int, *, chunk_tokens: int, fused: bool
+        self, size: ModelSize, geometry: Geometry, arena_bytes: int, limit: int, *, chunk_tokens: int, fused: bool,
+        splits: bool,
     ) -> None:  # fmt: skip
         self.limit = limit
         self.standing = size.weights + arena_bytes + sum(m.nbytes for m in geometry.key_maps)
         self._size, self._geometry = size, geometry
-        self._chunk, self._fused = chunk_tokens, fused
+        self._chunk, self._fused, self._splits = chunk_tokens, fused, splits
         self._backend = backend()
 
     def start(self) -> None:
@@ -158,13 +159,13 @@ class Admission:
         )  # fmt: skip
 
     def _prefill(self, requests: Sequence[int]) -> float:
-        """A pass at the end of the prompts. One alone gets logits for the short chunk at its end only, a packed pass for all."""
+        """A pass at the end of the prompts, whose last tokens get logits; all of them where the model's head is not its own."""
         pieces = len(requests)
         tokens = min(self._chunk, sum(requests)) + (pieces - 1) * ROW
-        last = tokens if pieces > 1 else min(tokens, 2 * LAST_CHUNK)
-        middle = self._activations(tokens, 0) if pieces == 1 else 0.0
-        scores = self._scores(tokens, max(requests))
-        return max(middle, self._activations(last, last)) + scores + self._row(sum(requests))
+        logits = pieces if self._splits else tokens
+        return (
+            self._activations(tokens, logits) + self._scores(tokens, max(requests)) + self._row(sum(requests))
+        )
 
     def _scores(self, tokens: int, keys: int) -> float:
         """What attention makes of `tokens` queries beside its output; Metal's keeps nothing."""

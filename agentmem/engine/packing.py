@@ -30,6 +30,11 @@ class _Piece:
     first: int
     end: int
 
+    @property
+    def last(self) -> int:
+        """The last token's place in the pass."""
+        return self.first * ROW + len(self.tokens) - 1
+
 
 class PackedPass:
     """A prefill pass over chunks of several tables. Engine thread only."""
@@ -50,11 +55,6 @@ class PackedPass:
     def views(self) -> list[PackedView]:
         """One view per layer."""
         return [PackedView(self, layer) for layer in range(self.pieces[0].table.pool.geometry.layers)]
-
-    def last(self, logits: mx.array) -> mx.array:
-        """Logits behind the last token of each piece: [rows, ROW, vocab] -> [pieces, vocab], lazily."""
-        ends = [p.first * ROW + len(p.tokens) - 1 for p in self.pieces]
-        return logits.reshape(-1, logits.shape[-1])[mx.array(ends)]
 
     def rows_of(self, views: list[PackedView], number: int) -> list[Any]:
         """What `Table.absorb` takes as views of piece `number`."""

@@ -11,6 +11,7 @@ from agentmem.engine import seam
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.draw import Chosen, Draw
 from agentmem.engine.launched import Launched, Outcome
+from agentmem.engine.network import Network
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import Overloaded
@@ -38,6 +39,7 @@ class Runner:
 
     def __init__(self, model: LoadedModel, query_heads: int, fused: bool, looks_ahead: bool = True) -> None:
         self.model, self.query_heads = model, query_heads
+        self.network = Network(model.model)
         self._plans = Plans() if fused else None
         self.batches = seam.takes_ragged_rows(model.model)
         self.looks_ahead = looks_ahead
@@ -53,11 +55,10 @@ class Runner:
     def _whole(self, sequence: Sequence, tokens: list[int]) -> list[Chosen]:
         table = sequence.table
         assert table is not None
-        views = table.views()
-        logits = self.model.model(mx.array([tokens]), cache=views)
+        views, due = table.views(), sequence.is_due(len(tokens))
+        logits = self.network.logits(mx.array([tokens]), views, [len(tokens) - 1] if due else [])
         arrays, apply = table.absorb(views, tokens)
-        due = sequence.generate and len(table) + len(tokens) >= len(sequence.ids)
-        draw = Draw([sequence], logits[:, -1]) if due else None
+        draw = Draw([sequence], logits) if due else None
         mx.eval(arrays, draw.arrays if draw is not None else [])
         apply()
         return draw.read(self.model.tokenizer.piece)[0] if draw is not None else []
@@ -66,7 +67,8 @@ class Runner:
         tables = [s.table for s, _ in chunks if s.table is not None]
         whole = PackedPass([(t, tokens) for t, (_, tokens) in zip(tables, chunks, strict=True)])
         views = whole.views()
-        logits = self.model.model(whole.ids, cache=views)
+        due = [i for i, (s, tokens) in enumerate(chunks) if s.is_due(len(tokens))]
+        logits = self.network.logits(whole.ids, views, [whole.pieces[i].last for i in due])
         try:
             taken = [
                 table.absorb(whole.rows_of(views, i), tokens)
@@ -76,8 +78,7 @@ class Runner:
             for table in tables:
                 table.unreserve()
             raise
-        due = [i for i, (s, t) in enumerate(chunks) if s.generate and len(tables[i]) + len(t) >= len(s.ids)]
-        draw = Draw([chunks[i][0] for i in due], whole.last(logits)[mx.array(due)]) if due else None
+        draw = Draw([chunks[i][0] for i in due], logits) if due else None
         mx.eval([arrays for arrays, _ in taken], draw.arrays if draw is not None else [])
         for _, apply in taken:
             apply()
@@ -101,7 +102,8 @@ class Runner:
             ahead.wait()
         failures = ahead.apply(kept)
         if following:
-            self._ahead = self._launch_ahead(following, ahead)
+            pending = [s for s in following if s in members]
+            self._ahead = self._launch_ahead(following, ahead, pending)
         return ahead.read(kept, failures, self.model.tokenizer.piece)
 
     def rest(self) -> None:
@@ -127,10 +129,12 @@ class Runner:
             following.append(sequence)
         return following
 
-    def _launch_ahead(self, sequences: list[Sequence], before: Launched) -> Launched | None:
+    def _launch_ahead(
+        self, sequences: list[Sequence], before: Launched, pending: list[Sequence]
+    ) -> Launched | None:
         """The step after `before`; when it cannot be built, it is tried again in its turn, and fails then."""
         try:
-            return self._launch(sequences, before, [s for s in sequences if s in before.drawn])
+            return self._launch(sequences, before, pending)
         except Exception:
             log.warning("a decode step could not be built ahead of its turn", exc_info=True)
             return None
@@ -142,21 +146,14 @@ class Runner:
         tokens = mx.array([s.last if s not in pending else 0 for s in sequences])
         if before is not None and before.draw is not None and pending:
             at = [i for i, s in enumerate(sequences) if s in pending]
-            drawn = before.draw.tokens[mx.array([before.drawn.index(s) for s in pending])]
-            tokens[mx.array(at)] = drawn.astype(tokens.dtype)
+            known = before.draw.tokens[mx.array([before.drawn.index(s) for s in pending])]
+            tokens[mx.array(at)] = known.astype(tokens.dtype)
         tables = [s.table for s in sequences if s.table is not None]
         step = DecodeStep(tables, self.query_heads, self._plans)
         views = step.views()
-        logits = self.model.model(tokens[:, None], cache=views)
-        drawn_by = [s for s in sequences if s.phase != "closing"]
-        draw = None
-        if drawn_by:
-            last = logits[:, -1]
-            if len(drawn_by) < len(sequences):
-                last = last[mx.array([i for i, s in enumerate(sequences) if s.phase != "closing"])]
-            draw = Draw(drawn_by, last, pending)
-        launched = Launched(
-            sequences, [len(t) for t in tables], step, [v.rows() for v in views], drawn_by, draw
-        )
+        at = [i for i, s in enumerate(sequences) if s.phase != "closing"]
+        logits, drawn = self.network.logits(tokens[:, None], views, at), [sequences[i] for i in at]
+        draw = Draw(drawn, logits, pending) if drawn else None
+        launched = Launched(sequences, [len(t) for t in tables], step, [v.rows() for v in views], drawn, draw)
         mx.async_eval(launched.arrays)
         return launched

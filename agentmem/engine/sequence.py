@@ -30,8 +30,6 @@ from agentmem.engine.table import Table
 Phase = Literal["waiting", "restoring", "prefill", "decode", "ended", "closing", "done"]
 Finish = FinishReason
 
-LAST_CHUNK = 32
-
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -98,13 +96,12 @@ class Sequence:
         return len(self.table) if self.table is not None else 0
 
     def next_chunk(self, tokens: int) -> list[int]:
-        """The next `tokens` tokens of the prompt. The last chunk is short, because logits are made for all of it."""
-        assert self.table is not None
-        fed = len(self.table)
-        rest = self.ids[fed : fed + tokens]
-        if fed + len(rest) == len(self.ids) and len(rest) > 2 * LAST_CHUNK:
-            rest = rest[:-LAST_CHUNK]
-        return rest
+        """The next `tokens` tokens of the prompt."""
+        return self.ids[self.history : self.history + tokens]
+
+    def is_due(self, tokens: int) -> bool:
+        """Whether the first token of the reply comes after the next `tokens` of the prompt."""
+        return self.generate and self.history + tokens >= len(self.ids)
 
     @property
     def whole(self) -> Sequence:

@@ -28,7 +28,7 @@ def admission(limit: int, *, chunk_tokens: int = 256) -> Admission:
     model = random_model("llama", seed=0)
     plan = layout(model, "fp16", 64)
     size = model_size(model.model, plan.geometry, plan.query_heads, plan.dtype)
-    return Admission(size, plan.geometry, 8 * MIB, limit, chunk_tokens=chunk_tokens, fused=False)
+    return Admission(size, plan.geometry, 8 * MIB, limit, chunk_tokens=chunk_tokens, fused=False, splits=True)
 
 
 def test_sizes_are_those_of_the_model() -> None:

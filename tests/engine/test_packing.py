@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentmem.engine.network import Network
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.table import Table
 from agentmem.model.random import random_model
@@ -25,7 +26,7 @@ def packed(bench: Bench, chunks: list[tuple[Table, list[int]]]) -> np.ndarray:
     """Logits float32 behind each piece of one packed pass."""
     whole = PackedPass(chunks)
     views = whole.views()
-    logits = whole.last(bench.model.model(whole.ids, cache=views))
+    logits = Network(bench.model.model).logits(whole.ids, views, [p.last for p in whole.pieces])
     took = [t.absorb(whole.rows_of(views, i), tokens) for i, (t, tokens) in enumerate(chunks)]
     mx.eval(logits, [arrays for arrays, _ in took])
     for _, apply in took:

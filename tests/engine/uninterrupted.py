@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,24 @@ from agentmem.blockpool.pool import Pool
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.conversation import Conversation, Span
 from agentmem.engine.layout import layout
-from agentmem.engine.sequence import LAST_CHUNK
+from agentmem.engine.network import Network
 from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
 from agentmem.quant.paths import chosen
 from agentmem.quant.selftest import self_tests
 
 
-class Recorder(nn.Module):
-    """A model that notes the last logits of each forward pass, float32 [vocab]."""
+class Recorder(Network):
+    """A network that notes the last logits that each pass makes, float32 [vocab]."""
 
-    def __init__(self, inner: nn.Module, keep: list[np.ndarray]) -> None:
-        super().__init__()
-        self.inner = inner
+    def __init__(self, model: nn.Module, keep: list[np.ndarray]) -> None:
+        super().__init__(model)
         self._keep = keep
 
-    @property
-    def layers(self) -> Any:
-        return self.inner.layers
-
-    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
-        logits = self.inner(tokens, cache=cache)
-        self._keep.append(np.array(logits[0, -1].astype(mx.float32)))
+    def logits(self, ids: mx.array, views: Sequence[Any], rows: Sequence[int]) -> mx.array:
+        logits = super().logits(ids, views, rows)
+        if len(rows):
+            self._keep.append(np.array(logits[-1].astype(mx.float32)))
         return logits
 
 
@@ -51,13 +48,14 @@ class Uninterrupted:
         tested = self_tests(plan.codecs, plan.query_heads, plan.dtype)
         self.table = Table(self.pool, chosen(tested))
         self._query_heads, self._plans = plan.query_heads, Plans() if tested["fused"]["ok"] else None
+        self._network = Network(model.model)
         self.conversation = Conversation(model.tokenizer)
 
     def _feed(self, tokens: list[int]) -> np.ndarray:
         views = self.table.views()
-        logits = self.model.model(mx.array([tokens]), cache=views)
+        logits = self._network.logits(mx.array([tokens]), views, [len(tokens) - 1])
         arrays, apply = self.table.absorb(views, tokens)
-        last = logits[0, -1].astype(mx.float32)
+        last = logits[0].astype(mx.float32)
         mx.eval(arrays, last)
         apply()
         return np.array(last)
@@ -66,9 +64,9 @@ class Uninterrupted:
         self.table.reserve()
         step = DecodeStep([self.table], self._query_heads, self._plans)
         views = step.views()
-        logits = self.model.model(mx.array([[token]]), cache=views)
+        logits = self._network.logits(mx.array([[token]]), views, [0])
         rows = [v.rows() for v in views]
-        last = logits[0, -1].astype(mx.float32)
+        last = logits[0].astype(mx.float32)
         mx.eval(rows, last)
         assert not step.apply(rows, [token])
         return np.array(last)
@@ -83,8 +81,6 @@ class Uninterrupted:
         while len(self.table) < len(ids):
             fed = len(self.table)
             rest = ids[fed : fed + self.chunk_tokens - fed % self.chunk_tokens]
-            if fed + len(rest) == len(ids) and len(rest) > 2 * LAST_CHUNK:
-                rest = rest[:-LAST_CHUNK]
             logits = self._feed(rest)
         first, prefilled = logits, len(ids) - before
         reply, decoder, out = [], self.model.tokenizer.detokenizer(), ""
