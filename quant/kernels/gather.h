@@ -15,12 +15,17 @@ FN void gather_rows(const GLOBAL unsigned* arena, Offsets offsets, Tail tail, co
   const unsigned raw_word = ((key ? 0 : H * DK) + h * dim + at) / 2;
   float x[8];
   if (s < packed) {
-    const unsigned bits = key ? KB : VB, group = key ? KG : VG, per = 32 / bits, mask = (1u << bits) - 1u;
+    const unsigned bits = key ? KB : VB, group = key ? KG : VG, mask = (1u << bits) - 1u;
     const unsigned base = offsets[s] + (key ? 0 : H * DK * KB / 32 + H * DK / KG);
-    const unsigned code = base + (h * dim + at) * bits / 32;
+    const unsigned first = (h * dim + at) * bits;  // a multiple of 8 bits; codes of 3 bits may lie in two words
     const unsigned pair = arena[base + H * dim * bits / 32 + (h * dim + at) / group];
     const float scale = wide<BF>(pair), bias = wide<BF>(pair >> 16);
-    for (unsigned i = 0; i < 8; i++) x[i] = scale * (float)((arena[code + i / per] >> (bits * (i % per))) & mask) + bias;
+    for (unsigned i = 0; i < 8; i++) {
+      const unsigned word = base + (first + bits * i) / 32, from = (first + bits * i) % 32;
+      unsigned code = arena[word] >> from;
+      if (from + bits > 32) code |= arena[word + 1] << (32 - from);
+      x[i] = scale * (float)(code & mask) + bias;
+    }
   } else if (s < stored) {
     for (unsigned i = 0; i < 4; i++) {
       const unsigned word = s < packed + raw ? arena[offsets[s] + raw_word + i]

@@ -40,7 +40,7 @@ class Scattered:
 
 def scattered(codec: RowCodec, packed: mx.array, raw: mx.array, tail: mx.array) -> Scattered:
     rng = np.random.default_rng(0)
-    arena = rng.integers(0, 1 << 32, (PACKED + 4 * RAW, codec.packed_words), dtype=np.uint32)
+    arena = rng.integers(0, 1 << 32, (PACKED + 6 * RAW, codec.packed_words), dtype=np.uint32)
     words = arena.reshape(-1)
     offsets = [int(i) * codec.packed_words for i in rng.permutation(PACKED)]
     offsets += [PACKED * codec.packed_words + int(i) * codec.raw_words for i in rng.permutation(RAW)]
@@ -51,7 +51,7 @@ def scattered(codec: RowCodec, packed: mx.array, raw: mx.array, tail: mx.array) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize(("heads", "keys", "values", "group"), [(1, 4, 4, 64), (2, 8, 4, 32)])
+@pytest.mark.parametrize(("heads", "keys", "values", "group"), [(1, 4, 4, 64), (2, 8, 4, 32), (2, 3, 3, 64), (1, 8, 3, 32)])
 def test_stored_rows_and_a_chunk_become_whole(
     heads: int, keys: int, values: int, group: int, stored: mx.Dtype
 ) -> None:
