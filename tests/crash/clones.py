@@ -42,12 +42,16 @@ class Moment:
 
 
 class Recorder(Files):
-    """Files of a store that writes down every change. `moments` are the points at which the power may go."""
+    """Files of a store that writes down every change. `moments` are the points at which the power may go.
+
+    What lies in the folder at first is on the drive for certain.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(durable=False)
         self.folder = folder
-        self.entries: dict[str, Content] = {}
+        files = [p for name in ("extents", "quarantine") for p in (folder / name).glob("*")]
+        self.entries: dict[str, Content] = {self._name(p): p.read_bytes() for p in files}
         self.pending: tuple[Change, ...] = ()
         self.moments: list[Moment] = []
         self._index = (b"", b"")

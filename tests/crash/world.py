@@ -55,7 +55,10 @@ class Speaker:
 
 
 class World:
-    """Runs operations one at a time. `log` is what was acknowledged, `doing` what the operation under way would make of it."""
+    """Runs operations one at a time. `log` is what was acknowledged, `doing` what the operation under way would make of it.
+
+    On a folder in which a world lived before, it goes on from what is there.
+    """
 
     def __init__(self, folder: Path, recorder: Recorder, rng: random.Random) -> None:
         self.recorder = recorder
@@ -65,7 +68,25 @@ class World:
         self.speakers: dict[str, Speaker] = {}
         self.log: Log = {}
         self.doing: Log = {}
-        self._last = {"agents": 0, "sessions": 0, "pages": 0, "extents": 0}
+        self._last = (
+            dict.fromkeys(("agents", "sessions", "pages", "extents"), 0) | self.store.index.last_ids()
+        )
+        self._load()
+
+    def _load(self) -> None:
+        index = self.store.index
+        pages: dict[int, Page] = {}
+        for id_, parent, raw, tokens, pieces in index.pages(SPACE):
+            page = self.tree.add(pages[parent] if parent is not None else self.tree.root, tokens, raw=raw)
+            page.id, page.pieces = id_, pieces
+            pages[id_] = page
+        agents = {a.id: a for a in index.agents()}
+        for session in index.sessions():
+            speaker = Speaker(agents[session.agent], session, None, replayed(session.turns))
+            self._move(speaker, pages[session.head] if session.head is not None else None)
+            self.speakers[speaker.agent.name] = speaker
+            self._note(speaker)
+            self.log = self.doing
 
     def _id(self, table: str) -> int:
         self._last[table] += 1
