@@ -32,6 +32,10 @@ KERNELS = {
     "Haswell": {"avx2", "fma"},
 }
 """Kernels that every OpenBLAS with AVX has, the fastest first, and what a processor must offer for them."""
+WAIT, SHORTEST = "OPENBLAS_THREAD_TIMEOUT", "4"
+"""How long its threads spin before they sleep, as a power of two in cycles. Its own 2^26 is longer than most pauses between
+products: on two cores that was a third of a prompt's CPU time, taken from everybody else, and no time won.
+"""
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +79,16 @@ def _load_system() -> str | None:
 def _load(path: str) -> None:
     """Load an OpenBLAS for all to see. Raises OSError when that is not to be."""
     global _kernels
-    library = ctypes.CDLL(path)  # not for all yet: it may have to go again
-    _kernels, better = _core(library), _better_kernels()
-    if _kernels in FALLBACKS and better is not None and CORE not in os.environ:
-        dlclose = ctypes.CDLL(None).dlclose
-        dlclose(ctypes.c_void_p(library._handle))
-        with _environment(CORE, better):
-            library = ctypes.CDLL(path)
-        _kernels = _core(library)
-    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    with _environment(WAIT, SHORTEST):
+        library = ctypes.CDLL(path)  # not for all yet: it may have to go again
+        _kernels, better = _core(library), _better_kernels()
+        if _kernels in FALLBACKS and better is not None and CORE not in os.environ:
+            dlclose = ctypes.CDLL(None).dlclose
+            dlclose(ctypes.c_void_p(library._handle))
+            with _environment(CORE, better):
+                library = ctypes.CDLL(path)
+            _kernels = _core(library)
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def _core(library: ctypes.CDLL) -> str | None:
@@ -108,7 +113,10 @@ def _better_kernels() -> str | None:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """A variable for a while; others who read it, NumPy's OpenBLAS for one, must not see it."""
+    """A variable for a while, unless it is set; others who read it, NumPy's OpenBLAS for one, must not see it."""
+    if name in os.environ:
+        yield
+        return
     os.environ[name] = value
     try:
         yield

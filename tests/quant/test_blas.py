@@ -1,4 +1,4 @@
-"""OpenBLAS runs on kernels that suit the processor. Each choice is made in a process of its own, while the library loads."""
+"""OpenBLAS runs on kernels that suit the processor and waits asleep. It reads that while it loads: processes of their own."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def product():
     ctypes.CDLL(None).cblas_sgemm(101, 111, 111, 2, 2, 2, one, a, 2, b, 2, none, c, 2)
     return list(c)
 blas.preload()
-print(json.dumps({**blas.status(), "better": blas._better_kernels(), "product": product(), "told": blas.CORE in os.environ}))
+said = {**blas.status(), "better": blas._better_kernels(), "product": product()}
+said["wait"] = ctypes.CDLL(None).openblas_thread_timeout()
+said["told"] = [name for name in os.environ if name.startswith("OPENBLAS")]
+print(json.dumps(said))
 """
 
 
 def outcome(change: str = "", **environment: str) -> dict[str, Any]:
     """What a process says that loads OpenBLAS after `change`; other libraries of it find the symbols."""
-    plain = {name: value for name, value in os.environ.items() if name != blas.CORE}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
     done = subprocess.run(
         [sys.executable, "-c", LOAD + change + OUTCOME],
         env=plain | environment, capture_output=True, text=True, timeout=60, check=False,
@@ -50,7 +53,7 @@ def outcome(change: str = "", **environment: str) -> dict[str, Any]:
 def test_no_processor_runs_on_kernels_far_below_it() -> None:
     said = outcome()
     assert said["better"] is None or said["kernels"] not in blas.FALLBACKS
-    assert not said["told"]
+    assert said["told"] == [], "another OpenBLAS of this process would follow"
 
 
 def test_a_fallback_is_replaced_by_the_first_kernels_that_the_processor_can_run() -> None:
@@ -58,10 +61,15 @@ def test_a_fallback_is_replaced_by_the_first_kernels_that_the_processor_can_run(
     kernels = {"Nothing": {"no such flag"}, "Nehalem": {"sse4_2"}, "Haswell": {"avx2"}}
     said = outcome(f"blas.FALLBACKS, blas.KERNELS = [*blas.FALLBACKS, {chosen!r}], {kernels}\n")
     assert said["kernels"] == "Nehalem"
-    assert not said["told"], "another OpenBLAS of this process would follow"
+    assert said["told"] == []
 
 
 def test_who_chose_kernels_gets_them() -> None:
     said = outcome(OPENBLAS_CORETYPE="Prescott")
     assert said["kernels"] == "Prescott"
-    assert said["told"]
+    assert said["told"] == ["OPENBLAS_CORETYPE"]
+
+
+def test_threads_that_wait_for_products_sleep() -> None:
+    assert outcome()["wait"] == 4
+    assert outcome(OPENBLAS_THREAD_TIMEOUT="9")["wait"] == 9
