@@ -33,9 +33,12 @@ class DaemonRecord:
         """Put the record into `home` in one step, readable by the owner only."""
         temporary = home.daemon.with_name(f".daemon.{self.pid}.tmp")
         temporary.unlink(missing_ok=True)
-        with open(temporary, "x", encoding="utf-8", opener=private) as file:
-            json.dump(asdict(self), file)
-        os.replace(temporary, home.daemon)
+        try:
+            with open(temporary, "x", encoding="utf-8", opener=private) as file:
+                json.dump(asdict(self), file)
+            os.replace(temporary, home.daemon)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @property
     def alive(self) -> bool:

@@ -112,3 +112,8 @@ def is_disk_full(error: Exception) -> bool:
         full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
         return getattr(error, "sqlite_errorcode", None) in full
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def why_not(error: Exception) -> str:
+    """What an error of the file system or of SQLite says to whoever wanted to start."""
+    return "the disk is full; make room and start again" if is_disk_full(error) else str(error)

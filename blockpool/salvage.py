@@ -23,7 +23,7 @@ from agentmem.blockpool.carve import carve
 from agentmem.blockpool.chains import Chains
 from agentmem.blockpool.extent import SUFFIX
 from agentmem.blockpool.failpoint import failpoint
-from agentmem.blockpool.files import Files
+from agentmem.blockpool.files import Files, why_not
 from agentmem.blockpool.index import Index
 from agentmem.blockpool.rows import (
     AgentRow,
@@ -104,7 +104,7 @@ def open_index(
             (folder / WANTED).unlink(missing_ok=True)
         return _checked(path, fingerprint, text_identity, files.durable, vaults), report
     except (OSError, sqlite3.Error) as e:
-        raise StoreError(f"{path} cannot be opened: {e}") from e
+        raise StoreError(f"{path} cannot be opened: {why_not(e)}") from e
 
 
 def ask_for_rebuild(folder: Path) -> None:

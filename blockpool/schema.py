@@ -12,6 +12,7 @@ from pathlib import Path
 from sqlite_utils import Database
 
 from agentmem.blockpool.carve import FILE_HEADER
+from agentmem.blockpool.files import why_not
 from agentmem.blockpool.wal import PAGE_SIZE, read_log
 from agentmem.errors import StoreError
 
@@ -94,7 +95,7 @@ def connect(path: Path, durable: bool) -> Database:
         connection.close()
         if isinstance(e, UnicodeError) or is_damage(e):
             raise IndexDamaged(str(e)) from e
-        raise StoreError(f"{path} cannot be opened: {e}") from e
+        raise StoreError(f"{path} cannot be opened: {why_not(e)}") from e
     except BaseException:
         connection.close()
         raise

@@ -46,9 +46,13 @@ class CalibrationFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with NamedTemporaryFile("wb", dir=self.path.parent, delete=False) as file:
-                file.write(save(made.tensors()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, self.path)
+                try:
+                    file.write(save(made.tensors()))
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, self.path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
         except OSError as error:
             log.warning("calibration %s cannot be kept: %s", self.path.name, error)

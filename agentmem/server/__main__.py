@@ -7,6 +7,7 @@ Prints `agentmem ready URL` on stdout when it serves. Exit status: 0 after a cle
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -153,6 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     except AgentMemError as error:
         print(f"agentmem: {error.message}", file=sys.stderr)
         return FAILURE
+    except OSError as error:
+        print(f"agentmem: {settings.home} cannot be used: {_why_not(error)}", file=sys.stderr)
+        return FAILURE
     return 0
 
 
@@ -160,6 +164,12 @@ def _first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(str(step) for step in first['loc'])}: {first['msg']}"
+    return str(error)
+
+
+def _why_not(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; make room and start again"
     return str(error)
 
 

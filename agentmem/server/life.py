@@ -48,16 +48,21 @@ def held(home: Home) -> Iterator[None]:
 
 
 def load_token(home: Home) -> str:
-    """The home's token, made at the first start. Only its owner can read the file."""
-    try:
-        descriptor = private(home.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    except FileExistsError:
+    """The home's token, made at the first start. Only its owner can read the file. Precondition: the home is held."""
+    if os.path.lexists(home.token):
         return _read_token(home)
     token = secrets.token_urlsafe(TOKEN_BYTES)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(token + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    # A start that dies here must not leave an empty token, which the next one would refuse.
+    temporary = home.token.with_name(f".token.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "x", encoding="ascii", opener=private) as file:
+            file.write(token + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, home.token)
+    finally:
+        temporary.unlink(missing_ok=True)
     return token
 
 

@@ -69,3 +69,15 @@ def copy_of(home: Path, to: Path) -> Path:
     """A copy; a copy that was there goes away."""
     shutil.rmtree(to, ignore_errors=True)
     return Path(shutil.copytree(home, to))
+
+
+def fill(folder: Path) -> Path:
+    """A file that takes what is left."""
+    path = folder / "ballast"
+    with path.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"\0" * 4096):
+                pass
+        except OSError:
+            pass
+    return path

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.crash.home import fill
 from tests.crash.speaker import said
 from tests.runtime.agents import cached, extents, memory, open_runtime, turn
 
@@ -101,34 +100,6 @@ def test_a_full_disk_passes_and_loses_nothing(
     assert [t["committed"] for t in told] == [not t["disk_full"] for t in told]
     assert told[-1]["committed"]
     goes_on(tmp_path, told, undisturbed)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes; needs the right to mount one."""
-    if os.getuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root may mount a small disk")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this machine lets nobody mount a small disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """A file that takes what is left."""
-    path = folder / "ballast"
-    with path.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"\0" * 4096):
-                pass
-        except OSError:
-            pass
-    return path
 
 
 def test_a_disk_that_fills_up_and_gets_room_again(small_disk: Path, undisturbed: list[str]) -> None:
