@@ -17,6 +17,8 @@ from agentmem.engine.memory import Agent, Memory
 
 log = logging.getLogger(__name__)
 
+DISK, FLOOR = "disk_budget", "disk_floor"
+"""The settings that hold for the whole store, as they are named in what is exceeded."""
 ROOM = 10
 """A tenth of the limit is freed beyond what is needed, so that not every turn has to."""
 
@@ -55,7 +57,7 @@ class Budget:
             if over <= 0:
                 continue
             need = over + limit // ROOM
-            if name == "disk" and self._foreign:
+            if self._foreign and name in (DISK, FLOOR):
                 self._evict_foreign(need, agent)
                 return
             chosen, size = self._reclaim(pages()).until(need, self._store.size_of)
@@ -89,8 +91,8 @@ class Budget:
             )
         everything = self._all_pages
         if limits.disk:
-            yield "disk", limits.disk, self._store.disk_bytes - limits.disk, everything
-        yield "disk", limits.floor, limits.floor - self._store.free_disk(), everything
+            yield DISK, limits.disk, self._store.disk_bytes - limits.disk, everything
+        yield FLOOR, limits.floor, limits.floor - self._store.free_disk(), everything
 
     def _own(self, agent: Agent) -> list[Page]:
         """Pages that no other agent uses."""

@@ -80,6 +80,17 @@ def test_a_pinned_agent_stays_while_others_go(tmp_path: Path) -> None:
     runtime.close()
 
 
+@pytest.mark.parametrize("limit", ["disk_budget", "agent_quota", "namespace_quota"])
+def test_what_cannot_be_kept_is_named(tmp_path: Path, limit: str) -> None:
+    runtime = open_runtime(tmp_path, **{limit: 1})
+    runtime.create("keep", {"pinned": True})
+    fill(runtime, ["keep"])
+    named = {"agent_quota": "quota of agent keep", "namespace_quota": "quota of namespace default"}
+    assert runtime.store()["disk"]["exceeded"] == named.get(limit, limit)
+    assert runtime.agent("keep")["disk_bytes"] > 0
+    runtime.close()
+
+
 def test_a_quota_makes_room_among_the_agents_own_sessions(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path)
     fill(runtime, ["other"])
@@ -120,7 +131,9 @@ def test_the_floor_of_free_disk_is_never_touched(tmp_path: Path) -> None:
     finished = turn(runtime, "ada", LONG)
     assert not memory(finished)["committed"]
     assert extents(tmp_path) == []
+    idle(runtime)
     assert runtime.store()["disk"]["disk_full"]
+    assert runtime.store()["disk"]["exceeded"] == "disk_floor"
     assert runtime.health()["status"] == "degraded"
     assert cached(turn(runtime, "ada", "go on")) > 0
     runtime.close()
