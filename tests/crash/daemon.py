@@ -18,9 +18,10 @@ def log_of(home: Path) -> Path:
     return home.with_name(f"{home.name}.log")
 
 
-def spawn(home: Path, model: Path, *flags: str) -> subprocess.Popen[str]:
-    """The process, without waiting for anything."""
+def spawn(home: Path, model: Path, *flags: str, failpoint: str = "") -> subprocess.Popen[str]:
+    """The process, without waiting for anything; it dies at `failpoint`, "name:n"."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("AGENTMEM_")}
+    plain["AGENTMEM_FAILPOINT"] = failpoint
     command = [
         sys.executable,
         "-m",
@@ -41,8 +42,8 @@ def spawn(home: Path, model: Path, *flags: str) -> subprocess.Popen[str]:
 class Daemon:
     """One start of the daemon on `home`. Fails when it does not come up."""
 
-    def __init__(self, home: Path, model: Path, *flags: str) -> None:
-        self.process = spawn(home, model, *flags)
+    def __init__(self, home: Path, model: Path, *flags: str, failpoint: str = "") -> None:
+        self.process = spawn(home, model, *flags, failpoint=failpoint)
         self.log = log_of(home)
         assert self.process.stdout is not None
         ready = next((line for line in self.process.stdout if line.startswith(READY)), "")
@@ -57,15 +58,24 @@ class Daemon:
 
     def chat(self, agent: str, text: str, **fields: Any) -> dict[str, Any]:
         """One turn of a conversation that the daemon keeps; returns its usage. Raises httpx.HTTPError."""
+        return self.say(agent, text, **fields)[1]
+
+    def say(self, agent: str, text: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+        """The same; returns the reply too."""
         body = {
             "messages": [{"role": "user", "content": text}],
             "max_tokens": 6,
             "agentmem": {"agent": agent, "history": "server"},
             **fields,
         }
-        response = self.http.post("/v1/chat/completions", json=body)
+        answer = self.post("/v1/chat/completions", body)
+        return str(answer["choices"][0]["message"]["content"]), dict(answer["usage"])
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Raises httpx.HTTPError."""
+        response = self.http.post(path, json=body)
         assert response.status_code == 200, response.text
-        return dict(response.json()["usage"])
+        return dict(response.json())
 
     def get(self, path: str) -> dict[str, Any]:
         response = self.http.get(path)
