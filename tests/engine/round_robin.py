@@ -27,8 +27,8 @@ AGENTS, TURNS = 10, 20
 WARM_UP_TURNS = 2
 WIDE = {"num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 2048}
 """State of 37 kB a token, two megabytes a page: the state of ten agents is much next to all else."""
-NARROW = {"num_hidden_layers": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 768}
-"""Less than half of that, for a hundred agents."""
+NARROW = {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 1024}
+"""A quarter of that, for a hundred agents."""
 FORMAT = "q4-plain"
 """Without the default's key maps: of heads this wide they would be larger than the state."""
 
@@ -55,7 +55,9 @@ def measure(
     """
     mx.set_cache_limit(0)
     model = random_model("llama", seed=9, **(WIDE if disk is None else NARROW))
-    warm_up = Runtime.open(Settings(home=home / "warm-up", ram_budget=64 << 20, kv_format=FORMAT), lambda: model)
+    warm_up = Runtime.open(
+        Settings(home=home / "warm-up", ram_budget=64 << 20, kv_format=FORMAT), lambda: model
+    )
     visit(warm_up, 1, WARM_UP_TURNS, 1, lambda turn: None)
     warm_up.close()
     del warm_up
@@ -75,7 +77,9 @@ def measure(
             on_disk.append(sum(p.stat().st_size for p in (home / "home" / "store").rglob("*") if p.is_file()))
 
     sample()
-    runtime = Runtime.open(Settings(home=home / "home", ram_budget=budget, disk_budget=disk, kv_format=FORMAT), lambda: model)
+    runtime = Runtime.open(
+        Settings(home=home / "home", ram_budget=budget, disk_budget=disk, kv_format=FORMAT), lambda: model
+    )
     visit(runtime, agents, turns_in_all, 1, observe, 32 if disk is None else 4)
     used, capacity = (runtime.store()["ram"][k] for k in ("used_bytes", "capacity_bytes"))
     runtime.close()

@@ -90,7 +90,7 @@ def test_memory_of_the_process_follows_the_budget(tmp_path: Path) -> None:
 @pytest.mark.slow(minutes=2)
 def test_a_hundred_agents_on_a_budget_for_ten(tmp_path: Path) -> None:
     """Five hundred turns: memory and disk stay within their budgets, and nothing fails. State that left the disk is read anew."""
-    budget, disk = 160 << 20, 900 << 20
+    budget, disk = 128 << 20, 420 << 20
     result = measured(tmp_path, budget, 100, 500, disk)
     assert len(result["replies"]) == 500
     assert result["used"] <= budget
