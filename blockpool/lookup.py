@@ -241,13 +241,15 @@ class Lookup:
         turns = self._turns()
         known: dict[int, SessionRow] = {}
         texts, names = self._texts()
-        spaces = {self._find_space(n) for n in self.namespaces() if n not in self.locked}
+        own_spaces = {self._find_space(n) for n in self.namespaces()}
+        spaces = {i for i in own_spaces if names.get(i) not in self.locked}
         for *columns, total in self.db.execute("select * from sessions order by id"):
             if not self._sound("sessions", tuple(columns), total):
                 continue
             id_, agent, name, space, head, base, base_turn = columns
             text = texts.get(space) == self.text_identity
             row = SessionRow(id_, agent, name, head if space in spaces else None, base, base_turn, text)
+            row.foreign = head is not None and space in names and space not in own_spaces
             own = self._opened(turns.get(id_, []), names.get(space, ""), row)
             inherited = known[base].turns if base in known else []
             row.turns = [t for t in inherited if t.n <= base_turn]

@@ -49,7 +49,8 @@ class SessionRow:
 
     `head` is the id of the last page of its state, or None. A fork's turns are those of `base` up to `base_turn`, then its
     own; `turns` holds both. `text` is False when another tokenizer or chat template made the ids: then only the messages
-    mean something. A `locked` one is sealed with a key that is not there: its turns are sealed ones.
+    mean something. A `foreign` one has state of another fingerprint. A `locked` one is sealed with a key that is not there: its
+    turns are sealed ones.
     """
 
     id: int
@@ -61,6 +62,7 @@ class SessionRow:
     text: bool = True
     turns: list[TurnRow] = field(default_factory=list)
     locked: bool = False
+    foreign: bool = False
 
 
 @dataclass(slots=True)

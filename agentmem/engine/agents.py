@@ -14,7 +14,8 @@ from agentmem.engine.conversation import Conversation
 class Session:
     """One growing context. `head` is the last page of its state, `stored_head` the one that the index knows.
 
-    `unlogged` are turns whose commit failed; they are written with the next one.
+    `unlogged` are turns whose commit failed; they are written with the next one. `damaged`: state of it was put aside since its
+    last turn.
     """
 
     row: SessionRow
@@ -23,6 +24,7 @@ class Session:
     stored_head: Page | None = None
     unlogged: list[TurnRow] = field(default_factory=list)
     busy: bool = False
+    damaged: bool = False
     log_bytes: int = 0
 
     def replay(self) -> None:

@@ -246,7 +246,8 @@ class Arrival:
         first, sessions = 0, []
         for record in parcel.manifest.sessions:
             rows, first = turn_rows(record, parcel.archive.log, first, text=parcel.kept != "messages")
-            session = Session(SessionRow(0, 0, record.name, None, turns=rows), Conversation(self._tokenizer))
+            row = SessionRow(0, 0, record.name, None, turns=rows, foreign=parcel.kept != "state")
+            session = Session(row, Conversation(self._tokenizer))
             session.replay()
             state = parcel.kept == "state" and record.head is not None
             sessions.append((session, parcel.pages[record.head] if state else None))  # type: ignore[index]

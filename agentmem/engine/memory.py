@@ -315,7 +315,7 @@ class Memory:
             if session.head in lost:
                 keep = [p for p in session.head.chain() if p not in lost]
                 session.move_head(keep[-1] if keep else None)
-                session.stored_head = session.head
+                session.stored_head, session.damaged = session.head, True
                 heads[session.row.id] = session.head.id if session.head is not None else None
         gone = [p.id for p in lost if p.id is not None]
         self.journal.condemn(list(lost))

@@ -177,17 +177,32 @@ class Planner:
         ids = sequence.ids[keep:fed]
         return Alignment(keep, self._tokenizer.decode(ids), ids)
 
+    @staticmethod
+    def _reason(sequence: Sequence, before: int) -> str:
+        """Why as much was reused as was, in a word; the session had `before` tokens.
+
+        `new_session`: nothing was remembered. `extended`: all of it goes on. `input_changed`: the messages are not those of the
+        session. The others say why there was no state of tokens that stayed the same: `quarantined` (damaged), `evicted` (it had
+        left the disk), `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
+        """
+        session, alignment = sequence.session, sequence.alignment
+        assert session is not None
+        assert alignment is not None
+        if not before:
+            return "fingerprint_changed" if session.row.turns else "new_session"
+        # The last token of a reply was sampled, not fed: it never has state.
+        if sequence.lost or sequence.reused + 1 < alignment.keep:
+            if sequence.lost or session.damaged:
+                return "quarantined"
+            return "fingerprint_changed" if session.row.foreign else "evicted"
+        return "extended" if alignment.keep >= before else "input_changed"
+
     def _stats(self, sequence: Sequence, before: int) -> dict[str, Any]:
         """What `explain` tells of this turn."""
         assert sequence.alignment is not None
-        if not before:
-            reason = "new_session"
-        elif sequence.lost:
-            reason = "quarantined"
-        elif sequence.alignment.keep >= before:
-            reason = "extended"
-        else:
-            reason = "input_changed"
+        assert sequence.session is not None
+        reason = self._reason(sequence, before)
+        sequence.session.damaged = sequence.session.row.foreign = False
         usage = sequence.usage(0, False)
         return {
             "reason": reason,

@@ -47,6 +47,9 @@ def test_words_outlive_a_change_and_state_waits_for_the_way_back(
     assert memory(reply)["state_before"] == "cold"
     assert memory(reply)["prefilled_tokens"] == reply.usage["prompt_tokens"]
     assert reply.usage["prompt_tokens"] == expected.prompts["bob"]
+    assert other.explain("bob")["reason"] == "fingerprint_changed"
+    turn(other, "bob", "and?")
+    assert other.explain("bob")["reason"] == "extended"
     assert other.upkeep.verify(deep=True)["ok"]
     other.close()
     back = start(home)

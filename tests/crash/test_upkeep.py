@@ -271,5 +271,6 @@ def test_what_the_scrub_finds_is_put_aside(home: Path, expected: Expected) -> No
     scrub._check(next(i for i, name in runtime._store.names.items() if name == bad.name))
     wait_for(lambda: quarantined(home) == [bad.name])
     assert {agent: turn(runtime, agent, "go on").text for agent in TURNS} == expected.replies
+    assert "quarantined" in {runtime.explain(agent)["reason"] for agent in TURNS}
     assert runtime.health()["store"]["scrub"]["bad"] == 1
     runtime.close()

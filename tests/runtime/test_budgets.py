@@ -157,6 +157,26 @@ def test_state_evicted_from_disk_stays_hot_until_room_is_needed(tmp_path: Path) 
     runtime.close()
 
 
+def test_explain_says_that_state_had_left_the_disk(tmp_path: Path) -> None:
+    runtime = open_runtime(tmp_path)
+    fill(runtime, ["ada", "bob"])
+    assert runtime.explain("ada")["reason"] == "new_session"
+    runtime.prune(0.0)
+    turn(runtime, "bob", "go on")  # still in RAM
+    assert runtime.explain("bob")["reason"] == "extended"
+    runtime.close()
+    runtime = open_runtime(tmp_path)
+    turn(runtime, "ada", "go on")
+    told = runtime.explain("ada")
+    assert told["reason"] == "evicted"
+    assert told["exact_tokens"] < 64 < told["kept_tokens"] == told["session_tokens_before"]
+    assert told["prefilled_tokens"] > 200
+    for agent in ("ada", "bob"):
+        turn(runtime, agent, "and on")
+        assert runtime.explain(agent)["reason"] == "extended"
+    runtime.close()
+
+
 def test_prune_spares_the_young_and_the_pinned_and_can_only_look(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path)
     fill(runtime, ["old", "pin", "young"])
