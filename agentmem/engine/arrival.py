@@ -1,7 +1,8 @@
 """Import: an archive becomes an agent of this home, whole or not at all.
 
 Imported pages lie in a tree of their own, so that no other agent ever continues from rows whose origin nobody here can vouch for.
-With `trust` they join the namespace's tree, and pages that are there already, token for token and byte for byte, are shared.
+With `trust` they join the namespace's tree, and pages that are there already, token for token and byte for byte, are shared. A
+pin counts only then, too; a quota always does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from agentmem.engine.commit_rows import page_record
 from agentmem.engine.conversation import Conversation
 from agentmem.engine.departure import Identity, WhenIdle
 from agentmem.engine.fetch import Call, Fetch
-from agentmem.engine.manifest import Manifest, check_log, check_pages, read_manifest, turn_rows
+from agentmem.engine.manifest import Manifest, check_log, check_pages, policy_of, read_manifest, turn_rows
 from agentmem.engine.memory import Agent, Memory, Session
 from agentmem.engine.request import check_name
 from agentmem.errors import AlreadyExists, BadArchive, StoreError
@@ -308,7 +309,7 @@ class Arrival:
             lineage["space"] = parcel.space
         return AgentRow(
             self._memory.next_id("agents"), parcel.namespace, parcel.name, manifest.created, now,
-            dict(manifest.totals), {}, lineage,
+            dict(manifest.totals), policy_of(manifest, trust=parcel.trust), lineage,
         )  # fmt: skip
 
     def _give_up(self, parcel: Parcel) -> None:

@@ -20,9 +20,11 @@ from agentmem.engine.manifest import (
     Manifest,
     MessageRecord,
     PageRecord,
+    PolicyRecord,
     SessionRecord,
     TurnRecord,
     facts,
+    policy_record,
 )
 from agentmem.engine.memory import Memory, Session, locked
 from agentmem.errors import BadRequest, StoreError
@@ -53,6 +55,7 @@ class Snapshot:
     created: float
     last_used: float
     totals: dict[str, int]
+    policy: PolicyRecord
     sessions: list[tuple[str, list[TurnRow], Page | None, bool]]
     held: list[Page]
 
@@ -115,7 +118,8 @@ class Departure:
         for page in held:
             page.heads += 1
         row = agent.row
-        return Snapshot(row.name, row.created, row.last_used, dict(row.totals), sessions, held)
+        policy = policy_record(row.policy)
+        return Snapshot(row.name, row.created, row.last_used, dict(row.totals), policy, sessions, held)
 
     def _release(self, snapshot: Snapshot) -> None:
         for page in snapshot.held:
@@ -154,6 +158,7 @@ class Departure:
             created=snapshot.created,
             last_used=snapshot.last_used,
             totals=snapshot.totals,
+            policy=snapshot.policy,
             pages=records,
             sessions=[
                 SessionRecord(

@@ -67,6 +67,13 @@ class SessionRecord(Part):
     turns: Annotated[list[TurnRecord], Field(min_length=1, max_length=MAX_TURNS)]
 
 
+class PolicyRecord(Part):
+    """What was asked of the agent. `persist` stays behind: an import is for keeping."""
+
+    pinned: bool = False
+    quota_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+
+
 class Manifest(Part):
     """Everything of an archive that is not a token id or a row. `text` is the hash of tokenizer and chat template."""
 
@@ -78,6 +85,7 @@ class Manifest(Part):
     created: Time
     last_used: Time
     totals: Annotated[dict[Key, Count], Field(max_length=64)]
+    policy: PolicyRecord = PolicyRecord()
     pages: Annotated[list[PageRecord], Field(max_length=MAX_PAGES)]
     sessions: Annotated[list[SessionRecord], Field(min_length=1, max_length=MAX_SESSIONS)]
 
@@ -85,6 +93,19 @@ class Manifest(Part):
 def facts(stats: dict[str, Any]) -> dict[str, Any]:
     """The part of a turn's stats that travels: single values."""
     return {k: v for k, v in stats.items() if v is None or isinstance(v, bool | int | float | str)}
+
+
+def policy_record(policy: dict[str, Any]) -> PolicyRecord:
+    """The part of an agent's policy that travels."""
+    return PolicyRecord(pinned=policy.get("pinned", False), quota_bytes=policy.get("quota_bytes"))
+
+
+def policy_of(manifest: Manifest, *, trust: bool) -> dict[str, Any]:
+    """The policy of an agent that comes in. A pin takes room from other agents, so only one that is trusted brings its own."""
+    record = manifest.policy
+    pinned = {"pinned": True} if record.pinned and trust else {}
+    quota = {"quota_bytes": record.quota_bytes} if record.quota_bytes is not None else {}
+    return pinned | quota
 
 
 def read_manifest(archive: Archive) -> Manifest:

@@ -20,6 +20,7 @@ from agentmem.model.random import random_model
 from agentmem.runtime import Runtime
 from agentmem.settings import Settings
 from tests.runtime.agents import BUDGET, LONG, Running, cached, extents, memory, turn
+from tests.runtime.archives import changed
 
 Opened = Callable[..., Runtime]
 Carried = Callable[[Runtime, str], Path]
@@ -307,6 +308,40 @@ def test_an_agent_that_does_not_persist_travels(opened: Opened, carried: Carried
     there = opened("there")
     one, two = turn(here, "ada", NEXT), turn(there, "ada", NEXT)
     assert (one.text, cached(one)) == (two.text, cached(two))
+
+
+def test_policies_travel_and_only_a_trusted_pin_counts(opened: Opened, carried: Carried) -> None:
+    here, there = opened("here"), opened("there")
+    turn(here, "ada", LONG)
+    here.set_policy("ada", {"pinned": True, "quota_bytes": 1 << 40})
+    path = carried(here, "ada")
+    admit(there, path, "guest")
+    admit(there, path, "friend", trust=True)
+    there.close()
+    there = opened("there")
+    known = {a["agent"]: (a["pinned"], a["quota_bytes"], a["persist"]) for a in there.agents()}
+    assert known == {"guest": (False, 1 << 40, True), "friend": (True, 1 << 40, True)}
+
+
+def test_a_quota_that_comes_along_is_kept(opened: Opened, carried: Carried) -> None:
+    here, there = opened("here"), opened("there")
+    turn(here, "ada", LONG)
+    here.set_policy("ada", {"quota_bytes": 1})
+    path = carried(here, "ada")
+    turn(there, "eve", LONG)
+    own = there.agent("eve")["disk_bytes"]
+    admit(there, path)
+    there.close()
+    there = opened("there")
+    assert (there.agent("ada")["state"], there.agent("eve")["disk_bytes"]) == ("cold", own)
+    assert turn(there, "ada", NEXT).usage["prompt_tokens"] > 300
+
+
+def test_archives_without_policies_are_read(opened: Opened, carried: Carried, tmp_path: Path) -> None:
+    here, there = opened("here"), opened("there")
+    turn(here, "ada", LONG)
+    path = changed(carried(here, "ada"), tmp_path / "older", lambda c: c.manifest.pop("policy"))
+    assert admit(there, path)["kept"] == "state"
 
 
 def test_forks_travel_alone_and_of_imports_stay_apart(opened: Opened, carried: Carried) -> None:
