@@ -1,4 +1,4 @@
-"""`agents`, `show`, `fork`, `append`, `warm`, `evict`, `pin`, `forget`, `models`: what is remembered, and for whom."""
+"""`agents`, `show`, `fork`, `append`, `warm`, `evict`, `forget`, `models`: what is remembered, and for whom."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def show(agent: str, as_json: bool) -> None:
             ("shared", format_bytes(info["shared_bytes"])),
             ("in RAM", format_bytes(info["ram_bytes"])),
             ("pinned", "yes" if info["pinned"] else "no"),
+            ("quota", format_bytes(info["quota_bytes"]) if info["quota_bytes"] else "the daemon's"),
             ("encrypted", _encryption(info)),
             ("lineage", _lineage(info)),
             ("remembered", f"{format_share(info['cached_tokens'], info['prompt_tokens'])} % of the prompts"),
@@ -153,7 +154,7 @@ def warm(agent: str, as_json: bool) -> None:
     """Bring an agent's state from disk into RAM, ahead of its next turn."""
     with AgentMemClient() as client:
         info = client.warm(agent)
-    _moved(info, "in RAM", info["ram_bytes"], as_json)
+    tell_where(info, "in RAM", info["ram_bytes"], as_json)
 
 
 @click.command()
@@ -163,10 +164,11 @@ def evict(agent: str, as_json: bool) -> None:
     """Take an agent's state out of RAM. It stays on disk; nothing is lost."""
     with AgentMemClient() as client:
         info = client.evict(agent)
-    _moved(info, "on disk", info["disk_bytes"], as_json)
+    tell_where(info, "on disk", info["disk_bytes"], as_json)
 
 
-def _moved(info: dict[str, Any], where: str, size: int, as_json: bool) -> None:
+def tell_where(info: dict[str, Any], where: str, size: int, as_json: bool) -> None:
+    """Print where an agent's state is now."""
     if as_json:
         print_json({"agent": info})
     else:
@@ -187,26 +189,6 @@ def fork(agent: str, new: str, session: str | None, at: int | None, as_json: boo
         print_json({"agent": info})
         return
     click.echo(f"{new}: {_lineage(info)}, {format_count(info['tokens'])} tokens, {info['state']}")
-
-
-@click.command()
-@click.argument("agent")
-@json_option
-def pin(agent: str, as_json: bool) -> None:
-    """Keep an agent's state on disk, and in RAM as long as anything else can go."""
-    with AgentMemClient() as client:
-        info = client.set_policy(agent, pinned=True)
-    _moved(info, "on disk", info["disk_bytes"], as_json)
-
-
-@click.command()
-@click.argument("agent")
-@json_option
-def unpin(agent: str, as_json: bool) -> None:
-    """Let an agent's state go when room is needed."""
-    with AgentMemClient() as client:
-        info = client.set_policy(agent, pinned=False)
-    _moved(info, "on disk", info["disk_bytes"], as_json)
 
 
 @click.command()

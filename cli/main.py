@@ -12,7 +12,20 @@ from typing import Any, NoReturn
 import click
 
 import agentmem
-from agentmem.cli import agents, bench, demo, doctor, files, lifecycle, room, store, talk, transfer
+from agentmem.cli import (
+    agents,
+    bench,
+    demo,
+    doctor,
+    explain,
+    files,
+    lifecycle,
+    policy,
+    room,
+    store,
+    talk,
+    transfer,
+)
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.output import print_json
 from agentmem.errors import AgentMemError
@@ -90,12 +103,15 @@ for command in (
     talk.chat,
     agents.agents,
     agents.show,
+    explain.explain,
+    policy.create,
     agents.fork,
     agents.append,
     agents.warm,
     agents.evict,
-    agents.pin,
-    agents.unpin,
+    policy.pin,
+    policy.unpin,
+    policy.quota,
     agents.forget,
     room.df,
     room.prune,

@@ -1,0 +1,43 @@
+"""`explain`: why the last turn was remembered as far as it was."""
+
+from __future__ import annotations
+
+import click
+
+from agentmem.cli.output import format_count, format_ms, json_option, print_facts, print_json
+from agentmem.client import AgentMemClient
+
+REASONS = {
+    "new_session": "the session was new",
+    "extended": "it goes on from all that was remembered",
+    "input_changed": "the messages differ from those of the session",
+    "quarantined": "its state was damaged and is put aside; its tokens were read again",
+    "evicted": "its state had left the disk, to make room or by prune; its tokens were read again",
+    "fingerprint_changed": "its state is that of another model, tokenizer, template, KV format or page size",
+}
+
+
+@click.command()
+@click.argument("agent")
+@click.option("--session", help="Session of the agent. Default: the one used last.")
+@json_option
+def explain(agent: str, session: str | None, as_json: bool) -> None:
+    """Say why an agent's last turn was, or was not, taken from memory, and what it cost."""
+    with AgentMemClient() as client:
+        told = client.explain(agent, session)
+    if as_json:
+        print_json(told)
+        return
+    print_facts(
+        [
+            ("agent", f"{told['agent']}, turn {told['turn']}"),
+            ("named by", told["identity_source"] or "nobody"),
+            ("reason", f"{told['reason']}: {REASONS[told['reason']]}"),
+            ("session before", f"{format_count(told['session_tokens_before'])} tokens, "
+                               f"{format_count(told['kept_tokens'])} of them kept"),
+            ("state before", told["state_before"]),
+            ("prompt", f"{format_count(told['prompt_tokens'])} tokens: {format_count(told['exact_tokens'])} remembered, "
+                       f"{format_count(told['prefilled_tokens'])} read"),
+            ("cost", f"{format_ms(told['restore_ms'])} restored, {format_ms(told['prefill_ms'])} read"),
+        ]
+    )  # fmt: skip
