@@ -35,6 +35,7 @@ def agents(as_json: bool) -> None:
     """
     with AgentMemClient() as client:
         found = client.agents()
+        store = client.store()
     if as_json:
         print_json({"agents": found})
         return
@@ -42,11 +43,16 @@ def agents(as_json: bool) -> None:
         click.echo('no agents yet; try: agentmem run planner "Hello"')
         return
     print_table(COLUMNS, map(_row, found), right=("TOKENS", "UNIQUE", "SHARED", "HIT%", "SAVED"))
-    on_disk = sum(agent["disk_bytes"] for agent in found)
-    in_ram = sum(agent["ram_bytes"] for agent in found)
-    plural = "" if len(found) == 1 else "s"
-    click.echo(
-        f"{len(found)} agent{plural} · {format_bytes(on_disk)} on disk · {format_bytes(in_ram)} in RAM"
+    click.echo(f"{len(found)} agent{'' if len(found) == 1 else 's'} · {_totals(store)}")
+
+
+def _totals(store: dict[str, Any]) -> str:
+    """Bytes of all agents of all namespaces, and of the store."""
+    disk, ram = store["disk"], store["ram"]
+    budget = f"/{format_bytes(disk['budget_bytes'])}" if disk["budget_bytes"] else ""
+    return (
+        f"{format_bytes(store['unique_bytes'])} unique ({format_bytes(store['without_sharing_bytes'])} without sharing) · "
+        f"disk {format_bytes(disk['bytes'])}{budget} · RAM {format_bytes(ram['used_bytes'])}"
     )
 
 

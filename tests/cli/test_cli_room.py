@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from agentmem.cli.output import format_bytes
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 
@@ -22,6 +23,21 @@ def test_a_fork_is_listed_with_its_lineage(daemon: Home) -> None:
     assert invoke("fork", "nobody", "x").exit_code == 4
     assert invoke("fork", "trunk", "x", "--at", "7").exit_code == 2
     assert invoke("fork", "trunk", "x", "--at", "0").exit_code == 2
+
+
+def test_agents_and_df_tell_the_same_bytes(daemon: Home) -> None:
+    invoke("run", "oak", "The harbour is full of ships. " * 10, *SHORT)
+    invoke("fork", "oak", "acorn")
+    store = parse(invoke("df", "--json"))
+    assert store["unique_bytes"] < store["without_sharing_bytes"]
+    sizes = format_bytes(store["unique_bytes"]), format_bytes(store["without_sharing_bytes"])
+    last = invoke("agents").stdout.splitlines()[-1]
+    assert f"{sizes[0]} unique ({sizes[1]} without sharing)" in last
+    assert f"{sizes[0]} unique ({sizes[1]} without sharing)" in invoke("df").stdout
+    assert f"/{format_bytes(store['disk']['budget_bytes'])}" in last
+    shown = {a["agent"]: a for a in parse(invoke("agents", "--json"))["agents"]}
+    assert shown["oak"]["unique_bytes"] == shown["acorn"]["unique_bytes"] == 0
+    assert shown["oak"]["shared_bytes"] == shown["acorn"]["shared_bytes"] > 0
 
 
 def test_pin_and_unpin_are_shown(daemon: Home) -> None:
