@@ -12,7 +12,10 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+
+import numpy as np
 
 from agentmem.blockpool.files import Files
 
@@ -137,6 +140,12 @@ def applied(entries: dict[str, Content], changes: Sequence[Change]) -> dict[str,
     return result
 
 
+@lru_cache(maxsize=64)
+def _sum(content: bytes) -> bytes:
+    """Clones of one moment share most of their files."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Clone:
     """Files as a power cut may leave them."""
@@ -151,9 +160,9 @@ class Clone:
         """Equal for equal clones."""
         state = hashlib.blake2b(digest_size=16)
         for name in sorted(self.entries):
-            state.update(name.encode() + b"\0" + hashlib.blake2b(self.entries[name], digest_size=16).digest())
-        state.update(hashlib.blake2b(self.database, digest_size=16).digest())
-        state.update(hashlib.blake2b(self.log, digest_size=16).digest())
+            state.update(name.encode() + b"\0" + _sum(self.entries[name]))
+        state.update(_sum(self.database))
+        state.update(_sum(self.log))
         return state.digest()
 
     def write(self, folder: Path) -> None:
@@ -205,9 +214,7 @@ def _indexes(moment: Moment, rng: random.Random) -> Iterator[tuple[bytes, bytes]
     yield database, log
     if len(moment.log) == 2:
         old = moment.log[0]
-        same = next(
-            (i for i, (a, b) in enumerate(zip(old, log, strict=False)) if a != b), min(len(old), len(log))
-        )
+        same = _common(old, log)
         for _ in range(6):
             cut = rng.randint(same, len(log))
             yield database, log[:cut] + old[cut:]
@@ -225,3 +232,10 @@ def _indexes(moment: Moment, rng: random.Random) -> Iterator[tuple[bytes, bytes]
             ]
             yield b"".join(pages), log
         yield old, log
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """How many bytes of the two are the same until they differ."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.frombuffer(a, np.uint8, n) != np.frombuffer(b, np.uint8, n)) if n else ()
+    return int(different[0]) if len(different) else n

@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,15 @@ Log = dict[str, Any]
 
 def row_of(parent: bytes, tokens: np.ndarray, i: int, words: int) -> np.ndarray:
     """The state of a page's token number `i`: words that depend on everything up to it."""
-    seed = int.from_bytes(parent[:8], "little") ^ zlib.crc32(tokens[: i + 1].tobytes())
-    return np.random.default_rng(seed).integers(0, 1 << 32, words, dtype=np.uint32)
+    return random_words(int.from_bytes(parent[:8], "little") ^ zlib.crc32(tokens[: i + 1].tobytes()), words)
+
+
+@lru_cache(maxsize=1 << 13)
+def random_words(seed: int, n: int) -> np.ndarray:
+    """Always the same for a seed; the clones of a home have most of their rows in common."""
+    words = np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32)
+    words.flags.writeable = False
+    return words
 
 
 def rows_of(page: Page, first: int, last: int) -> np.ndarray:
