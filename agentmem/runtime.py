@@ -215,6 +215,11 @@ class Runtime(Roster):
         """How rows lie in slots."""
         return self._pool.geometry
 
+    @property
+    def degraded(self) -> str | None:
+        """Why turns are not kept at present: "read-only" or "disk-full"; None when they are."""
+        return self._store.degraded
+
     def chat(self, request: ChatRequest, sink: Callable[[Event], None]) -> Ticket:
         """Run one turn. Events reach `sink` from other threads, in order: Started, Delta*, then Finished or Failed.
 
@@ -242,7 +247,7 @@ class Runtime(Roster):
         """What `doctor` and `/health` show."""
         status = self._store.status()
         return {
-            "status": "degraded" if status["read_only"] or status["disk_full"] else "ok",
+            "status": "degraded" if self.degraded else "ok",
             "version": __version__,
             "model": self.model_name,
             "max_context": self.max_context,

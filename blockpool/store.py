@@ -90,6 +90,11 @@ class Store:
         """Bytes of everything the store keeps: extents, index, quarantine."""
         return self.shelf.extent_bytes + self.index_bytes + self.shelf.quarantine_bytes
 
+    @property
+    def degraded(self) -> str | None:
+        """Why turns are not kept at present: "read-only" until a restart, "disk-full" until there is room; else None."""
+        return "read-only" if self.problem is not None else "disk-full" if self.disk_full else None
+
     def free_disk(self) -> int:
         """Bytes that this user may still write on the store's file system."""
         return shutil.disk_usage(self.folder).free
@@ -339,9 +344,8 @@ class Store:
 
     def _fail(self, error: Exception) -> None:
         """A full disk passes; any other error means that what was written cannot be trusted to be there."""
-        if isinstance(
-            error, StoreError | Locked
-        ):  # a key is missing, the drive is as it was; the caller is told
+        # A key is missing, the drive is as it was; the caller is told.
+        if isinstance(error, StoreError | Locked):
             return
         if is_disk_full(error):
             self.disk_full = True

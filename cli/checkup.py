@@ -144,6 +144,9 @@ def _store(store: dict[str, Any]) -> Check:
     if store["read_only"]:
         message = f"read-only after an error: {store['problem']}; new turns are not kept"
         return Check("store", "problem", message, "mend the disk, then restart the daemon")
+    if store["disk_full"]:
+        message = "the disk is full, or less than disk_floor is free: turns are answered and not kept yet"
+        return Check("store", "warning", message, "make room: they are written with the next turn")
     if store["quarantined"]:
         message = f"{store['quarantined']} damaged extents are in quarantine; their tokens are read anew"
         return Check("store", "warning", message, "check the disk; agentmem logs says what was wrong")

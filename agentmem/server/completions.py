@@ -80,7 +80,7 @@ async def _whole(service: Service, turn: Turn) -> Response:
         for index, choice in enumerate(end.choices)
     ]
     body = {**_head(service, "chat.completion"), "choices": choices, "usage": end.usage}
-    return JSONResponse(body, headers=reuse_headers(turn.request, first))
+    return JSONResponse(body, headers=reuse_headers(service, turn.request, first))
 
 
 async def _stream(service: Service, turn: Turn, body: ChatBody) -> Response:
@@ -90,9 +90,8 @@ async def _stream(service: Service, turn: Turn, body: ChatBody) -> Response:
     if isinstance(first, Failed):
         raise first.error
     head = _head(service, "chat.completion.chunk")
-    return TurnStream(
-        turn, chunks(turn, first, head, body.wants_usage_chunk), reuse_headers(turn.request, first)
-    )
+    headers = reuse_headers(service, turn.request, first)
+    return TurnStream(turn, chunks(turn, first, head, body.wants_usage_chunk), headers)
 
 
 def _head(service: Service, kind: str) -> dict[str, Any]:
@@ -104,12 +103,17 @@ def _head(service: Service, kind: str) -> dict[str, Any]:
     }
 
 
-def reuse_headers(request: ChatRequest, first: Event | None) -> dict[str, str]:
-    """What was remembered, for clients that never ask for usage. Says less while the plan is not made."""
+def reuse_headers(service: Service, request: ChatRequest, first: Event | None) -> dict[str, str]:
+    """What was remembered, for clients that never ask for usage. Says less while the plan is not made.
+
+    `x-agentmem-store` is there while turns are not kept, and says why.
+    """
     headers = {"x-agentmem-agent": request.agent, "x-agentmem-session": request.session}
     if isinstance(first, Started):
         headers["x-agentmem-cache"] = reuse_word(first)
         headers["x-agentmem-cached-tokens"] = str(first.cached_tokens)
+    if service.runtime.degraded:
+        headers["x-agentmem-store"] = service.runtime.degraded
     return headers
 
 

@@ -80,7 +80,14 @@ def test_little_free_disk_is_a_warning(made_home: Home, monkeypatch: pytest.Monk
 SOUND = {
     "backend": "cpu",
     "self_test": {"code_error": 0.9, "paths": {"reference": {"error": 1e-7, "ok": True}}},
-    "store": {"read_only": False, "problem": None, "quarantined": 0, "extents": 2, "extent_bytes": 4096},
+    "store": {
+        "read_only": False,
+        "disk_full": False,
+        "problem": None,
+        "quarantined": 0,
+        "extents": 2,
+        "extent_bytes": 4096,
+    },
 }
 
 
@@ -89,6 +96,7 @@ SOUND = {
     [
         ("store", {"read_only": True, "problem": "fsync: EIO"}, "store", "problem", "fsync: EIO"),
         ("store", {"quarantined": 3}, "store", "warning", "3 damaged"),
+        ("store", {"disk_full": True}, "store", "warning", "not kept yet"),
         (
             "self_test",
             {"paths": {"reference": {"error": 1e-7, "ok": True}, "fused": {"error": 0.5, "ok": False}}},

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from agentmem.cli.checkup import check_health
+from tests.crash.daemon import Daemon
 from tests.crash.home import fill
 from tests.crash.speaker import said
 from tests.runtime.agents import cached, extents, memory, open_runtime, turn
+from tests.tiny_model import save_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TURNS = 6
@@ -139,3 +142,28 @@ def test_a_daemon_that_ends_on_a_full_disk_keeps_what_was_acknowledged(
     assert turn(runtime, "ada", said(1)).text == undisturbed[1]
     assert len(extents(small_disk)) >= 1
     runtime.close()
+
+
+@pytest.mark.slow
+def test_a_client_hears_that_the_disk_is_full(small_disk: Path, tmp_path: Path) -> None:
+    daemon = Daemon(small_disk, save_model(tmp_path / "model"), "--disk-floor", "0")
+    assert daemon.chat("ada", said(0))["agentmem"]["committed"]
+    ballast = fill(small_disk)
+    body = {
+        "messages": [{"role": "user", "content": said(1)}],
+        "max_tokens": 6,
+        "agentmem": {"agent": "ada", "history": "server"},
+    }
+    answered = daemon.http.post("/v1/chat/completions", json=body)
+    assert answered.status_code == 200
+    assert not answered.json()["usage"]["agentmem"]["committed"]
+    assert answered.headers["x-agentmem-store"] == "disk-full"
+    health = daemon.get("/health")
+    assert health["status"] == "degraded"
+    assert {c.name: c.status for c in check_health(health)}["store"] == "warning"
+    ballast.unlink()
+    assert daemon.http.post("/v1/chat/completions", json=body).json()["usage"]["agentmem"]["committed"]
+    again = daemon.http.post("/v1/chat/completions", json=body)
+    assert "x-agentmem-store" not in again.headers
+    assert daemon.get("/health")["status"] == "ok"
+    assert daemon.stop() == 0
