@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Path, Query
 
-from agentmem.engine.request import ChatRequest, check_name
+from agentmem.engine.request import NAME, ChatRequest, check_name
 from agentmem.server.bodies import AppendBody, CreateBody, ForkBody, PolicyBody
 from agentmem.server.service import Service
 
+PATTERN: dict[str, Any] = {"pattern": f"^{NAME.pattern}$"}
+"""What the schema says of names; `check_name` says it to those who did not read it."""
 
-def named_agent(agent: str) -> str:
+
+def named_agent(agent: Annotated[str, Path(json_schema_extra=PATTERN)]) -> str:
     """The agent of the path. Raises BadRequest."""
     return check_name(agent)
 
 
-def named_namespace(namespace: Annotated[str, Query()] = "default") -> str:
+def named_namespace(namespace: Annotated[str, Query(json_schema_extra=PATTERN)] = "default") -> str:
     """The namespace of the query. Raises BadRequest."""
     return check_name(namespace, "namespace")
 
 
-def named_session(session: Annotated[str | None, Query()] = None) -> str | None:
+def named_session(session: Annotated[str | None, Query(json_schema_extra=PATTERN)] = None) -> str | None:
     """The session of the query, if one is named. Raises BadRequest."""
     return None if session is None else check_name(session, "session")
 

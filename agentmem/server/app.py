@@ -99,7 +99,7 @@ def daemon_router(service: Service) -> APIRouter:
         namespace = None if body.namespace is None else check_name(body.namespace, "namespace")
         return runtime.prune(float(body.older_s), namespace, body.dry_run)
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
     def metrics() -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
