@@ -51,7 +51,9 @@ def scattered(codec: RowCodec, packed: mx.array, raw: mx.array, tail: mx.array) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize(("heads", "keys", "values", "group"), [(1, 4, 4, 64), (2, 8, 4, 32), (2, 3, 3, 64), (1, 8, 3, 32)])
+@pytest.mark.parametrize(
+    ("heads", "keys", "values", "group"), [(1, 4, 4, 64), (2, 8, 4, 32), (2, 3, 3, 64), (1, 8, 3, 32)]
+)
 def test_stored_rows_and_a_chunk_become_whole(
     heads: int, keys: int, values: int, group: int, stored: mx.Dtype
 ) -> None:
