@@ -122,7 +122,9 @@ def test_a_killed_daemon_is_noticed_and_started_again(home: Home, tiny_model: Pa
     assert second["pid"] != first["pid"]
     stopped = parse(invoke("down", "--json"))
     assert stopped["pid"] == second["pid"]
-    assert not psutil.pid_exists(second["pid"])
+    ended = psutil.Process(second["pid"])
+    assert ended.status() == psutil.STATUS_ZOMBIE, "it is collected by who started it: this process, here"
+    ended.wait(1)
     assert invoke("status").exit_code == Exit.NOT_RUNNING
 
 
