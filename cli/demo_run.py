@@ -15,7 +15,7 @@ from agentmem.cli.demo_agents import DemoAgent
 from agentmem.client import AgentMemClient
 from agentmem.home import Home, default_home
 
-REPLY_TOKENS = 24
+REPLY_TOKENS = 16
 TURNS = 3
 PHASES = ("cold", "hot", "warm")
 

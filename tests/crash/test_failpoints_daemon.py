@@ -1,7 +1,11 @@
-"""SIGKILL of the real daemon at every named point, while clients speak to it over HTTP."""
+"""SIGKILL of the real daemon at named points, while clients speak to it over HTTP.
+
+Half of the points; `AGENTMEM_FAILPOINTS=all` takes all of them.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections import Counter
@@ -14,6 +18,7 @@ from agentmem.blockpool.failpoint import FAILPOINTS
 from tests.crash.daemon import Daemon, spawn
 from tests.tiny_model import save_model
 
+ALL = os.environ.get("AGENTMEM_FAILPOINTS") == "all"
 AGENTS = ("ada", "bob")
 MOST_TURNS = 14
 FLAGS = ("--disk-floor", "0", "--itl-target-ms", "1000000", "--scrub-mb-s", "0")
@@ -137,10 +142,11 @@ class Clients:
 
 
 @pytest.mark.slow(minutes=2)
-def test_the_daemon_killed_at_every_failpoint_loses_nothing(tmp_path: Path) -> None:
+def test_the_daemon_killed_at_half_of_the_failpoints_loses_nothing(tmp_path: Path) -> None:
     clients = Clients(tmp_path / "home", save_model(tmp_path / "model"), seed=3)
     clients.make_reference(tmp_path / "undisturbed")
-    for point in clients.rng.sample(FAILPOINTS, len(FAILPOINTS)):
+    points = clients.rng.sample(FAILPOINTS, len(FAILPOINTS) // (1 if ALL else 2))
+    for point in points:
         clients.live(point)
     last = Daemon(clients.home, clients.model, *FLAGS)
     clients.look(last)
@@ -148,5 +154,5 @@ def test_the_daemon_killed_at_every_failpoint_loses_nothing(tmp_path: Path) -> N
         clients.forget(last, agent)
         clients.speak(last, agent)
     assert last.stop() == 0
-    assert set(clients.killed) == set(FAILPOINTS)
-    print(f"{sum(clients.killed.values())} kills of the daemon at {len(FAILPOINTS)} failpoints")
+    assert set(clients.killed) == set(points)
+    print(f"{sum(clients.killed.values())} kills of the daemon at {len(points)} failpoints")

@@ -81,9 +81,9 @@ def test_flipped_bits_change_no_answer(homes: Homes) -> None:
 
 @pytest.mark.slow(minutes=4)
 def test_a_thousand_flipped_bits_change_no_answer(homes: Homes) -> None:
-    outcomes = homes.flip(times=1200, seed=2)
+    outcomes = homes.flip(times=1000, seed=2)
     print({kind: dict(counts) for kind, counts in outcomes.items()})
-    assert sum(sum(counts.values()) for counts in outcomes.values()) == 1200
+    assert sum(sum(counts.values()) for counts in outcomes.values()) == 1000
     for counts in outcomes.values():
         assert set(counts) <= {"quarantined", "harmless"}
         assert counts["quarantined"] > 0

@@ -16,7 +16,7 @@ from tests.crash.daemon import Daemon, spawn
 from tests.tiny_model import save_model
 
 AGENTS = ("ada", "bob", "cleo")
-KILLS = 20
+KILLS = 10
 WORDS = ["oil", "lamp", "tide", "ledger", "winter", "bread", "seed", "wheel"]
 
 
@@ -57,7 +57,7 @@ def check(daemon: Daemon, agent: str, known: Known) -> None:
 
 
 @pytest.mark.slow(minutes=2)
-def test_twenty_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(2)
     model, home = save_model(tmp_path / "model"), tmp_path / "home"
     known = {name: Known() for name in AGENTS}

@@ -278,9 +278,9 @@ def test_no_manifest_is_worse_than_a_refusal(
 
 
 @pytest.mark.slow
-@settings(fuzzed, max_examples=1000)
+@settings(fuzzed, max_examples=500)
 @given(data=st.data())
-def test_no_manifest_of_a_thousand_is(
+def test_no_manifest_of_five_hundred_is(
     runtime: Runtime, exported: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     try_out(runtime, exported, tmp_path_factory.getbasetemp() / "mutated", data)
