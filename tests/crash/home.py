@@ -54,7 +54,7 @@ def ask_all(home: Path) -> Expected:
     runtime = start(home)
     try:
         assert {a["agent"]: a["turns"] for a in runtime.agents()} == {a: len(t) for a, t in TURNS.items()}
-        replies = {agent: turn(runtime, agent, "go on") for agent in TURNS}
+        replies = {agent: turn(runtime, agent, "go on", max_tokens=4) for agent in TURNS}
         assert not runtime.store()["disk"]["read_only"]
         return Expected(
             {a: r.text for a, r in replies.items()},
