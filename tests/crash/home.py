@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agentmem.engine.request import Finished
 from agentmem.model.random import random_model
 from agentmem.runtime import Runtime
 from agentmem.settings import Settings
@@ -49,12 +50,17 @@ class Expected:
     cached: dict[str, int]
 
 
+def go_on(runtime: Runtime) -> dict[str, Finished]:
+    """The next turn of every agent: a few tokens, for it is asked by the thousand."""
+    return {agent: turn(runtime, agent, "go on", max_tokens=4) for agent in TURNS}
+
+
 def ask_all(home: Path) -> Expected:
     """Start on `home` and ask every agent one thing more. Every agent has all of its turns, or this fails."""
     runtime = start(home)
     try:
         assert {a["agent"]: a["turns"] for a in runtime.agents()} == {a: len(t) for a, t in TURNS.items()}
-        replies = {agent: turn(runtime, agent, "go on", max_tokens=4) for agent in TURNS}
+        replies = go_on(runtime)
         assert not runtime.store()["disk"]["read_only"]
         return Expected(
             {a: r.text for a, r in replies.items()},

@@ -54,7 +54,7 @@ def test_words_outlive_a_change_and_state_waits_for_the_way_back(
     other.close()
     back = start(home)
     for agent in ("ada", "cleo"):
-        reply = turn(back, agent, "go on")
+        reply = turn(back, agent, "go on", max_tokens=4)
         assert (reply.text, cached(reply)) == (expected.replies[agent], expected.cached[agent])
     assert turn(back, "bob", "and now?").usage["prompt_tokens"] > expected.prompts["bob"]
     back.close()
@@ -79,7 +79,7 @@ def test_a_damaged_index_keeps_the_state_of_both(
     other.close()
     back = start(home)
     for agent in ("ada", "cleo"):
-        reply = turn(back, agent, "go on")
+        reply = turn(back, agent, "go on", max_tokens=4)
         assert (reply.text, cached(reply)) == (expected.replies[agent], expected.cached[agent])
     back.close()
     assert [n for n in quarantined(home) if n.endswith(".safetensors")] == []

@@ -18,7 +18,7 @@ from agentmem.blockpool.files import Files
 from agentmem.blockpool.scrub import Scrub
 from agentmem.blockpool.shelf import Shelf
 from agentmem.blockpool.verify import purge, verify
-from tests.crash.home import TURNS, Expected, ask_all, start
+from tests.crash.home import TURNS, Expected, ask_all, go_on, start
 from tests.runtime.agents import extents, quarantined, turn
 
 
@@ -128,7 +128,7 @@ def test_a_running_daemon_verifies_and_repairs(home: Path, expected: Expected) -
     assert quarantined(home) == [bad.name]
     assert runtime.store()["disk"]["quarantined"] == 1
     assert runtime.upkeep.verify(deep=True)["ok"]
-    replies = {agent: turn(runtime, agent, "go on").text for agent in TURNS}
+    replies = {agent: reply.text for agent, reply in go_on(runtime).items()}
     assert replies == expected.replies
     emptied = runtime.upkeep.repair(purge_quarantine=True)
     assert emptied["purged_bytes"] > 1000
@@ -270,7 +270,7 @@ def test_what_the_scrub_finds_is_put_aside(home: Path, expected: Expected) -> No
     assert scrub is not None
     scrub._check(next(i for i, name in runtime._store.names.items() if name == bad.name))
     wait_for(lambda: quarantined(home) == [bad.name])
-    assert {agent: turn(runtime, agent, "go on").text for agent in TURNS} == expected.replies
+    assert {agent: reply.text for agent, reply in go_on(runtime).items()} == expected.replies
     assert "quarantined" in {runtime.explain(agent)["reason"] for agent in TURNS}
     assert runtime.health()["store"]["scrub"]["bad"] == 1
     runtime.close()
