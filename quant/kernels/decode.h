@@ -138,27 +138,32 @@ template <class S> FN unsigned key_dim(int kg, int c, unsigned col) { return kg 
 template <class S, class T, class Entries>
 FN void load_query(PRIVATE Query<S>& q, const GLOBAL T* queries, Entries entries, unsigned used, unsigned head,
                    float scale, bool packed, unsigned row, unsigned col) {
+  unsigned in[4];
+  UNROLL for (int p = 0; p < 4; p++) {
+    const unsigned first = packed ? first_of<S::KB>(p) : 2u * p, second = packed ? second_of<S::KB>(p) : 2u * p + 1u;
+    in[p] = row % 2 ? second : first;
+  }
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    const GLOBAL T* from[2];
     float live[2];
+    T x[2][S::CHUNKS][4];  // all of it is asked for before any of it is used
     UNROLL for (int j = 0; j < 2; j++) {
       const unsigned n = column_of(c, j, col), m = n < used ? n : 0;
-      from[j] = queries + ((entries[m / S::R] * S::H + head) * S::R + m % S::R) * S::DK;
+      const GLOBAL T* from = queries + ((entries[m / S::R] * S::H + head) * S::R + m % S::R) * S::DK;
       live[j] = n < used ? scale : 0.0f;
+      UNROLL for (int ch = 0; ch < S::CHUNKS; ch++) {
+        const unsigned dim = key_dim<S>(ch / S::K_CHUNKS, ch % S::K_CHUNKS, row / 2);
+        UNROLL for (int p = 0; p < 4; p++) x[j][ch][p] = from[dim + in[p]];
+      }
     }
     UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
       float sums[2] = {0, 0};
-      UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
+      UNROLL for (int ch = kg * S::K_CHUNKS; ch < (kg + 1) * S::K_CHUNKS; ch++) {
         UNROLL for (int p = 0; p < 4; p++) {
-          const unsigned odd = row % 2;
-          const unsigned in = !packed ? 2 * p + odd : odd ? second_of<S::KB>(p) : first_of<S::KB>(p);
-          const unsigned dim = key_dim<S>(kg, ch, row / 2) + in;
-          const float part = packed ? 1.0f / unit<S::KB>(p % Half<S::KB>::VALUES) : 1.0f;
-          const unsigned pair =
-              two_halves((float)from[0][dim] * live[0] * part, (float)from[1][dim] * live[1] * part);
-          q.b[c][kg * S::K_CHUNKS + ch][p] = OPERAND(pair);
-          sums[0] += FROM_HALF(pair & 0xffffu) / part;
-          sums[1] += FROM_HALF(pair >> 16) / part;
+          const float whole = unit<S::KB>(p % Half<S::KB>::VALUES), part = packed ? 1.0f / whole : 1.0f;
+          const unsigned pair = two_halves((float)x[0][ch][p] * live[0] * part, (float)x[1][ch][p] * live[1] * part);
+          q.b[c][ch][p] = OPERAND(pair);
+          sums[0] += FROM_HALF(pair & 0xffffu) * (packed ? whole : 1.0f);
+          sums[1] += FROM_HALF(pair >> 16) * (packed ? whole : 1.0f);
         }
       }
       UNROLL for (int j = 0; j < 2; j++) q.sums[c][j][kg] = ROW_SUM(sums[j]);

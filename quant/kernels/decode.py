@@ -21,6 +21,7 @@ from agentmem.quant.rows import RowCodec
 LOG2_E = 1.4426950408889634
 THREADS = 128
 MERGE_THREADS = 256  # as many warps as combine.h has
+ROOM = 64  # entries: memory of a size that a step has given back is had again at once, of another it is not
 BITS = (3, 4, 8)
 
 _INPUTS = ("queries", "keys", "values", "arena", "tails", "items", "entries", "runs", "state", "settings")
@@ -76,7 +77,7 @@ def flash_decode(
     Precondition: `supported(codec, H)`.
     """
     count, heads, _, _ = queries.shape
-    dim, entries = codec.shape.value_dim, batch.entries.size
+    dim, entries = codec.shape.value_dim, -(-batch.entries.size // ROOM) * ROOM
     layout = batch.layout(codec)
     constants = template(codec, heads, batch.wide)
     partial, stats, rows = kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats", "rows"))(

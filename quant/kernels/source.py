@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -26,15 +27,22 @@ THREADS = {
 
 
 def text(name: str) -> str:
-    """A source file of this folder without comments and indents: MLX hashes all of it with every call."""
+    """A source file of this folder without comments and indents: MLX hashes a kernel's whole source with every call."""
     lines = resources.files(__package__).joinpath(name).read_text().splitlines()
     bare = (re.sub(r"//.*", "", line).strip() for line in lines)
     return "\n".join(line for line in bare if line) + "\n"
 
 
+def _included(name: str) -> str:
+    """The same by its place, which is quicker to hash; CUDA's compiler reads files, Metal's does not."""
+    path = resources.files(__package__).joinpath(name)
+    return f'#include "{path}"\n' if isinstance(path, Path) and '"' not in str(path) else text(name)
+
+
 def sources(device: str, file: str, body: str) -> tuple[str, str]:
     """(header, body) of a kernel whose functions are in `file`, for `metal` or `cuda`."""
-    return text(f"{device}.h") + text("elements.h") + text(file), THREADS[device] + body
+    part = _included if device == "cuda" else text
+    return "".join(part(name) for name in (f"{device}.h", "elements.h", file)), THREADS[device] + body
 
 
 @cache
