@@ -76,6 +76,16 @@ class Tails:
         self.flush()
         return self._arrays[self.geometry.raw_words[layer]][self._at[layer], place, :n]
 
+    def whole(self, layers: Sequence[int], places: Sequence[int]) -> mx.array:
+        """All rows of some places, layer after layer, lazily: uint32 [layers * places * page_tokens, raw_words].
+
+        The layers must be of one width.
+        """
+        self.flush()
+        width = self.geometry.raw_words[layers[0]]
+        at = mx.array([self._at[layer] for layer in layers])
+        return self._arrays[width][at[:, None], mx.array(places)].reshape(-1, width)
+
     def write(self, place: int, first: int, rows: Sequence[mx.array]) -> None:
         """Put rows of every layer, uint32 [n, raw_words], into a place; evaluated when it returns."""
         self.flush()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from agentmem.engine.seal import seal
 from agentmem.engine.table import Table
 from agentmem.engine.views import History, LayerCache, LayerRows
 from agentmem.quant.kernels.decode import flash_decode
@@ -82,13 +83,10 @@ class DecodeStep:
             at = mx.array(list(kept))
             rows = [r[at] for r in rows]
         self.pool.tails.append([t.place for t in tables], [len(t.tail_tokens) for t in tables], rows)
-        failures: Failures = {}
-        for i, table, token in zip(kept, tables, tokens, strict=True):
-            try:
-                table.append(token)
-            except Exception as error:
-                failures[i] = error
-        return failures
+        for table, token in zip(tables, tokens, strict=True):
+            table.append(token)
+        full = [i for i in kept if self.tables[i].full]
+        return {full[n]: error for n, error in seal([self.tables[i] for i in full]).items()}
 
 
 class BatchView(LayerCache):

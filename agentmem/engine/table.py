@@ -182,7 +182,7 @@ class Table:
     def reserve(self) -> None:
         """Take the slots that the next row needs, when it fills a page; raises Overloaded when there are none."""
         if self.fills and not self._taken:
-            self._take_pages([self._raw_page(len(self.blocks))])
+            self._take_pages([self.next_is_raw])
 
     def unreserve(self) -> None:
         """Give back slots that were taken for rows that did not come."""
@@ -194,28 +194,30 @@ class Table:
         """Whether the next row makes the tail a page."""
         return len(self.tail_tokens) + 1 == self.pool.geometry.page_tokens
 
+    @property
+    def full(self) -> bool:
+        """Whether the tail has the rows of a page and is to be sealed."""
+        return len(self.tail_tokens) == self.pool.geometry.page_tokens
+
+    @property
+    def next_is_raw(self) -> bool:
+        """Whether the next page stays in 16 bits."""
+        return self._raw_page(len(self.blocks))
+
+    @property
+    def reserved(self) -> tuple[int, ...]:
+        """The slots that `reserve` took."""
+        return self._taken
+
     def append(self, token: int) -> None:
         """The token's row has been given to the tail."""
-        fills = self.fills
         self.tail_tokens.append(token)
-        if fills:
-            self._seal()
 
-    def _seal(self) -> None:
-        """The full tail becomes a page in the reserved slots."""
-        g = self.pool.geometry
-        raw = self._raw_page(len(self.blocks))
-        rows = [self.tail(layer) for layer in range(g.layers)]
+    def close_page(self) -> None:
+        """The rows of the full tail are in the reserved slots, which are a page now."""
         slots, self._taken = self._taken, ()
-        if raw:
-            mx.eval(rows)
-            self.pool.arena.write_raw(slots, rows)
-        else:
-            packed = [c.pack(r) for c, r in zip(g.codecs, rows, strict=True)]
-            mx.eval(packed)
-            self.pool.arena.write_packed(slots, packed)
         tokens = np.array(self.tail_tokens, np.int32)
-        self.blocks.append(Block(slots, raw, tokens, None, self.tail_origin))
+        self.blocks.append(Block(slots, self.next_is_raw, tokens, None, self.tail_origin))
         self.tail_tokens, self.tail_origin = [], None
         self._blocks_changed()
 
