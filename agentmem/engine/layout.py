@@ -11,6 +11,7 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.engine import seam
 from agentmem.engine.calibrate import calibration
 from agentmem.model.loaded import LoadedModel
+from agentmem.model.products import join_rows
 from agentmem.model.progress import Progress, silent
 from agentmem.quant.calibration import wide_format
 from agentmem.quant.format import kv_format, stored_dtype
@@ -45,6 +46,7 @@ def layout(
     Raises ModelUnavailable for models that are not supported and ValueError for formats that do not fit.
     """
     seam.install(model.model)
+    join_rows(model.model)
     shapes, query_heads, dtype = seam.probe(model.model)
     format = kv_format(format_name)
     codecs = [RowCodec(s, format.for_shape(s), stored_dtype(dtype)) for s in shapes]
