@@ -84,7 +84,7 @@ class Tails:
         self.flush()
         width = self.geometry.raw_words[layers[0]]
         at = mx.array([self._at[layer] for layer in layers])
-        return self._arrays[width][at[:, None], mx.array(places)].reshape(-1, width)
+        return self._arrays[width][at[:, None], mx.array(list(places))].reshape(-1, width)
 
     def write(self, place: int, first: int, rows: Sequence[mx.array]) -> None:
         """Put rows of every layer, uint32 [n, raw_words], into a place; evaluated when it returns."""
