@@ -56,7 +56,8 @@ class CalibratedMap(KeyMap):
 
     def queries(self, queries: mx.array) -> mx.array:
         grouped = queries.reshape(queries.shape[0], self._heads, -1, queries.shape[-1])
-        return (grouped @ self._back).astype(queries.dtype).reshape(queries.shape)
+        out = (grouped @ self._back).reshape(queries.shape)
+        return out if out.dtype == queries.dtype else out.astype(queries.dtype)
 
 
 @cache

@@ -38,7 +38,10 @@ MODEL = click.option(
     "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
 )
 SHAPE = click.option(
-    "--shape", help="Random 4-bit weights of a named architecture instead of a model, such as llama-3.1-8b."
+    "--shape", help="Random weights of a named architecture instead of a model, such as llama-3.1-8b."
+)
+BITS = click.option(
+    "--bits", type=click.Choice(["4", "8", "16"]), default="4", help="Bits of the weights of --shape."
 )
 MEGABYTES = click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -77,11 +80,11 @@ def _benchmark(
     return declare
 
 
-def _loaded(model: str, shape: str | None = None) -> Any:
+def _loaded(model: str, shape: str | None = None, bits: str = "4") -> Any:
     from agentmem.model.loaded import load
     from agentmem.model.random import shape_model
 
-    return shape_model(shape) if shape else load(model, default_home())
+    return shape_model(shape, bits=int(bits)) if shape else load(model, default_home())
 
 
 def _say(text: str) -> None:
@@ -114,6 +117,7 @@ def _restore_table(result: dict[str, Any]) -> str:
     _restore_table,
     MODEL,
     SHAPE,
+    BITS,
     _tokens("1024", "Context lengths, such as 1024,4096."),
     click.option("--chunk", default=512, help="Prefill chunk in tokens."),
     click.option("--repeats", default=3, help="Hot and warm turns per length; medians are reported."),
@@ -122,11 +126,11 @@ def _restore_table(result: dict[str, Any]) -> str:
         "--drop-cache", is_flag=True, help="Drop the page cache of the extents before every warm turn."
     ),
 )
-def restore(model: str, shape: str | None, **options: Any) -> Result:
+def restore(model: str, shape: str | None, bits: str, **options: Any) -> Result:
     """Time to first token cold, hot and warm, restore bandwidth, and the same through stock mlx-lm."""
     from agentmem.bench.restore import run
 
-    return run(_loaded(model, shape), **options, say=_say)
+    return run(_loaded(model, shape, bits), **options, say=_say)
 
 
 @_benchmark(
@@ -225,6 +229,7 @@ def _batch_table(result: dict[str, Any]) -> str:
     _batch_table,
     MODEL,
     SHAPE,
+    BITS,
     _batches("1,2,4,8,16", "Streams at once, such as 1,8,16."),
     _tokens("1024,4096", "Context lengths, such as 4096,32768; a context beyond the model's own is skipped."),
     click.option("--steps", default=64, type=click.IntRange(1), help="Tokens of each stream in a round."),
@@ -246,6 +251,7 @@ def _batch_table(result: dict[str, Any]) -> str:
 def batch(
     model: str,
     shape: str | None,
+    bits: str,
     load: bool,
     streams: int | None,
     prompt: int | None,
@@ -258,7 +264,7 @@ def batch(
 
     given = {"streams": streams, "prompt": prompt, "chunk": chunk}
     under = replace(default_load(), **{k: v for k, v in given.items() if v}) if load else None
-    loaded, folder = _loaded(model, shape), None if shape else Home(default_home()).calibration
+    loaded, folder = _loaded(model, shape, bits), None if shape else Home(default_home()).calibration
     try:
         return run(loaded, **options, folder=folder, load=under, say=_say)
     except ValueError as error:

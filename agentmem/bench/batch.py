@@ -170,7 +170,7 @@ def checks(name: str, rows: list[dict[str, Any]], under: dict[str, Any] | None) 
     speed = {(r["batch"], r["tokens"]): r for r in rows}
     if backend() == "cpu":
         return _cpu(speed)
-    out = _against_sixteen_bits(speed) if backend() == "cuda" and name == SHAPE else []
+    out = _against_sixteen_bits(speed) if backend() == "cuda" and name.startswith(SHAPE) else []
     return out + (loaded.checks(under) if under is not None and backend() == "cuda" else [])
 
 
@@ -199,18 +199,20 @@ def _cpu(speed: dict[tuple[int, int], dict[str, Any]]) -> list[dict[str, Any]]:
     return out  # fmt: skip
 
 
+PEERS = {
+    "fp16_pages": "16-bit pages",
+    "stock": "stock's 16-bit cache",
+    "stock_single": "stock's 16-bit cache, one stream by itself",
+}
+
+
 def _against_sixteen_bits(speed: dict[tuple[int, int], dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for batch, tokens, bound in ((1, 4096, 1.0), (1, 32768, 1.0), (8, 32768, 1.1)):
-        for peer, what in (("fp16_pages", "16-bit pages"), ("stock", "stock's 16-bit cache")):
-            if (batch, tokens) in speed:
-                row = speed[batch, tokens]
-                ratio = _system(row) / _system(row, peer)
-                out.append(
-                    check(
-                        f"decode over pages / over {what}, {batch} at {tokens}", ratio, bound, "ratio", False
-                    )
-                )
+        row = speed.get((batch, tokens), {})
+        for peer in (p for p in PEERS if p in row):
+            name = f"decode over pages / over {PEERS[peer]}, {batch} at {tokens}"
+            out.append(check(name, _system(row) / _system(row, peer), bound, "ratio", False))
     if {(1, 4096), (8, 4096)} <= speed.keys():
         ratio = _system(speed[8, 4096]) / _system(speed[1, 4096])
         out.append(check("tokens/s of 8 streams / of 1 at 4096", ratio, 4.0, "ratio", False))

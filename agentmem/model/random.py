@@ -146,7 +146,8 @@ def shape_model(shape: str, *, bits: int = 4, seed: int = 0) -> LoadedModel:
         module.update(_random_leaf(name, module, key))
         mx.eval(module.parameters())
     model, dtype = for_device(model)
-    return _loaded(shape, model, dtype, config | {"bits": bits}, seed)
+    name = shape if bits == 4 else f"{shape}-{bits}bit"
+    return _loaded(name, model, dtype, config | {"bits": bits}, seed)
 
 
 def _empty(config: dict[str, Any]) -> nn.Module:

@@ -7,6 +7,7 @@ al., 2024).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from agentmem.quant.device import backend
-from agentmem.quant.kernels.plan import WIDE_ROWS, Batch
-from agentmem.quant.kernels.source import kernel
+from agentmem.quant.kernels.plan import WIDE_ROWS, Batch, Layout
+from agentmem.quant.kernels.source import Kernel, kernel
 from agentmem.quant.rows import RowCodec
 
 LOG2_E = 1.4426950408889634
@@ -25,6 +26,7 @@ ROOM = 64  # entries: memory of a size that a step has given back is had again a
 BITS = (3, 4, 8)
 
 _INPUTS = ("queries", "keys", "values", "arena", "tails", "items", "entries", "runs", "state", "settings")
+_PARTIAL = [mx.float32, mx.float32, mx.uint32]
 _BODY = """
   flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
       queries, keys, values, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
@@ -60,6 +62,38 @@ def template(codec: RowCodec, query_heads: int, wide: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What both launches are for one codec, whatever the token: made once for every plan."""
+
+    codec: RowCodec
+    layout: Layout
+    threads: int
+    decode: Kernel
+    template: list[tuple[str, Any]]
+    merge: Kernel
+    merge_template: list[tuple[str, Any]]
+    shapes: list[tuple[int, ...]]
+
+
+def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bool) -> _Launch:
+    key = id(codec), heads, dtype, sunk
+    made: _Launch | None = batch.launches.get(key)
+    if made is None:
+        layout, dim = batch.layout(codec), codec.shape.value_dim
+        entries = -(-batch.entries.size // ROOM) * ROOM
+        warps = layout.items.shape[0] * codec.shape.heads
+        made = batch.launches[key] = _Launch(
+            codec, layout, -(-warps * 32 // THREADS) * THREADS,
+            kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats", "rows")),
+            [("T", dtype), *template(codec, heads, batch.wide).items()],
+            kernel("agentmem_combine", "combine.h", _COMBINE, ("partial", "stats", "starts", "order", "sinks"), ("out",)),
+            [("T", dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sunk)],
+            [(entries, heads, dim), (entries, heads, 2), (len(batch.reaches), codec.raw_words)],
+        )  # fmt: skip
+    return made
+
+
 @lru_cache(maxsize=1024)
 def _settings(scale: float, tails_at: int) -> mx.array:
     return mx.array(np.array([np.float32(scale * LOG2_E).view(np.uint32), tails_at], np.uint32))
@@ -77,39 +111,25 @@ def flash_decode(
     Precondition: `supported(codec, H)`.
     """
     count, heads, _, _ = queries.shape
-    dim, entries = codec.shape.value_dim, -(-batch.entries.size // ROOM) * ROOM
-    layout = batch.layout(codec)
-    constants = template(codec, heads, batch.wide)
-    partial, stats, rows = kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats", "rows"))(
+    launch = _launch(codec, batch, heads, queries.dtype, sinks is not None)
+    partial, stats, rows = launch.decode(
         inputs=[
-            queries, keys, values, arena, tails[0], layout.items, batch.entries, layout.runs, batch.state,
+            queries, keys, values, arena, tails[0], launch.layout.items, batch.entries, launch.layout.runs, batch.state,
             _settings(scale, tails[1]),
         ],
-        template=[("T", queries.dtype), *constants.items()],
-        grid=(-(-layout.items.shape[0] * codec.shape.heads * 32 // THREADS) * THREADS, 1, 1),
+        template=launch.template,
+        grid=(launch.threads, 1, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[(entries, heads, dim), (entries, heads, 2), (count, codec.raw_words)],
-        output_dtypes=[mx.float32, mx.float32, mx.uint32],
+        output_shapes=launch.shapes,
+        output_dtypes=_PARTIAL,
     )  # fmt: skip
-    merge = kernel(
-        "agentmem_combine",
-        "combine.h",
-        _COMBINE,
-        ("partial", "stats", "starts", "order", "sinks"),
-        ("out",),
-    )
-    (out,) = merge(
-        inputs=[
-            partial,
-            stats,
-            batch.starts,
-            batch.order,
-            sinks.astype(mx.float32) if sinks is not None else stats,
-        ],
-        template=[("T", queries.dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sinks is not None)],
+    sunk = sinks.astype(mx.float32) if sinks is not None else stats
+    (out,) = launch.merge(
+        inputs=[partial, stats, batch.starts, batch.order, sunk],
+        template=launch.merge_template,
         grid=(count * heads * MERGE_THREADS, 1, 1),
         threadgroup=(MERGE_THREADS, 1, 1),
-        output_shapes=[(count, heads, 1, dim)],
+        output_shapes=[(count, heads, 1, codec.shape.value_dim)],
         output_dtypes=[queries.dtype],
     )
     return out, rows

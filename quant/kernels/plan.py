@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -75,6 +76,8 @@ class Batch:
     share: bool = True
     """Read what sequences have in common once."""
     state: mx.array = field(init=False)
+    launches: dict[Any, Any] = field(default_factory=dict)
+    """What whoever launches kernels by this plan keeps with it."""
     _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

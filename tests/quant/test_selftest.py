@@ -102,7 +102,7 @@ def test_a_wrong_path_is_refused_and_named(
 
 
 def test_without_a_right_path_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("direct", "reference"):
+    for name in list(PATHS):
         monkeypatch.delitem(PATHS, name)
     monkeypatch.setitem(PATHS, "wrong", as_path(wrong_scale))
     with pytest.raises(RuntimeError, match="no attention path"):
