@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
 Backend = Literal["cpu", "metal", "cuda"]
 
@@ -19,6 +20,16 @@ def backend() -> Backend:
 def unified_memory() -> bool:
     """True where a host thread may write into an MLX array's memory (CPU and Apple Silicon)."""
     return backend() != "cuda"
+
+
+def on_device(values: np.ndarray) -> mx.array:
+    """`values`, lazily, in the memory that the device reads fastest.
+
+    MLX leaves an array of the host's in the host's memory. On a discrete GPU every kernel that reads it waits for the bus:
+    worth a copy for whatever all layers read.
+    """
+    array = mx.array(values)
+    return array if unified_memory() else array + 0
 
 
 def leave_thread() -> None:

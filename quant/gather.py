@@ -7,10 +7,13 @@ start-up self-test admits it per device.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
+import numpy as np
 
 from agentmem.quant.attention import StoredRows, whole_attention
-from agentmem.quant.device import backend
+from agentmem.quant.device import backend, on_device
 from agentmem.quant.kernels.decode import BITS
 from agentmem.quant.kernels.source import kernel
 from agentmem.quant.rows import RowCodec
@@ -38,6 +41,13 @@ def supported(codec: RowCodec) -> bool:
     return bits <= set(BITS) and shape.key_dim % ELEMENTS == 0 and shape.value_dim % ELEMENTS == 0
 
 
+@lru_cache(maxsize=16)
+def _sizes(*sizes: int) -> mx.array:
+    made = on_device(np.array(sizes, np.uint32))
+    mx.async_eval(made)  # it outlives the thread that asks for it first
+    return made
+
+
 def gather(
     codec: RowCodec, stored: StoredRows, keys: mx.array, values: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -59,7 +69,7 @@ def gather(
             stored.offsets if stored.offsets is not None else nothing,
             stored.tail if tailed else nothing,
             keys, values,
-            mx.array([stored.packed, stored.raw, tailed, fresh], dtype=mx.uint32),
+            _sizes(stored.packed, stored.raw, tailed, fresh),
         ],
         template=[
             ("T", keys.dtype), ("H", shape.heads), ("DK", shape.key_dim), ("DV", shape.value_dim),

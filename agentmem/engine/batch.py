@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from agentmem.engine.seal import seal
 from agentmem.engine.table import Table
 from agentmem.engine.views import History, LayerCache, LayerRows
+from agentmem.quant.device import on_device
 from agentmem.quant.kernels.decode import flash_decode
 from agentmem.quant.kernels.plan import Batch
 
@@ -44,7 +46,7 @@ class DecodeStep:
     def views(self) -> list[BatchView]:
         """One view per layer."""
         lengths = [len(t) for t in self.tables]
-        offset = lengths[0] if len(lengths) == 1 else mx.array(lengths, dtype=mx.int32)
+        offset = lengths[0] if len(lengths) == 1 else on_device(np.array(lengths, np.int32))
         return [BatchView(self, layer, offset) for layer in range(self.pool.geometry.layers)]
 
     def attend(

@@ -15,6 +15,7 @@ import numpy as np
 
 from agentmem.engine.table import Table
 from agentmem.engine.views import History, LayerCache, LayerRows
+from agentmem.quant.device import on_device
 
 ROW = 16
 """Tokens of a row: at most 15 places a piece are empty."""
@@ -50,7 +51,7 @@ class PackedPass:
         for p in self.pieces:
             ids[p.first : p.end].reshape(-1)[: len(p.tokens)] = p.tokens
             starts[p.first : p.end] = len(p.table) + ROW * np.arange(p.end - p.first)
-        self.ids, self.starts = mx.array(ids), mx.array(starts)
+        self.ids, self.starts = mx.array(ids), on_device(starts)
 
     def views(self) -> list[PackedView]:
         """One view per layer."""

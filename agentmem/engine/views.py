@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from agentmem.quant.device import on_device
 from agentmem.quant.keymap import KeyMap
 
 if TYPE_CHECKING:
@@ -20,15 +21,15 @@ class History:
         self.table = table
         self.length = len(table)
         g = table.pool.geometry
-        self._raw_pages = [(mx.array(b.slots), b) for b in table.blocks if b.raw]
+        self._raw_pages = [(on_device(np.array(b.slots, np.int32)), b) for b in table.blocks if b.raw]
         packed = [b for b in table.blocks if not b.raw]
         slots = np.array([b.slots[0] for b in packed], dtype=np.int64)
-        self._packed_slots = mx.array(slots.astype(np.int32)) if packed else None
+        self._packed_slots = on_device(slots.astype(np.int32)) if packed else None
         self._row_ids = (slots[:, None] * g.page_tokens + np.arange(g.page_tokens)).reshape(-1)
         self._packed_rows: mx.array | None = None
         if any(b.rows < g.page_tokens for b in packed):
             rows = np.concatenate([np.arange(b.rows) + i * g.page_tokens for i, b in enumerate(packed)])
-            self._packed_rows, self._row_ids = mx.array(rows), self._row_ids[rows]
+            self._packed_rows, self._row_ids = on_device(rows), self._row_ids[rows]
         self.packed = len(self._row_ids)
         self.raw = sum(b.rows for _, b in self._raw_pages)
         self._offsets: dict[tuple[int, int], mx.array] = {}
@@ -57,7 +58,7 @@ class History:
                 at = np.arange(block.rows)
                 slots = np.asarray(block.slots)[at // g.raw_per_slot]
                 parts.append(slots * g.slot_words[layer] + at % g.raw_per_slot * key[1])
-            self._offsets[key] = mx.array(np.concatenate(parts).astype(np.uint32))
+            self._offsets[key] = on_device(np.concatenate(parts).astype(np.uint32))
         return self._offsets[key]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from agentmem.quant.device import backend
+from agentmem.quant.device import backend, on_device
 from agentmem.quant.kernels.plan import WIDE_ROWS, Batch, Layout
 from agentmem.quant.kernels.source import Kernel, kernel
 from agentmem.quant.rows import RowCodec
@@ -96,7 +96,9 @@ def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bo
 
 @lru_cache(maxsize=1024)
 def _settings(scale: float, tails_at: int) -> mx.array:
-    return mx.array(np.array([np.float32(scale * LOG2_E).view(np.uint32), tails_at], np.uint32))
+    made = on_device(np.array([np.float32(scale * LOG2_E).view(np.uint32), tails_at], np.uint32))
+    mx.async_eval(made)  # it outlives the thread that asks for it first
+    return made
 
 
 def flash_decode(

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from agentmem.quant.device import on_device
 from agentmem.quant.rows import RowCodec
 
 WIDE_ROWS = 16
@@ -98,10 +99,10 @@ class Batch:
                 entries += s.members
         self._items = np.array(items, np.uint32)
         self.wide = max(len(s.members) for s in stretches) * self.repeat > NARROW_ROWS
-        self.entries = mx.array(np.array(entries, np.uint32))
-        self.order = mx.array(np.argsort(entries, kind="stable").astype(np.uint32))
+        self.entries = on_device(np.array(entries, np.uint32))
+        self.order = on_device(np.argsort(entries, kind="stable").astype(np.uint32))
         counts = np.bincount(entries, minlength=len(self.reaches))
-        self.starts = mx.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32))
+        self.starts = on_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32))
 
     def _costs(self, reach: Reach) -> np.ndarray:
         tiles = -(-reach.rows // TILE) * np.where(reach.raw, RAW_COST, 1)
@@ -157,7 +158,7 @@ class Batch:
         state[:, 0] = tail_rows
         if lows is not None:
             state[:, 1] = lows
-        self.state = mx.array(state)
+        self.state = on_device(state)
 
     def layout(self, codec: RowCodec) -> Layout:
         """The plan for layers of this geometry."""
@@ -172,6 +173,6 @@ class Batch:
                 kinds = np.append(np.where(r.raw, RAW, PACKED), [TAIL] * self._parts)
                 runs.append(np.stack([at, fields + (kinds << KIND_BIT)], axis=1))
             self._layouts[key] = Layout(
-                mx.array(self._items), mx.array(np.concatenate(runs).astype(np.uint32))
+                on_device(self._items), on_device(np.concatenate(runs).astype(np.uint32))
             )
         return self._layouts[key]
