@@ -153,12 +153,20 @@ class DeviceArena(Arena):
         whole = _packed_rows(slots, 0, len(slots) * g.page_tokens, g.page_tokens)
         self._scatter(mx.array(whole), images)
 
-    def write_rows(self, where: np.ndarray, rows: list[mx.array], first_layer: int = 0) -> None:
-        """Put rows of consecutive layers, uint32 [n, packed_words], at the arena rows `where` (slot * page_tokens + row)."""
-        self._scatter(mx.array(where.astype(np.int32)), rows, first_layer)
+    def write_rows(
+        self, where: np.ndarray, rows: list[mx.array], first_layer: int = 0, *, in_use: bool = True
+    ) -> None:
+        """Put rows of consecutive layers, uint32 [n, packed_words], at the arena rows `where` (slot * page_tokens + row).
 
-    def _scatter(self, where: mx.array, rows: list[mx.array], first_layer: int = 0) -> None:
-        mx.synchronize()  # who still reads an array would make its update a copy
+        `in_use`: whether a step that is under way may be reading these layers.
+        """
+        self._scatter(mx.array(where.astype(np.int32)), rows, first_layer, in_use)
+
+    def _scatter(
+        self, where: mx.array, rows: list[mx.array], first_layer: int = 0, in_use: bool = True
+    ) -> None:
+        if in_use:
+            mx.synchronize()  # who still reads an array would make its update a copy
         layers = self._layers[first_layer : first_layer + len(rows)]
         mx.eval(rows)
         for layer, new in zip(layers, rows, strict=True):

@@ -129,11 +129,13 @@ class Reader:
         names: Mapping[int, str],
         views: Sequence[np.ndarray] | None,
         stage: Staged | None = None,
+        layers: range | None = None,
     ) -> Read:
         """Read and check the runs of the plan. Blocks the calling thread, which must not be the engine's.
 
         With `views`, the arena's slots per layer (uint32 [slots, slot_words]), rows go where the plan says. With `stage`, the
-        rows of its layers go there, as `stage_layout` says. With neither they are only checked.
+        rows of its layers go there, as `stage_layout` says. With neither they are only checked. `layers`: those of the arena
+        that are read, all by default.
         """
         scratch = [np.empty((plan.scratch_rows, w), np.uint32) for w in plan.geometry.raw_words]
         bad: dict[int, str] = {}
@@ -145,7 +147,7 @@ class Reader:
                 except (OSError, ExtentCorrupt, ValueError, KeyError) as e:
                     bad[extent] = f"{type(e).__name__}: {e}"
             units: dict[int, list[Unit]] = {e: [] for e in opened}
-            for (extent, raw), layer, runs, targets in _targets(plan, views, scratch, stage):
+            for (extent, raw), layer, runs, targets in _targets(plan, views, scratch, stage, layers):
                 if extent in opened and extent not in bad:
                     try:
                         units[extent] += _units(opened[extent], raw, layer, runs, targets)
@@ -198,13 +200,17 @@ def stage_layout(plan: RestorePlan, layers: range) -> dict[tuple[Key, int], tupl
 
 
 def _targets(
-    plan: RestorePlan, views: Sequence[np.ndarray] | None, scratch: list[np.ndarray], stage: Staged | None
+    plan: RestorePlan,
+    views: Sequence[np.ndarray] | None,
+    scratch: list[np.ndarray],
+    stage: Staged | None,
+    layers: range | None,
 ) -> Iterator[tuple[Key, int, list[Run], Targets]]:
     """((extent, raw), layer, runs, where they go) for everything that is to be read."""
     g = plan.geometry
     if stage is None:
         for key, runs in plan.runs.items():
-            for layer in range(g.layers):
+            for layer in layers if layers is not None else range(g.layers):
                 yield (
                     key,
                     layer,

@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -324,20 +324,30 @@ class Store:
         stage: Staged | None = None,
     ) -> None:
         """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
+        reading = self.read(plan, views, stage)
+        reading.add_done_callback(lambda read: self._complete(lambda: done(read.result())))
 
+    def read(
+        self,
+        plan: RestorePlan,
+        views: Sequence[np.ndarray] | None,
+        stage: Staged | None = None,
+        layers: range | None = None,
+    ) -> Future[Read]:
+        """The same for who waits for it. Does not fail: what goes wrong is part of the outcome."""
         ticket = self.shelf.retired.enter()
 
-        def job() -> None:
+        def job() -> Read:
             try:
-                result = self._reader.read(plan, self.names, views, stage)
+                result = self._reader.read(plan, self.names, views, stage, layers)
             except Exception as e:  # without an outcome the request would wait for ever
                 log.exception("a restore failed")
                 result = Read([], {extent: f"{type(e).__name__}: {e}" for extent, _ in plan.runs})
             if self.shelf.retired.leave(ticket):
                 self._jobs.put(self._unlink_retired)
-            self._complete(lambda: done(result))
+            return result
 
-        self._restores.submit(job)
+        return self._restores.submit(job)
 
     def path(self, extent: int) -> Path:
         return self.extents / self.names[extent]

@@ -10,6 +10,7 @@ from agentmem.engine.draw import Chosen
 from agentmem.engine.pace import Pace
 from agentmem.engine.runner import Chunk, Runner, Work
 from agentmem.engine.sequence import Sequence
+from agentmem.engine.stream import StreamBroken
 from agentmem.errors import AgentMemError, Overloaded, reported
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class Passes:
         except Exception as error:
             if len(chunks) > 1:
                 return [outcome for chunk in chunks for outcome in self._prefill([chunk])]
+            if isinstance(error, StreamBroken):  # who began the stream sees to it
+                return []
             if isinstance(error, Overloaded):
                 self._wait(sequences[0], error, lambda: None)
             else:

@@ -34,8 +34,13 @@ def stage_need(plan: RestorePlan, layers: range) -> int:
     return sum(rows * words for _, rows, words in stage_layout(plan, layers).values())
 
 
-def place(plan: RestorePlan, arena: DeviceArena, stage: mx.array, layers: range) -> None:
-    """Write the staged rows of `layers` into the arena; rows that lay raw and belong packed are packed on the way."""
+def place(
+    plan: RestorePlan, arena: DeviceArena, stage: mx.array, layers: range, *, in_use: bool = True
+) -> None:
+    """Write the staged rows of `layers` into the arena; rows that lay raw and belong packed are packed on the way.
+
+    `in_use`: whether the device may be reading these layers.
+    """
     g = plan.geometry
     rows = {at: stage[a : a + n * w].reshape(n, w) for at, (a, n, w) in stage_layout(plan, layers).items()}
     where: list[np.ndarray] = []
@@ -64,7 +69,7 @@ def place(plan: RestorePlan, arena: DeviceArena, stage: mx.array, layers: range)
         _extend(
             parts, [g.codecs[layer].pack(mx.concatenate(r)) for layer, r in zip(layers, repack, strict=True)]
         )
-    arena.write_rows(np.concatenate(where), [mx.concatenate(p) for p in parts], layers.start)
+    arena.write_rows(np.concatenate(where), [mx.concatenate(p) for p in parts], layers.start, in_use=in_use)
 
 
 def _extend(lists: list[Pieces], pieces: Pieces) -> None:

@@ -18,9 +18,12 @@ from agentmem.blockpool.restore import Read, RestorePlan, Staged
 from agentmem.blockpool.stage import Stage, make_stage
 from agentmem.blockpool.store import Store
 from agentmem.engine.placement import layer_groups, place, stage_need
+from agentmem.engine.stream import Stream
 
 Recalled = Callable[[dict[int, str], float], None]
 
+STREAM_BYTES = 32 << 20
+"""What is read in less time than a step of the model takes need not overlap with one."""
 STAGE_WORDS = 32 << 20
 """Words of each of the two stages: 128 MiB."""
 
@@ -44,11 +47,7 @@ class Recall:
 
         With bad extents nothing was restored. Raises Overloaded when there are no slots.
         """
-        g, arena = self._pool.geometry, self._pool.arena
-        sizes = [g.slots_for(p.raw, p.rows) for p in pages]
-        taken = iter(self._pool.take(sum(sizes)))
-        slots = [tuple(next(taken) for _ in range(n)) for n in sizes]
-        plan = RestorePlan(g, list(zip(pages, slots, strict=True)))
+        arena, plan = self._pool.arena, self._plan(pages)
         start = time.perf_counter()
 
         def finish(bad: dict[int, str]) -> None:
@@ -71,6 +70,33 @@ class Recall:
             self._waiting.append(lambda: self._staged(plan, arena, finish))
         else:
             self._staged(plan, arena, finish)
+
+    def _plan(self, pages: list[Page]) -> RestorePlan:
+        """Pages with slots to come into. Raises Overloaded."""
+        g = self._pool.geometry
+        sizes = [g.slots_for(p.raw, p.rows) for p in pages]
+        taken = iter(self._pool.take(sum(sizes)))
+        slots = [tuple(next(taken) for _ in range(n)) for n in sizes]
+        return RestorePlan(g, list(zip(pages, slots, strict=True)))
+
+    def streams(self, pages: list[Page]) -> bool:
+        """Whether `pages` can come in layer by layer, and are enough to gain by it: now, and without packing any."""
+        g = self._pool.geometry
+        pieces = [(page.raw, piece) for page in pages for piece in page.pieces or ()]
+        size = sum(piece.rows * g.row_bytes(piece.raw) for _, piece in pieces)
+        return not self.running and size >= STREAM_BYTES and all(raw == p.raw for raw, p in pieces)
+
+    def stream(self, pages: list[Page]) -> Stream:
+        """Bring `pages` into RAM layer by layer. They count as being there at once. Raises Overloaded.
+
+        Precondition: `streams(pages)`.
+        """
+        plan = self._plan(pages)
+        stages = self._stages_for(plan) if isinstance(self._pool.arena, DeviceArena) else None
+        stream = Stream(self._pool, self._store, pages, plan, stages)
+        for page, slots in plan.pages:
+            self._pool.settle(page, slots)
+        return stream
 
     def _direct(self, plan: RestorePlan, arena: HostArena, finish: Callable[[dict[int, str]], None]) -> None:
         """Reader threads fill the arena."""

@@ -15,6 +15,7 @@ import numpy as np
 from agentmem.blockpool.page import Match, Page, PageTree
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.siblings import ordered
+from agentmem.engine.stream import Stream
 from agentmem.engine.views import History, LayerView
 from agentmem.quant.attention import Path
 from agentmem.quant.kernels.plan import Reach
@@ -43,7 +44,8 @@ class Block:
 class Table:
     """State of a sequence's first `len(table)` tokens. Engine thread only.
 
-    Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it.
+    Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it. With a `stream`, its pages
+    are still on their way: only `views` know how to wait for them.
     """
 
     def __init__(self, pool: Pool, path: Path) -> None:
@@ -57,6 +59,7 @@ class Table:
         self._taken: tuple[int, ...] = ()
         self._paged: int | None = None
         self._reach: Reach | None = None
+        self.stream: Stream | None = None
 
     def __len__(self) -> int:
         if self._paged is None:

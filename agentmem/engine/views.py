@@ -116,12 +116,15 @@ class LayerView(LayerCache):
     def __init__(self, table: Table, history: History, layer: int) -> None:
         super().__init__(history.length, table.pool.geometry.key_maps[layer])
         self._path, self._codec = table.path, table.pool.geometry.codecs[layer]
-        self._stored = LayerRows(history, layer)
+        self._stored, self._layer, self._stream = LayerRows(history, layer), layer, table.stream
         self._rows: mx.array | None = None
 
     def _attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
     ) -> mx.array:
+        if self._stream is not None and not self._stream.has(self._layer):
+            mx.async_eval(queries, keys, values)  # the layers before this one are computed meanwhile
+            self._stream.wait(self._layer)
         out, self._rows = self._path(
             self._codec, self._stored, queries, keys, values, scale=scale, sinks=sinks
         )
