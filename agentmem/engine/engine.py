@@ -20,6 +20,7 @@ from agentmem.engine.prefetch import Prefetch
 from agentmem.engine.recall import Recall
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Failed
+from agentmem.engine.returns import Returns
 from agentmem.engine.runner import Runner, Work
 from agentmem.engine.scheduler import Scheduler
 from agentmem.engine.sequence import Finish, Sequence
@@ -53,14 +54,13 @@ class Engine:
         self.prefetch = Prefetch(pool, memory, self.recall)
         self.scheduler, self.pace, self.lobby = scheduler, scheduler.pace, lobby
         self.followers = Followers(pool.geometry.page_tokens)
-        self.passes = Passes(runner, scheduler.pace, self._fail, self._retry_or_fail)
+        self.returns = Returns(self, planner, memory)
+        self.passes = Passes(runner, scheduler.pace, self._fail, self.retry_or_fail)
         self.path = path
         self.max_batch, self.wait_for_commit = max_batch, wait_for_commit
         self.active: list[Sequence] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._again: list[Callable[[], None]] = []
-        self._to_stream: Sequence | None = None
-        self._streaming: tuple[Sequence, Stream] | None = None
         self._wake = threading.Event()
         self._closing = False
 
@@ -133,7 +133,7 @@ class Engine:
         start = time.perf_counter()
         work = self.plan()
         outcomes = self.run(work)
-        self._land()
+        self.returns.land()
         self.settle(outcomes)
         if work.decoding and outcomes:
             self.pace.stepped(1e3 * (time.perf_counter() - start))
@@ -156,7 +156,7 @@ class Engine:
         for sequence in [s for s in self.active if s.ticket.cancelled and s.phase in ("prefill", "decode")]:
             self._finish(sequence, "cancelled")
         self._admit()
-        self._stream()
+        self.returns.begin_stream()
         ready = self.followers.ready(self.active)
         for sequence in ready:
             self.planner.announce(sequence)
@@ -185,7 +185,7 @@ class Engine:
                 self.lobby.admitted(sequence)
                 self.active.append(sequence)
                 self.prefetch.release(sequence)
-                self._restore(sequence)
+                self.returns.restore(sequence)
                 continue
             misfits += 1
             if misfits == LOOKAHEAD or self.lobby.must_be_next(sequence):
@@ -193,100 +193,7 @@ class Engine:
         still = [s for s in ordered if s in self.waiting]
         self.prefetch.advance(still, self.planner.need, self.planner.room(self.active))
 
-    def _alone(self, sequence: Sequence) -> bool:
-        return self.active == [sequence] and not self.waiting
-
-    def _restore(self, sequence: Sequence, whole: bool = False) -> None:
-        """Bring the matched pages into RAM, then start the prefill; with it, unless `whole`, where nobody else is there."""
-        assert sequence.match is not None
-        missing = [p for p in sequence.match.pages if p.slots is None]
-        sequence.phase = "restoring"
-        if self.prefetch.finish(sequence, lambda: self._restore(sequence)):
-            return
-        if not whole:
-            sequence.restored = sequence.prefetched + sum(p.rows for p in missing)
-        if not missing:
-            self._start(sequence)
-            return
-        behind = [
-            p for p in missing if p.raw and p is sequence.match.pages[-1]
-        ]  # the table copies it at once
-        if (
-            not whole
-            and self._alone(sequence)
-            and self.recall.streams([p for p in missing if p not in behind])
-        ):
-            if not behind:
-                self._to_stream = sequence
-                return
-            missing = behind
-        else:
-            behind = []
-
-        def done(bad: dict[int, str], seconds: float) -> None:
-            sequence.restore_ms += 1e3 * seconds
-            if bad:
-                sequence.lost = True
-                self.planner.unpin(sequence)
-                self.memory.lose(bad)
-                self.planner.replan(sequence)
-                self._restore(sequence)
-            elif behind:
-                self._restore(sequence)
-                sequence.restored += sum(p.rows for p in behind)
-            else:
-                self._start(sequence)
-
-        try:
-            self.recall.start(missing, done)
-        except Overloaded as error:
-            self._retry_or_fail(sequence, error, lambda: self._restore(sequence))
-
-    def _stream(self) -> None:
-        """Start a prefill whose layers wait for their rows. Until `_land`, in the same step, nothing else may use the pages."""
-        sequence, self._to_stream = self._to_stream, None
-        if sequence is None or sequence.phase != "restoring":
-            return
-        assert sequence.match is not None
-        missing = [p for p in sequence.match.pages if p.slots is None]
-        if (
-            sequence.reused >= len(sequence.ids)
-            or not self._alone(sequence)
-            or not self.recall.streams(missing)
-        ):
-            self._restore(sequence, whole=True)
-            return
-        try:
-            stream = self.recall.stream(missing)
-        except Overloaded as error:
-            self._retry_or_fail(sequence, error, lambda: self._restore(sequence))
-            return
-        self._streaming = sequence, stream
-        self._start(sequence, stream)
-
-    def _land(self) -> None:
-        """The step of a stream is over: all of its rows are there now, or the prompt begins anew without what is damaged."""
-        if self._streaming is None:
-            return
-        (sequence, stream), self._streaming = self._streaming, None
-        stream.finish()
-        sequence.restore_ms += 1e3 * stream.seconds
-        if sequence.table is not None:
-            sequence.table.stream = None
-        if not stream.bad:
-            return
-        if sequence.table is not None and sequence.phase != "done":
-            sequence.table.release()
-            sequence.table, sequence.phase = None, "restoring"
-        for page in stream.pages:
-            self.pool.evict(page)
-        self.memory.lose(stream.bad)
-        if sequence.phase == "restoring":
-            sequence.lost = True
-            self.planner.replan(sequence)
-            self._restore(sequence)
-
-    def _retry_or_fail(self, sequence: Sequence, error: AgentMemError, again: Callable[[], None]) -> None:
+    def retry_or_fail(self, sequence: Sequence, error: AgentMemError, again: Callable[[], None]) -> None:
         """Slots are missing: they come free when a write or another sequence ends; without either the request fails."""
         others = [s for s in self.active if s is not sequence and s.phase not in ("ended", "done")]
         if self.prefetch.release_all() or self.memory.unwritten or others or self.recall.running:
@@ -294,7 +201,8 @@ class Engine:
         else:
             self._fail(sequence, error)
 
-    def _start(self, sequence: Sequence, stream: Stream | None = None) -> None:
+    def start(self, sequence: Sequence, stream: Stream | None = None) -> None:
+        """The matched pages have slots: begin with the prefill. Their rows are there, or come with the stream."""
         assert sequence.match is not None
         if sequence.phase == "done":
             return
@@ -384,7 +292,7 @@ class Engine:
             last = sequence.table.settle(root)
         except Overloaded as error:
             sequence.phase = "restoring"
-            self._retry_or_fail(sequence, error, lambda: self._end(sequence))
+            self.retry_or_fail(sequence, error, lambda: self._end(sequence))
             return
         head = last if last is not root else None
         turn = self.planner.record(sequence, last.end)
