@@ -138,7 +138,7 @@ def restore(model: str, shape: str | None, bits: str, **options: Any) -> Result:
     click.option("--pages", default=100_000, help="Pages of the large home."),
     click.option("--agents", default=1000, help="Agents of the large home."),
     click.option("--turns", default=200, help="Turns of the long session."),
-    click.option("--steps", default=400, help="Decode steps that are timed."),
+    click.option("--steps", default=2000, help="Decode steps of a round alone, and as many under commits."),
     MEGABYTES,
     click.option("--repeats", default=5, help="Rounds of which medians are reported."),
 )
