@@ -44,16 +44,9 @@ class Store:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        fingerprint: str,
-        text_identity: str = "",
-        *,
-        durable: bool = True,
-        wake: Callable[[], None] = lambda: None,
-        files: Files | None = None,
-        vaults: Vaults | None = None,
-    ) -> None:
+        self, folder: Path, fingerprint: str, text_identity: str = "", *, durable: bool = True,
+        wake: Callable[[], None] = lambda: None, files: Files | None = None, vaults: Vaults | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.files = files or Files(durable)
         self.shelf = Shelf(folder, self.files)
@@ -317,23 +310,17 @@ class Store:
         self._jobs.put(job)
 
     def restore(
-        self,
-        plan: RestorePlan,
-        views: Sequence[np.ndarray] | None,
-        done: Callable[[Read], None],
+        self, plan: RestorePlan, views: Sequence[np.ndarray] | None, done: Callable[[Read], None],
         stage: Staged | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Read a plan on the reader threads (see `Reader.read`); `done` is a completion."""
         reading = self.read(plan, views, stage)
         reading.add_done_callback(lambda read: self._complete(lambda: done(read.result())))
 
     def read(
-        self,
-        plan: RestorePlan,
-        views: Sequence[np.ndarray] | None,
-        stage: Staged | None = None,
+        self, plan: RestorePlan, views: Sequence[np.ndarray] | None, stage: Staged | None = None,
         layers: range | None = None,
-    ) -> Future[Read]:
+    ) -> Future[Read]:  # fmt: skip
         """The same for who waits for it. Does not fail: what goes wrong is part of the outcome."""
         ticket = self.shelf.retired.enter()
 
