@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -82,7 +83,7 @@ class LayerRows:
         return self._history.raw_blocks(self._layer)
 
 
-class LayerCache:
+class LayerCache(ABC):
     """What one layer of an mlx-lm model gets as its cache for one forward pass: keys go to `attend` as they come."""
 
     def __init__(self, offset: int | mx.array, key_map: KeyMap) -> None:
@@ -104,10 +105,10 @@ class LayerCache:
         """Causal attention over the histories and the pass; keeps the rows of the pass."""
         return self._attend(self._key_map.queries(queries), self._key_map.keys(keys), values, scale, sinks)
 
+    @abstractmethod
     def _attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
-    ) -> mx.array:
-        raise NotImplementedError
+    ) -> mx.array: ...
 
 
 class LayerView(LayerCache):

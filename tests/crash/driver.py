@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,18 +160,25 @@ class Life:
 
     def damage(self, agent: str) -> None:
         """Flip a bit in an extent, then make everybody read."""
-        known = extents(self.home)
+        known = [path for path in extents(self.home) if path.suffix != ".tmp"]
         if not known:
             return
         self.lose([name for name in AGENTS if self.turns[name]])
-        path = self.rng.choice(known)
-        content = bytearray(path.read_bytes())
-        content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
-        path.write_bytes(content)
+        # The background may merge an extent into another and unlink it meanwhile.
+        with suppress(FileNotFoundError):
+            self._flip(self.rng.choice(known))
         for name in AGENTS:
             if self.turns[name]:
                 self.runtime.evict(name)
                 self.runtime.warm(name)
+
+    def _flip(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            at = self.rng.randrange(path.stat().st_size)
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << self.rng.randrange(8)]))
 
 
 def live(round: Round) -> None:

@@ -82,9 +82,13 @@ def test_a_sync_that_fails_makes_the_store_read_only_and_loses_nothing(
     assert [t["text"] for t in told] == undisturbed[1:TURNS]
     states = [t["read_only"] for t in told]
     assert states == sorted(states), "a store that was read-only came back without a restart"
-    assert [t["committed"] for t in told] == [not s for s in states]
+    kept = [t["committed"] for t in told]
     if when == "1+":
-        assert states[-1]
+        assert not any(kept)
+        assert all(states)
+    # A file that the background writes may meet the error just after a turn was kept.
+    assert all(k or s for k, s in zip(kept, states, strict=True))
+    assert not any(k for k, before in zip(kept, [False, *states], strict=False) if before)
     goes_on(tmp_path, told, undisturbed)
 
 
@@ -100,7 +104,7 @@ def test_a_full_disk_passes_and_loses_nothing(
     told = speak(tmp_path, TURNS - 1, f"{call}:error=ENOSPC:when={when}")
     assert [t["text"] for t in told] == undisturbed[1:TURNS]
     assert not any(t["read_only"] for t in told)
-    assert [t["committed"] for t in told] == [not t["disk_full"] for t in told]
+    assert all(t["committed"] or t["disk_full"] for t in told)
     assert told[-1]["committed"]
     goes_on(tmp_path, told, undisturbed)
 

@@ -53,7 +53,8 @@ def opened(home: Path) -> Runtime:
     return Runtime.open(settings, lambda: random_model("llama", seed=0, num_hidden_layers=LAYERS))
 
 
-@pytest.mark.parametrize("trace", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", [0, 1])
 def test_traces(tmp_path: Path, streams: Streams, trace: int) -> None:
     """Random conversations are those of the uninterrupted run, logits included, when every restore is streamed."""
     for i in range(2):
@@ -79,7 +80,7 @@ def test_a_stream_is_reported_as_a_restore(tmp_path: Path, streams: Streams) -> 
     runtime.close()
 
 
-@pytest.mark.parametrize("where", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("where", [pytest.param(0.02, marks=pytest.mark.slow), 0.5, 0.98])
 def test_damage_that_is_found_on_the_way(tmp_path: Path, streams: Streams, where: float) -> None:
     """The pass is given up, the file put aside, its tokens read again, and the answer is the one it was."""
     runtime = opened(tmp_path / "sound")
