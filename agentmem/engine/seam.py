@@ -104,17 +104,22 @@ def probe(model: nn.Module) -> tuple[list[LayerShape], int, mx.Dtype]:
     return [s for s in shapes if s is not None], probes[0].query_heads, probes[0].dtype
 
 
+def keys_at(model: nn.Module, ids: list[list[int]], offset: int | mx.array) -> list[mx.array]:
+    """The keys [rows, heads, n, key_dim] of every layer over token ids [rows][n] without a history, rotated as if at `offset`."""
+    probes = [_Probe(offset) for _ in make_prompt_cache(model)]
+    model(mx.array(ids), cache=probes)
+    return [p.keys for p in probes]
+
+
 def takes_ragged_rows(model: nn.Module) -> bool:
     """Whether the rows of one pass may begin at different positions: whether their keys are those of passes of their own.
 
     Models do that by handing `cache.offset` to their rotary embedding, which takes one number for each row too.
     """
-    layers, starts = len(make_prompt_cache(model)), (0, 7)
+    starts = (0, 7)
 
     def keys(rows: int, offset: int | mx.array) -> mx.array:
-        probes = [_Probe(offset) for _ in range(layers)]
-        model(mx.array([[0, 1]] * rows), cache=probes)
-        return mx.stack([p.keys for p in probes]).astype(mx.float32)
+        return mx.stack(keys_at(model, [[0, 1]] * rows, offset)).astype(mx.float32)
 
     alone = mx.concatenate([keys(1, start) for start in starts], axis=1)
     try:
