@@ -13,6 +13,7 @@ BENCHMARKS = {
     "formats": "What each KV format costs the model's predictions.",
     "attention": "One decode step's attention over packed rows, next to 16-bit keys and values.",
     "batch": "Many streams at once: decode speed and memory, next to 16-bit pages and stock mlx-lm, and speed under load.",
+    "compose": "What reusing segments behind other text costs the answers, and saves.",
 }
 
 

@@ -28,11 +28,12 @@ ALLOWED = {
     "agentmem.quant": set[str](),
     "agentmem.blockpool": {"agentmem.quant", "agentmem.errors"},
     "agentmem.model": {"agentmem.quant", "agentmem.errors", "agentmem.home"},
+    "agentmem.compose": {"agentmem.quant", "agentmem.model", "agentmem.errors"},
     "agentmem.engine": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
     "agentmem.server": {*CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request"},
     "agentmem.bench": {
         *CLIENT_SIDE, "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
-        "agentmem.runtime",
+        "agentmem.compose", "agentmem.runtime",
     },
     "agentmem.adapters": CLIENT_SIDE,
     "agentmem.cli": CLIENT_SIDE,

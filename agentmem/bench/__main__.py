@@ -1,4 +1,4 @@
-"""`python -m agentmem.bench restore|store|formats|attention|batch ...`: what `agentmem bench` runs.
+"""`python -m agentmem.bench restore|store|formats|attention|batch|compose ...`: what `agentmem bench` runs.
 
 JSON on stdout, progress on stderr.
 """
@@ -267,6 +267,43 @@ def batch(
     loaded, folder = _loaded(model, shape, bits), None if shape else Home(default_home()).calibration
     try:
         return run(loaded, **options, folder=folder, load=under, say=_say)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _compose_table(result: dict[str, Any]) -> str:
+    lines = ["planner        read  prefill ms  faster  mean KL      p95    first   top-1"]
+    lines += [
+        f"{r['planner']:13s} {r['read']:5.3f} {r['prefill_ms']:11.0f} {r['dense_over_this']:6.1f}x "
+        f"{r['kl']:8.4f} {r['kl_p95']:8.4f} {r['kl_first']:8.4f} {r['top1']:7.3f}"
+        for r in result["rows"]
+    ]
+    return "\n".join([*lines, _checks(result)])
+
+
+@_benchmark(
+    _compose_table,
+    MODEL,
+    click.option(
+        "--planner", "names", multiple=True, help="A planner to measure beside dense; repeatable. Default: all."
+    ),
+    click.option("--anchors", default=10, type=click.IntRange(1), help="Questions of a family for anchors."),
+    click.option("--tests", default=14, type=click.IntRange(1), help="Questions of a family that are measured."),
+    click.option("--answer", default=64, type=click.IntRange(2), help="Tokens of an agent's answer at most."),
+    click.option("--next", "following", default=24, help="Tokens behind a prompt that are predicted."),
+    click.option(
+        "--format", default=Settings.model_fields["kv_format"].default, help="KV format.", show_default=True
+    ),
+    click.option("--megabytes", default=2048, help="Budget of a family's anchors."),
+)
+def compose(model: str, names: tuple[str, ...], **options: Any) -> Result:
+    """Segments of three agents' prompts put together in several ways, against prompts that were read whole."""
+    from agentmem.bench.compose import PLANNERS, run
+
+    loaded, folder = _loaded(model), Home(default_home()).calibration
+    chosen = tuple(dict.fromkeys(("dense", *names))) if names else PLANNERS
+    try:
+        return run(loaded, chosen, **options, calibrations=folder, say=_say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 

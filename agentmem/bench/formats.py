@@ -17,15 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from agentmem.bench.checks import check
-from agentmem.blockpool.pool import Pool
+from agentmem.bench.held import held, log_p
 from agentmem.engine import conversation
 from agentmem.engine.calibrate import Observed
 from agentmem.engine.layout import Layout, layout
-from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
 from agentmem.quant.device import backend
-from agentmem.quant.paths import chosen
-from agentmem.quant.selftest import self_tests
 
 Say = Callable[[str], None]
 
@@ -40,16 +37,6 @@ def own_texts() -> dict[str, str]:
     return dict(sorted(prose.items())) | {"conversation.py": inspect.getsource(conversation)}
 
 
-class _Rows:
-    """Rows of one layer, as a layer view gives them after a forward pass."""
-
-    def __init__(self, rows: mx.array) -> None:
-        self._rows = rows
-
-    def raw_rows(self) -> mx.array:
-        return self._rows
-
-
 class Reading:
     """One text, read without packing: `layers` hold keys and values, `wanted` is log p [fed, vocab] of the last tokens."""
 
@@ -57,35 +44,18 @@ class Reading:
         self._model, self._ids, self._history = model, list(ids), history
         self.layers = [Observed() for _ in model.model.layers]
         logits = model.model(mx.array([self._ids]), cache=self.layers)
-        self.wanted = _log_p(logits[0, history:])
+        self.wanted = log_p(logits[0, history:])
         mx.eval(self.wanted, [(x.keys, x.values) for x in self.layers])
 
     def again(self, plan: Layout) -> mx.array:
         """The same predictions over a history that is held as `plan` says."""
-        geometry = plan.geometry
-        slots = geometry.worst_slots(len(self._ids))
-        pool = Pool(geometry, slots * geometry.slot_bytes, "bench")
-        table = Table(pool, chosen(self_tests(plan.codecs, plan.query_heads, plan.dtype)))
-        held: Any = [
-            _Rows(
-                codec.raw(
-                    key_map.keys(layer.keys[:, :, : self._history])[0], layer.values[0, :, : self._history]
-                )
-            )
-            for codec, key_map, layer in zip(geometry.codecs, geometry.key_maps, self.layers, strict=True)
-        ]
-        arrays, apply = table.absorb(held, self._ids[: self._history])
-        mx.eval(arrays)
-        apply()
-        got = _log_p(self._model.model(mx.array([self._ids[self._history :]]), cache=table.views())[0])
+        n = self._history
+        layers = [(layer.keys[0, :, :n], layer.values[0, :, :n]) for layer in self.layers]
+        table = held(plan, self._ids[:n], layers, len(self._ids))
+        got = log_p(self._model.model(mx.array([self._ids[self._history :]]), cache=table.views())[0])
         mx.eval(got)
         table.release()
         return got
-
-
-def _log_p(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def run(

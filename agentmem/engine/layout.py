@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from agentmem.blockpool.geometry import Geometry
-from agentmem.engine import seam
+from agentmem.model import seam
 from agentmem.engine.calibrate import calibration
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.products import join_rows

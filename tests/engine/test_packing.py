@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmem.engine.network import Network
+from agentmem.model.network import Network
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.table import Table
 from agentmem.model.random import random_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model: Any = model
         self._head = _head(model)
 
     @property
@@ -40,6 +41,35 @@ class Network:
         if len(rows) < out.shape[0]:
             out = out[mx.array(list(rows), dtype=mx.int32)]
         return out if self._head is None else self._head(out)
+
+    @cached_property
+    def walks(self) -> bool:
+        """Whether `embedded`, every `layer` and `finished` in turn are the whole model; tried on three tokens."""
+        ids = mx.array([[0, 1, 2]])
+        try:
+            if self._head is None:
+                return False
+            hidden = self.embedded(ids)
+            for number in range(len(self._model.layers)):
+                hidden = self.layer(number, hidden, None, mask="causal")
+            return bool(mx.allclose(self.finished(hidden), self._model(ids), rtol=1e-3, atol=1e-3).item())
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            log.info("the layers of this model cannot be run one by one: %s", error)
+            return False
+
+    def embedded(self, ids: mx.array) -> mx.array:
+        """ids int32 [n, tokens] -> what goes into the first layer, [n, tokens, width]. Precondition: `walks`, here and below."""
+        return self._model.model.embed_tokens(ids)
+
+    def layer(self, number: int, hidden: mx.array, view: Any, mask: str | None = None) -> mx.array:
+        """One layer over hidden [n, tokens, width]; its cache is `view`."""
+        return self._model.layers[number](hidden, mask, cache=view)
+
+    def finished(self, hidden: mx.array) -> mx.array:
+        """What leaves the last layer -> logits [..., vocab]."""
+        out = self._model.model.norm(hidden)
+        assert self._head is not None
+        return self._head(out)
 
 
 def _head(model: Any) -> Head | None:

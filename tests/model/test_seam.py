@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
-from agentmem.engine import seam
+from agentmem.model import seam
 from agentmem.engine.table import Table
 from agentmem.errors import ModelUnavailable
 from agentmem.model.random import random_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from agentmem.engine.network import Network
+from agentmem.model.network import Network
 from agentmem.model.random import random_model
 
 IDS = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])

@@ -1,0 +1,1 @@
+"""Composed reuse: a segment's attention state, moved behind another left context. Approximate, and never stored as exact."""

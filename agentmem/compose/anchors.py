@@ -1,0 +1,157 @@
+"""Anchors: texts of a slot whose state is known both alone and in its place."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import mlx.core as mx
+import numpy as np
+
+from agentmem.compose.offsets import Observed
+from agentmem.compose.state import PackedState, State
+
+BASE_BITS, DELTA_BITS = 8, 4
+"""An error of 4 bits is relative to what is packed: for an offset, a tenth of a key, it is small; for a base it is not."""
+MINIMUM = 5
+"""Anchors below which offsets are not used: one alone is worse than none."""
+PER_SLOT = 8
+PAPER_PER_SLOT, PAPER_WINDOW, PAPER_GAMMA, PAPER_TOP = 20, 5, 0.3, 0.9
+
+
+class Eviction(StrEnum):
+    DECAYED = "decayed"
+    PAPER = "paper"
+
+
+@dataclass(slots=True)
+class Anchor:
+    """One text of a slot. `offsets`: for each consumer, what the slot and the fixed text behind it went through."""
+
+    text: bytes
+    base: PackedState
+    offsets: dict[str, tuple[PackedState, PackedState]] = field(default_factory=dict)
+    hits: float = 0.0
+    users: int = 0
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes + sum(p.nbytes for pair in self.offsets.values() for p in pair)
+
+    def observed(self, consumer: str) -> Observed:
+        slot, after = self.offsets[consumer]
+        return Observed(self.base.unpacked(), slot.unpacked(), after.unpacked())
+
+
+class Pool:
+    """The anchors of all slots, oldest first, within a number per slot and a budget in bytes."""
+
+    def __init__(
+        self, budget: int, per_slot: int = PER_SLOT, eviction: Eviction = Eviction.DECAYED, half_life: float = 64.0
+    ) -> None:
+        self.budget, self.per_slot, self.eviction = budget, per_slot, eviction
+        self._fade = 0.5 ** (1 / half_life)
+        self._slots: dict[str, OrderedDict[bytes, Anchor]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._slots.values()))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for anchors in self._slots.values() for a in anchors.values())
+
+    def of_slot(self, slot: str) -> list[Anchor]:
+        return list(self._slots.get(slot, {}).values())
+
+    def find(self, slot: str, text: bytes) -> Anchor | None:
+        return self._slots.get(slot, OrderedDict()).get(text)
+
+    def eligible(self, slot: str, consumer: str, length: int) -> list[Anchor]:
+        """Anchors that know this consumer and are as long as the text: an offset is only known where there was a token."""
+        return [a for a in self.of_slot(slot) if len(a) >= length and consumer in a.offsets]
+
+    def observe(self, slot: str, text: bytes, base: State, consumer: str, offset: State, after: State) -> None:
+        """Keep what a dense run has shown; offsets are those of float32, packed once."""
+        anchors = self._slots.setdefault(slot, OrderedDict())
+        if text not in anchors:
+            self._make_room(anchors)
+            anchors[text] = Anchor(text, PackedState.of(base, BASE_BITS))
+        anchors[text].offsets[consumer] = (
+            PackedState.of(offset, DELTA_BITS), PackedState.of(after, DELTA_BITS)
+        )  # fmt: skip
+        self._shrink(keep=anchors[text])
+
+    def count(self, used: Sequence[Anchor]) -> None:
+        """These anchors served a request; what others served long ago counts less and less."""
+        for anchors in self._slots.values():
+            for anchor in anchors.values():
+                anchor.hits *= self._fade if self.eviction is Eviction.DECAYED else 1.0
+        for anchor in used:
+            anchor.hits += 1
+
+    def _make_room(self, anchors: OrderedDict[bytes, Anchor]) -> None:
+        while len(anchors) >= self.per_slot and (victim := self._victim(anchors)) is not None:
+            del anchors[victim.text]
+
+    def _shrink(self, keep: Anchor) -> None:
+        while self.nbytes > self.budget:
+            victims = [
+                (victim, anchors)
+                for anchors in self._slots.values()
+                if (victim := self._victim(OrderedDict((t, a) for t, a in anchors.items() if a is not keep)))
+            ]
+            if not victims:
+                break
+            victim, anchors = min(victims, key=lambda pair: pair[0].hits)
+            del anchors[victim.text]
+        if self.nbytes > self.budget:
+            for anchors in self._slots.values():
+                if anchors.get(keep.text) is keep and not keep.users:
+                    del anchors[keep.text]
+
+    def _victim(self, anchors: OrderedDict[bytes, Anchor]) -> Anchor | None:
+        """The anchor that served least, of the oldest ones in the paper's way; none that a request is using."""
+        candidates = list(anchors.values())
+        if self.eviction is Eviction.PAPER:
+            candidates = candidates[:PAPER_WINDOW]
+        free = [a for a in candidates if not a.users]
+        return min(free, key=lambda a: a.hits) if free else None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The paper's decision on a text: whether it may be composed, and which anchors count as used."""
+
+    shareable: bool
+    used: tuple[int, ...] = ()
+
+
+def paper_gate(
+    values: Sequence[mx.array], anchors: Sequence[Sequence[mx.array]], gamma: float = PAPER_GAMMA
+) -> Gate:
+    """Shareable when the distances to the anchors, which are all long enough, are unambiguous (entropy at most gamma of the largest).
+
+    values float32 [heads, n, dim] per layer. The anchors that count are those that make up the first 0.9 of the weights, one at
+    least (the paper's code counts all where the first alone makes them up).
+    """
+    if len(anchors) < 2:
+        return Gate(False)
+    n = values[0].shape[1]
+    squares = [
+        sum(((v - a[:, :n]) ** 2).sum() for v, a in zip(values, anchor, strict=True)) for anchor in anchors
+    ]
+    distances = np.array(mx.sqrt(mx.stack(squares)), dtype=np.float64)
+    weights = np.exp(-(distances - distances.min()))
+    weights /= weights.sum()
+    entropy = -sum(w * math.log2(w) for w in weights if w > 0)
+    if entropy > gamma * math.log2(len(anchors)):
+        return Gate(False)
+    order = np.argsort(-weights, kind="stable")
+    count = int(np.searchsorted(np.cumsum(weights[order]), PAPER_TOP)) + 1
+    return Gate(True, tuple(int(i) for i in order[:count]))

@@ -1,0 +1,167 @@
+"""What is read and what is put together: every way to reuse segments, as steps from left to right.
+
+A plan never puts the last token, whose logits are asked for, and reads what it reads behind exactly what stands before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from agentmem.compose.anchors import MINIMUM, Anchor, Pool
+from agentmem.compose.offsets import Observed, by_relative_distance
+from agentmem.compose.prompt import Prompt
+from agentmem.compose.state import State
+
+Weigh = Callable[[State, Sequence[Observed]], tuple[State, State]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of a prompt: fixed text of its template, or what fills a `slot` this time.
+
+    base: their state in the canonical frame, without this prompt's context (fixed text in front of the first slot: with all
+    of it, so that it is exact). `text` identifies what fills a slot.
+    """
+
+    ids: tuple[int, ...]
+    base: State
+    slot: str | None = None
+    text: bytes = b""
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.base)
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Append tokens with this state."""
+
+    ids: tuple[int, ...]
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Append tokens that the model reads."""
+
+    ids: tuple[int, ...]
+
+
+Steps = list[Put | Read]
+
+
+def run(prompt: Prompt, steps: Steps) -> mx.array:
+    """Follow a plan; returns the logits [vocab] behind the last token."""
+    logits = None
+    for step in merged(steps):
+        if isinstance(step, Put):
+            prompt.put(step.ids, step.state)
+        else:
+            logits = prompt.read(step.ids)
+    assert logits is not None
+    assert isinstance(steps[-1], Read)
+    return logits
+
+
+def merged(steps: Steps) -> Steps:
+    """Reads that follow one another are one pass; steps without tokens go."""
+    out: Steps = []
+    for step in steps:
+        if isinstance(step, Read) and out and isinstance(out[-1], Read):
+            out[-1] = Read(out[-1].ids + step.ids)
+        elif step.ids:
+            out.append(step)
+    return out
+
+
+def dense(pieces: Sequence[Piece]) -> Steps:
+    return [Read(p.ids) for p in pieces]
+
+
+def exact(pieces: Sequence[Piece]) -> Steps:
+    """The text in front of the first slot is remembered; everything else is read."""
+    return [_put(pieces[0]), *(Read(p.ids) for p in pieces[1:])]
+
+
+def repositioned(pieces: Sequence[Piece]) -> Steps:
+    """Every piece as it was elsewhere, only moved."""
+    return _but_last([_put(p) for p in pieces])
+
+
+def lego(pieces: Sequence[Piece], first: int = 8) -> Steps:
+    """EPIC (arXiv 2410.15332): the first tokens of each slot and all fixed text are read, the rest of the slots is moved."""
+    steps: Steps = [_put(pieces[0])]
+    for piece in pieces[1:]:
+        if piece.slot is None:
+            steps.append(Read(piece.ids))
+        else:
+            steps += [Read(piece.ids[:first]), Put(piece.ids[first:], piece.base[first:])]
+    return _but_last(steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Kvcomm:
+    """KVCOMM (arXiv 2510.12872) for one consumer: slots, and the fixed text behind each, moved and set off by anchors.
+
+    read_tail: the last fixed text is read instead. `minimum` anchors must be eligible for every slot.
+    """
+
+    pool: Pool
+    consumer: str
+    read_tail: bool = True
+    minimum: int = MINIMUM
+    weigh: Weigh = by_relative_distance
+
+    def anchors(self, pieces: Sequence[Piece]) -> list[list[Anchor]] | None:
+        """The eligible anchors of each slot in turn; None if a slot has too few."""
+        found = [
+            self.pool.eligible(p.slot, self.consumer, len(p.ids)) for p in pieces if p.slot is not None
+        ]
+        return found if all(len(anchors) >= self.minimum for anchors in found) else None
+
+    def plan(self, pieces: Sequence[Piece]) -> Steps | None:
+        """None: too little is known, read it all."""
+        found = self.anchors(pieces)
+        if found is None:
+            return None
+        steps: Steps = [_put(pieces[0])]
+        after: State | None = None
+        slots = iter(found)
+        for piece in pieces[1:]:
+            if piece.slot is None:
+                steps.append(Put(piece.ids, piece.base + after) if after is not None else Read(piece.ids))
+            else:
+                offset, after = self.weigh(piece.base, [a.observed(self.consumer) for a in next(slots)])
+                steps.append(Put(piece.ids, piece.base + offset))
+        if self.read_tail and pieces[-1].slot is None:
+            steps[-1] = Read(pieces[-1].ids)
+        return _but_last(steps)
+
+
+def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) -> None:
+    """Make anchors of a prompt that was read whole: what each slot, and the fixed text behind it, went through."""
+    starts = [0]
+    for piece in pieces:
+        starts.append(starts[-1] + len(piece.ids))
+
+    def offset(number: int) -> State:
+        return prompt.state(starts[number], starts[number + 1]) - pieces[number].base
+
+    for number, piece in enumerate(pieces):
+        if piece.slot is not None:
+            pool.observe(piece.slot, piece.text, piece.base, consumer, offset(number), offset(number + 1))
+
+
+def _put(piece: Piece) -> Put:
+    return Put(piece.ids, piece.base)
+
+
+def _but_last(steps: Steps) -> Steps:
+    """The last token is read in any case."""
+    last = steps[-1]
+    if isinstance(last, Read):
+        return steps
+    return [*steps[:-1], Put(last.ids[:-1], last.state[:-1]), Read(last.ids[-1:])]
