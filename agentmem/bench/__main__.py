@@ -285,10 +285,15 @@ def _compose_table(result: dict[str, Any]) -> str:
     _compose_table,
     MODEL,
     click.option(
-        "--planner", "names", multiple=True, help="A planner to measure beside dense; repeatable. Default: all."
+        "--planner",
+        "names",
+        multiple=True,
+        help="A planner to measure beside dense; repeatable. Default: all.",
     ),
     click.option("--anchors", default=10, type=click.IntRange(1), help="Questions of a family for anchors."),
-    click.option("--tests", default=14, type=click.IntRange(1), help="Questions of a family that are measured."),
+    click.option(
+        "--tests", default=14, type=click.IntRange(1), help="Questions of a family that are measured."
+    ),
     click.option("--answer", default=64, type=click.IntRange(2), help="Tokens of an agent's answer at most."),
     click.option("--next", "following", default=24, help="Tokens behind a prompt that are predicted."),
     click.option(

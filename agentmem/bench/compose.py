@@ -39,7 +39,10 @@ PAGE = 64
 CARRIER = "<|im_start|>user\nThe question is: "
 ASKS = {
     "solver": "The question is: {{question}}\nAnswer it in a few sentences.",
-    "analyst": "The question is: {{question}}\nThe solver says: {{solver}}\nCheck this answer. What is right in it, and what is missing?",
+    "analyst": (
+        "The question is: {{question}}\nThe solver says: {{solver}}\nCheck this answer. What is right in it, and "
+        "what is missing?"
+    ),
     "inspector": (
         "The question is: {{question}}\nThe solver says: {{solver}}\nThe analyst says: {{analyst}}\n"
         "Weigh both and give the final answer."
@@ -132,7 +135,7 @@ class Chain:
         """A greedy answer, every token of which is read."""
         answer: list[int] = []
         for _ in range(self._answer):
-            token = int(logits.argmax().item())
+            token = int(np.array(logits.astype(mx.float32)).argmax())
             if token in self._model.tokenizer.eos_ids and answer:
                 break
             answer.append(token)
@@ -210,7 +213,12 @@ def run(
 
 
 def _measure(
-    chain: Chain, agent: str, pieces: list[Piece], prompt: Prompt, following: list[int], scores: dict[str, Scores]
+    chain: Chain,
+    agent: str,
+    pieces: list[Piece],
+    prompt: Prompt,
+    following: list[int],
+    scores: dict[str, Scores],
 ) -> None:
     wanted = chain.predictions(prompt, following)
     for name, score in scores.items():
@@ -247,9 +255,13 @@ def checks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if (moved := found.get("repositioned")) is not None:
         made += [
             check("kvcomm+tail / repositioned: mean KL", ours["kl"] / moved["kl"], 1.0, "ratio", True),
-            check("kvcomm+tail / repositioned: first", ours["kl_first"] / moved["kl_first"], 1.0, "ratio", True),
+            check(
+                "kvcomm+tail / repositioned: first", ours["kl_first"] / moved["kl_first"], 1.0, "ratio", True
+            ),
             check("kvcomm+tail - repositioned: top 1", ours["top1"] - moved["top1"], 0.0, "ratio", False),
         ]
     if (blended := found.get("blend")) is not None:
-        made.append(check("kvcomm+tail / blend: first", ours["kl_first"] / blended["kl_first"], 1.0, "ratio", True))
+        made.append(
+            check("kvcomm+tail / blend: first", ours["kl_first"] / blended["kl_first"], 1.0, "ratio", True)
+        )
     return made

@@ -15,8 +15,8 @@ from pydantic import ByteSize
 from agentmem.bench import bandwidth, stock
 from agentmem.bench.checks import check
 from agentmem.bench.turns import finished_turn
-from agentmem.model import seam
 from agentmem.engine.request import Finished
+from agentmem.model import seam
 from agentmem.model.loaded import LoadedModel
 from agentmem.quant.device import backend
 from agentmem.runtime import Runtime

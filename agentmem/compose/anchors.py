@@ -11,7 +11,7 @@ from enum import StrEnum
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.offsets import Observed
+from agentmem.compose.offsets import Observed, squares_apart
 from agentmem.compose.state import PackedState, State
 
 BASE_BITS, DELTA_BITS = 8, 4
@@ -53,7 +53,11 @@ class Pool:
     """The anchors of all slots, oldest first, within a number per slot and a budget in bytes."""
 
     def __init__(
-        self, budget: int, per_slot: int = PER_SLOT, eviction: Eviction = Eviction.DECAYED, half_life: float = 64.0
+        self,
+        budget: int,
+        per_slot: int = PER_SLOT,
+        eviction: Eviction = Eviction.DECAYED,
+        half_life: float = 64.0,
     ) -> None:
         self.budget, self.per_slot, self.eviction = budget, per_slot, eviction
         self._fade = 0.5 ** (1 / half_life)
@@ -76,7 +80,9 @@ class Pool:
         """Anchors that know this consumer and are as long as the text: an offset is only known where there was a token."""
         return [a for a in self.of_slot(slot) if len(a) >= length and consumer in a.offsets]
 
-    def observe(self, slot: str, text: bytes, base: State, consumer: str, offset: State, after: State) -> None:
+    def observe(
+        self, slot: str, text: bytes, base: State, consumer: str, offset: State, after: State
+    ) -> None:
         """Keep what a dense run has shown; offsets are those of float32, packed once."""
         anchors = self._slots.setdefault(slot, OrderedDict())
         if text not in anchors:
@@ -135,18 +141,15 @@ class Gate:
 def paper_gate(
     values: Sequence[mx.array], anchors: Sequence[Sequence[mx.array]], gamma: float = PAPER_GAMMA
 ) -> Gate:
-    """Shareable when the distances to the anchors, which are all long enough, are unambiguous (entropy at most gamma of the largest).
+    """Shareable when one anchor is clearly the nearest: the entropy of the weights is at most `gamma` of the largest possible.
 
-    values float32 [heads, n, dim] per layer. The anchors that count are those that make up the first 0.9 of the weights, one at
-    least (the paper's code counts all where the first alone makes them up).
+    Anchors are as long as the text at least. values float32 [heads, n, dim] per layer. The anchors that count as used are those
+    that make up the first 0.9 of the weights, one at least (the paper's code counts all where the first alone makes them up).
     """
     if len(anchors) < 2:
         return Gate(False)
-    n = values[0].shape[1]
-    squares = [
-        sum(((v - a[:, :n]) ** 2).sum() for v, a in zip(values, anchor, strict=True)) for anchor in anchors
-    ]
-    distances = np.array(mx.sqrt(mx.stack(squares)), dtype=np.float64)
+    squares = mx.stack([squares_apart(values, anchor).sum() for anchor in anchors])
+    distances = np.sqrt(np.array(squares, dtype=np.float64))
     weights = np.exp(-(distances - distances.min()))
     weights /= weights.sum()
     entropy = -sum(w * math.log2(w) for w in weights if w > 0)

@@ -11,8 +11,8 @@ import numpy as np
 from agentmem.compose.planners import Piece
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.state import joined
-from agentmem.model.network import Network
 from agentmem.errors import ModelUnavailable
+from agentmem.model.network import Network
 
 RATIO = 0.16
 CHECK_LAYER = 1

@@ -36,13 +36,16 @@ def relative_distances(values: Sequence[mx.array], anchors: Sequence[Sequence[mx
     values: float32 [heads, n, dim] per layer; anchors alike, n tokens or more -> float32 [anchors, n]. Two unrelated texts are
     about 1.4 apart; the same text 0.
     """
+    apart = mx.stack([squares_apart(values, anchor) for anchor in anchors])
+    own = squares_apart(values, [mx.zeros_like(v) for v in values])
+    return mx.sqrt(apart / mx.maximum(own, 1e-20))
+
+
+def squares_apart(values: Sequence[mx.array], others: Sequence[mx.array]) -> mx.array:
+    """Sum over layers, heads and dims of the squared difference at each token: [heads, n, dim] per layer -> float32 [n]."""
     n = values[0].shape[1]
-    own = sum((v * v).sum(axis=(0, 2)) for v in values)
-    apart = [
-        sum(((v - a[:, :n]) ** 2).sum(axis=(0, 2)) for v, a in zip(values, anchor, strict=True))
-        for anchor in anchors
-    ]
-    return mx.sqrt(mx.stack(apart) / mx.maximum(own, 1e-20))
+    layers = [((v - o[:, :n]) ** 2).sum(axis=(0, 2)) for v, o in zip(values, others, strict=True)]
+    return mx.stack(layers).sum(axis=0)
 
 
 def by_relative_distance(base: State, anchors: Sequence[Observed], tau: float = TAU) -> tuple[State, State]:
@@ -90,11 +93,16 @@ def by_paper(base: State, anchors: Sequence[Observed], tau: float = PAPER_TAU) -
 def _mean_difference(base: Sequence[mx.array], anchor: Sequence[mx.array]) -> mx.array:
     """Mean absolute difference at each token, over layers, heads and dims: float32 [n]."""
     n = base[0].shape[1]
-    return mx.stack([mx.abs(b - a[:, :n]).mean(axis=(0, 2)) for b, a in zip(base, anchor, strict=True)]).mean(axis=0)
+    return mx.stack([mx.abs(b - a[:, :n]).mean(axis=(0, 2)) for b, a in zip(base, anchor, strict=True)]).mean(
+        axis=0
+    )
 
 
 def _by_channel(
-    base: Sequence[mx.array], anchors: Sequence[Sequence[mx.array]], offsets: Sequence[Sequence[mx.array]], tau: float
+    base: Sequence[mx.array],
+    anchors: Sequence[Sequence[mx.array]],
+    offsets: Sequence[Sequence[mx.array]],
+    tau: float,
 ) -> tuple[mx.array, ...]:
     n = base[0].shape[1]
     out = []
@@ -107,9 +115,7 @@ def _by_channel(
 
 
 def _mixed(states: Sequence[State], weights: mx.array) -> State:
-    return State(
-        _weighted([s.keys for s in states], weights), _weighted([s.values for s in states], weights)
-    )
+    return State(_weighted([s.keys for s in states], weights), _weighted([s.values for s in states], weights))
 
 
 def _weighted(arrays: Sequence[Sequence[mx.array]], weights: mx.array) -> tuple[mx.array, ...]:

@@ -117,9 +117,7 @@ class Kvcomm:
 
     def anchors(self, pieces: Sequence[Piece]) -> list[list[Anchor]] | None:
         """The eligible anchors of each slot in turn; None if a slot has too few."""
-        found = [
-            self.pool.eligible(p.slot, self.consumer, len(p.ids)) for p in pieces if p.slot is not None
-        ]
+        found = [self.pool.eligible(p.slot, self.consumer, len(p.ids)) for p in pieces if p.slot is not None]
         return found if all(len(anchors) >= self.minimum for anchors in found) else None
 
     def plan(self, pieces: Sequence[Piece]) -> Steps | None:

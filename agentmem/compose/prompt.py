@@ -65,7 +65,9 @@ class Prompt:
     def put(self, ids: Sequence[int], state: State) -> None:
         """Append tokens whose state is known."""
         assert len(ids) == len(state)
-        for line, rotation, keys, values in zip(self.lines, self._rotations, state.keys, state.values, strict=True):
+        for line, rotation, keys, values in zip(
+            self.lines, self._rotations, state.keys, state.values, strict=True
+        ):
             line.append(rotation.rotate(keys, len(self)).astype(self._dtype), values.astype(self._dtype))
         self.ids += ids
 

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from agentmem.model import seam
 from agentmem.errors import ModelUnavailable
+from agentmem.model import seam
 
 TRIED_AT = (1, 77, 4096)
 """Positions at which a model's keys are compared with keys that were rotated here."""
@@ -69,7 +69,9 @@ def rotation(rope: Any) -> Rotation:
     """
     kind = type(rope).__name__
     if "DynamicNTKScaling" in kind:
-        raise ModelUnavailable("this model's positions depend on the prompt's length: its state cannot be composed")
+        raise ModelUnavailable(
+            "this model's positions depend on the prompt's length: its state cannot be composed"
+        )
     if isinstance(rope, nn.RoPE):
         return Rotation(rope.dims, rope.traditional, rope.base, rope.scale)
     freqs = getattr(rope, "_freqs", None)
@@ -89,9 +91,11 @@ def rotations(model: nn.Module) -> list[Rotation]:
     still = seam.keys_at(model, [[0]], 0)
     for position in TRIED_AT:
         for own, there, turned in zip(found, still, seam.keys_at(model, [[0]], position), strict=True):
-            tolerance = TOLERANCE.get(turned.dtype, 2e-2) * mx.abs(turned).max().item()
-            if mx.abs(own.rotate(there[0], position) - turned[0]).max().item() > tolerance:
-                raise ModelUnavailable("this model places its keys in an unknown way: its state cannot be composed")
+            tolerance = TOLERANCE.get(turned.dtype, 2e-2) * mx.abs(turned).max()
+            if (mx.abs(own.rotate(there[0], position) - turned[0]).max() > tolerance).item():
+                raise ModelUnavailable(
+                    "this model places its keys in an unknown way: its state cannot be composed"
+                )
     return found
 
 
@@ -99,7 +103,9 @@ def _of_layer(layer: nn.Module) -> Rotation:
     """A layer without a RoPE of its own knows no positions."""
     ropes = {id(m): m for _, m in layer.named_modules() if not m.children() and _is_rope(m)}
     if len(ropes) > 1:
-        raise ModelUnavailable("a layer of this model has several rotary embeddings: its state cannot be composed")
+        raise ModelUnavailable(
+            "a layer of this model has several rotary embeddings: its state cannot be composed"
+        )
     return rotation(next(iter(ropes.values()))) if ropes else Rotation(0)
 
 

@@ -40,9 +40,7 @@ class State:
         return State(tuple(map(change, self.keys)), tuple(map(change, self.values)))
 
     def _both(self, other: State, change: Callable[[mx.array, mx.array], mx.array]) -> State:
-        return State(
-            tuple(map(change, self.keys, other.keys)), tuple(map(change, self.values, other.values))
-        )
+        return State(tuple(map(change, self.keys, other.keys)), tuple(map(change, self.values, other.values)))
 
 
 def joined(states: Sequence[State]) -> State:
@@ -67,14 +65,20 @@ class PackedState:
         """Quantised once, from float32. Groups are as long as the dims allow, 64 or 32; what is zero stays zero."""
         group = 64 if all(x.shape[-1] % 64 == 0 for x in state.arrays) else 32
         parts = [mx.quantize(x, group_size=group, bits=bits) for x in state.arrays]
-        halves = [(codes, scales.astype(mx.float16), biases.astype(mx.float16)) for codes, scales, biases in parts]
+        halves = [
+            (codes, scales.astype(mx.float16), biases.astype(mx.float16)) for codes, scales, biases in parts
+        ]
         mx.eval(halves)
         return cls(tuple(halves), bits, group)
 
     def unpacked(self) -> State:
         arrays = [
             mx.dequantize(
-                codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size=self.group, bits=self.bits
+                codes,
+                scales.astype(mx.float32),
+                biases.astype(mx.float32),
+                group_size=self.group,
+                bits=self.bits,
             )
             for codes, scales, biases in self.parts
         ]

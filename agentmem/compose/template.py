@@ -51,7 +51,9 @@ class Template:
         parts = MARK.split(text)
         runs, slots = parts[::2], parts[1::2]
         if not all(run.strip() for run in runs):
-            raise BadRequest("a template needs text in front of, between and behind its slots", param="template")
+            raise BadRequest(
+                "a template needs text in front of, between and behind its slots", param="template"
+            )
         fixed = [tuple(tokenizer.encode(run)) for run in runs]
         names = [tuple(tokenizer.encode(slot)) for slot in slots]
         spans, ids = [], list[int]()

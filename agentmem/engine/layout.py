@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from agentmem.blockpool.geometry import Geometry
-from agentmem.model import seam
 from agentmem.engine.calibrate import calibration
+from agentmem.model import seam
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.products import join_rows
 from agentmem.model.progress import Progress, silent

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from agentmem.model import seam
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.draw import Chosen, Draw
 from agentmem.engine.launched import Launched, Outcome
-from agentmem.model.network import Network
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import Overloaded
+from agentmem.model import seam
 from agentmem.model.loaded import LoadedModel
+from agentmem.model.network import Network
 
 log = logging.getLogger(__name__)
 

@@ -58,7 +58,8 @@ def test_the_same_context_leaves_no_offset(world: Stage, pieces: list[Piece]) ->
     """Invariant 8: a base that was read behind the very text that stands before the slot."""
     prompt, logits = world.read(pieces)
     own = [
-        Piece(p.ids, prompt.state(*span), p.slot, p.text) for p, span in zip(pieces, spans(pieces), strict=True)
+        Piece(p.ids, prompt.state(*span), p.slot, p.text)
+        for p, span in zip(pieces, spans(pieces), strict=True)
     ]
     got_prompt, got = world.follow(planners.repositioned(own))
     assert divergence(logits, got) < 1e-6
@@ -69,7 +70,9 @@ def test_the_same_context_leaves_no_offset(world: Stage, pieces: list[Piece]) ->
 
 
 @pytest.mark.parametrize("weigh", [by_relative_distance, by_paper])
-def test_an_anchor_of_itself_gives_the_dense_prompt(world: Stage, pieces: list[Piece], weigh: planners.Weigh) -> None:
+def test_an_anchor_of_itself_gives_the_dense_prompt(
+    world: Stage, pieces: list[Piece], weigh: planners.Weigh
+) -> None:
     """Invariant 9, with two slots of other lengths than the template's names for them."""
     prompt, logits = world.read(pieces)
     where = spans(pieces)
@@ -77,7 +80,10 @@ def test_an_anchor_of_itself_gives_the_dense_prompt(world: Stage, pieces: list[P
     for i in (1, 3):
         offset, after = (prompt.state(*where[j]) - pieces[j].base for j in (i, i + 1))
         slot, behind = weigh(pieces[i].base, [Observed(pieces[i].base, offset, after)])
-        steps += [Put(pieces[i].ids, pieces[i].base + slot), Put(pieces[i + 1].ids, pieces[i + 1].base + behind)]
+        steps += [
+            Put(pieces[i].ids, pieces[i].base + slot),
+            Put(pieces[i + 1].ids, pieces[i + 1].base + behind),
+        ]
     last = steps.pop()
     assert isinstance(last, Put)
     steps += [Put(last.ids[:-1], last.state[:-1]), Read(last.ids[-1:])]

@@ -59,7 +59,9 @@ def test_the_models_rotation_is_undone_and_done_again(
     """Invariants 1 to 5 of composed reuse, at positions up to 32,000."""
     rope, x = rope_of(kind, dims, traditional), keys(dim)
     own = rotation(rope)
-    plain = rope(mx.stack([x[:, i] for i in range(x.shape[1])])[:, :, None], offset=0)  # with the factor of some kinds
+    plain = rope(
+        mx.stack([x[:, i] for i in range(x.shape[1])])[:, :, None], offset=0
+    )  # with the factor of some kinds
     plain = plain[:, :, 0].swapaxes(0, 1)
     for start in (0, 1, 700, 32000):
         placed = rope(x[None], offset=start)[0]
@@ -109,7 +111,9 @@ def test_a_layer_without_positions_leaves_keys_alone() -> None:
 
 
 def test_angles_that_depend_on_the_prompts_length_are_refused() -> None:
-    rope = initialize_rope(64, 10000.0, False, {"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=64)
+    rope = initialize_rope(
+        64, 10000.0, False, {"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=64
+    )
     with pytest.raises(ModelUnavailable, match="length"):
         rotation(rope)
 

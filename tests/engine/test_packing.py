@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmem.model.network import Network
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.table import Table
+from agentmem.model.network import Network
 from agentmem.model.random import random_model
 from tests.engine.test_batch import BOUND, HEADS, Bench
 

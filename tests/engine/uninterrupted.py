@@ -14,9 +14,9 @@ from agentmem.blockpool.pool import Pool
 from agentmem.engine.batch import DecodeStep, Plans
 from agentmem.engine.conversation import Conversation, Span
 from agentmem.engine.layout import layout
-from agentmem.model.network import Network
 from agentmem.engine.table import Table
 from agentmem.model.loaded import LoadedModel
+from agentmem.model.network import Network
 from agentmem.quant.paths import chosen
 from agentmem.quant.selftest import self_tests
 

@@ -12,9 +12,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
-from agentmem.model import seam
 from agentmem.engine.table import Table
 from agentmem.errors import ModelUnavailable
+from agentmem.model import seam
 from agentmem.model.random import random_model
 from agentmem.quant.attention import reference_path
 from agentmem.quant.format import LayerShape, kv_format

@@ -1,0 +1,128 @@
+"""The pool of anchors: what it keeps, what it lets go, and what it lends."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentmem.compose.anchors import PAPER_WINDOW, Eviction, Pool
+from agentmem.compose.state import State
+from tests.compose.prompts import states_apart
+from tests.compose.test_offsets import drawn
+
+ROOM = 1 << 30
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(4, "big")
+
+
+def put(pool: Pool, number: int, *, slot: str = "question", tokens: int = 6, consumer: str = "judge") -> None:
+    base = drawn(tokens, number)
+    pool.observe(slot, name(number), base, consumer, drawn(tokens, number + 1), drawn(3, number + 2))
+
+
+def test_an_anchor_is_what_was_observed() -> None:
+    pool = Pool(ROOM)
+    put(pool, 4)
+    (anchor,) = pool.eligible("question", "judge", 6)
+    seen = anchor.observed("judge")
+    for got, want, bound in (
+        (seen.base, drawn(6, 4), 0.03),
+        (seen.slot, drawn(6, 5), 0.4),
+        (seen.after, drawn(3, 6), 0.4),
+    ):
+        assert 0 < states_apart(got, want) < bound
+    assert anchor.nbytes == pool.nbytes < 0.6 * _bytes(drawn(6, 4), drawn(6, 5), drawn(3, 6))
+
+
+def _bytes(*states: State) -> int:
+    return sum(s.nbytes for s in states)
+
+
+def test_an_anchor_that_is_shorter_than_the_text_is_not_used() -> None:
+    """Invariant 12."""
+    pool = Pool(ROOM)
+    for tokens in (3, 6, 9):
+        put(pool, tokens, tokens=tokens)
+    assert [len(a) for a in pool.eligible("question", "judge", 6)] == [6, 9]
+    assert pool.eligible("question", "judge", 10) == []
+    assert pool.eligible("question", "another", 1) == []
+    assert pool.eligible("answer", "judge", 1) == []
+
+
+def test_one_anchor_serves_every_consumer_that_was_seen_with_it() -> None:
+    pool = Pool(ROOM)
+    put(pool, 1, consumer="judge")
+    put(pool, 1, consumer="critic")
+    assert len(pool) == 1
+    assert pool.eligible("question", "judge", 6) == pool.eligible("question", "critic", 6)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.integers(0, 30), st.integers(1, 40), st.booleans()), max_size=40
+    )
+)
+@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("eviction", list(Eviction))
+def test_caps_hold_always(eviction: Eviction, events: list[tuple[str, int, int, bool]]) -> None:
+    """Invariant 14."""
+    each = Pool(ROOM)
+    put(each, 1, tokens=40)
+    pool = Pool(3 * each.nbytes, per_slot=4, eviction=eviction)
+    for slot, number, tokens, used in events:
+        put(pool, number, slot=slot, tokens=tokens)
+        assert len(pool.of_slot(slot)) <= 4
+        assert pool.nbytes <= pool.budget
+        if used:
+            pool.count(pool.of_slot(slot)[:1])
+
+
+def test_what_served_least_goes_first() -> None:
+    pool = Pool(ROOM, per_slot=3)
+    for number in (1, 2, 3):
+        put(pool, number)
+    pool.count([a for a in pool.of_slot("question") if a.text != name(2)])
+    put(pool, 4)
+    assert [a.text for a in pool.of_slot("question")] == [name(1), name(3), name(4)]
+
+
+def test_what_served_long_ago_counts_less() -> None:
+    pool = Pool(ROOM, per_slot=2, half_life=2)
+    put(pool, 1)
+    put(pool, 2)
+    first, second = pool.of_slot("question")
+    pool.count([first])
+    pool.count([first])
+    for _ in range(10):
+        pool.count([])
+    pool.count([second])
+    put(pool, 3)
+    assert pool.of_slot("question")[0] is second
+
+
+def test_the_papers_eviction_looks_at_the_oldest_only() -> None:
+    pool = Pool(ROOM, per_slot=PAPER_WINDOW + 3, eviction=Eviction.PAPER)
+    for number in range(PAPER_WINDOW + 3):
+        put(pool, number)
+    anchors = pool.of_slot("question")
+    pool.count(anchors[:3])
+    pool.count(anchors[4:PAPER_WINDOW])
+    put(pool, 99)
+    assert anchors[3] not in pool.of_slot("question"), "the one of the oldest that never served"
+    pool.count(pool.of_slot("question")[:PAPER_WINDOW])
+    put(pool, 100)
+    assert anchors[4] in pool.of_slot("question")
+
+
+def test_an_anchor_in_use_stays() -> None:
+    pool = Pool(ROOM, per_slot=2)
+    put(pool, 1)
+    put(pool, 2)
+    first, second = pool.of_slot("question")
+    first.users = 1
+    put(pool, 3)
+    assert first in pool.of_slot("question")
+    assert second not in pool.of_slot("question")

@@ -1,0 +1,200 @@
+"""Plans: what is read, what is put, and how far the predictions are off."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from agentmem.compose import planners
+from agentmem.compose.anchors import Pool
+from agentmem.compose.blend import blend, selected
+from agentmem.compose.planners import Kvcomm, Piece, Put, Read
+from agentmem.errors import ModelUnavailable
+from agentmem.model import seam
+from agentmem.model.network import Network
+from agentmem.model.random import random_model
+from tests.compose.prompts import Stage, apart, divergence, stage, states_apart
+
+TEXTS = [
+    ("How much oil is left in the tank after the storm?", "Nine barrels, less one that leaked."),
+    ("Who wound the clock while the keeper slept below?", "The boy did, twice, by the north window."),
+    ("Why did the lamp go out before the tide had turned?", "A wet wick, and nobody to trim it then."),
+    ("When does the boat come with the bread and letters?", "On the first calm day of the week, at noon."),
+    ("What does the log say of the ship behind the reef?", "Two masts, no flag, and a light at her stern."),
+    (
+        "Where are the spare panes kept in this lighthouse?",
+        "Under the stairs, wrapped in sailcloth and straw.",
+    ),
+]
+ASKED = ("How many steps lead up to the lamp?", "One hundred and twelve.")
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def world(request: pytest.FixtureRequest) -> Stage:
+    return stage(request.param, layers=4)
+
+
+@pytest.fixture(scope="module")
+def asked(world: Stage) -> list[Piece]:
+    return world.pieces(*ASKED)
+
+
+@pytest.fixture(scope="module")
+def pool(world: Stage) -> Pool:
+    pool = Pool(1 << 30)
+    for question, answer in TEXTS:
+        pieces = world.pieces(question, answer)
+        planners.observe(pool, pieces, world.read(pieces)[0], "judge")
+    return pool
+
+
+def tokens(pieces: list[Piece]) -> list[int]:
+    return [i for p in pieces for i in p.ids]
+
+
+def test_all_plans_are_of_the_same_tokens(world: Stage, asked: list[Piece], pool: Pool) -> None:
+    plans = [
+        planners.dense(asked), planners.exact(asked), planners.repositioned(asked), planners.lego(asked),
+        Kvcomm(pool, "judge").plan(asked), Kvcomm(pool, "judge", read_tail=False).plan(asked),
+    ]  # fmt: skip
+    for plan in plans:
+        assert plan is not None
+        assert isinstance(plan[-1], Read)
+        prompt, _ = world.follow(plan)
+        assert prompt.ids == tokens(asked)
+        assert prompt.read_tokens == sum(len(s.ids) for s in plan if isinstance(s, Read))
+        assert all(line.offset == len(prompt) for line in prompt.lines)
+
+
+def test_lego_reads_fixed_text_and_where_slots_begin(asked: list[Piece]) -> None:
+    plan = planners.lego(asked, first=5)
+    assert [(type(s).__name__, len(s.ids)) for s in planners.merged(plan)] == [
+        ("Put", len(asked[0].ids)),
+        ("Read", 5),
+        ("Put", len(asked[1].ids) - 5),
+        ("Read", len(asked[2].ids) + 5),
+        ("Put", len(asked[3].ids) - 5),
+        ("Read", len(asked[4].ids)),
+    ]
+
+
+def test_lego_that_reads_whole_slots_is_the_dense_prompt(world: Stage, asked: list[Piece]) -> None:
+    logits = world.read(asked)[1]
+    assert apart(world.follow(planners.lego(asked, first=999))[1], logits) < 1e-3
+
+
+def test_too_few_anchors_are_no_plan(world: Stage, asked: list[Piece], pool: Pool) -> None:
+    assert Kvcomm(pool, "judge", minimum=len(TEXTS)).plan(asked) is not None
+    assert Kvcomm(pool, "judge", minimum=len(TEXTS) + 1).plan(asked) is None
+    assert Kvcomm(pool, "a stranger").plan(asked) is None
+    longer = world.pieces(ASKED[0] * 3, ASKED[1])
+    assert Kvcomm(pool, "judge", minimum=1).plan(longer) is None, "no anchor is as long as its question"
+
+
+def test_kvcomm_reads_the_last_text_or_one_token(asked: list[Piece], pool: Pool) -> None:
+    tail = Kvcomm(pool, "judge").plan(asked)
+    whole = Kvcomm(pool, "judge", read_tail=False).plan(asked)
+    assert tail is not None
+    assert whole is not None
+    assert [len(s.ids) for s in tail if isinstance(s, Read)] == [len(asked[-1].ids)]
+    assert [len(s.ids) for s in whole if isinstance(s, Read)] == [1]
+    assert isinstance(whole[-2], Put)
+    assert states_apart(whole[-2].state, asked[-1].base[:-1]) > 1e-3, "the text behind a slot is set off too"
+
+
+def test_an_offset_that_all_anchors_share_is_taken_off(world: Stage, asked: list[Piece]) -> None:
+    """Anchors of the same text, many times: what the slot goes through is known, but for the packing of it."""
+    pool = Pool(1 << 30)
+    prompt, logits = world.read(asked)
+    for number in range(5):
+        again = [Piece(p.ids, p.base, p.slot, p.text + bytes([number])) for p in asked]
+        planners.observe(pool, again, prompt, "judge")
+    plan = Kvcomm(pool, "judge", read_tail=False).plan(asked)
+    assert plan is not None
+    ours = divergence(logits, world.follow(plan)[1])
+    moved = divergence(logits, world.follow(planners.repositioned(asked))[1])
+    assert ours < 0.05 * moved
+
+
+@pytest.mark.parametrize("check", [1, 2])
+def test_blending_all_tokens_is_the_dense_prompt(world: Stage, asked: list[Piece], check: int) -> None:
+    """Invariant 16: a ratio of 1."""
+    prompt, logits = world.read(asked)
+    blended = world.prompt()
+    got = blend(world.network, blended, asked, ratio=1.0, check=check)
+    assert apart(got, logits) < 1e-3
+    n = len(prompt)
+    assert blended.ids == prompt.ids
+    assert states_apart(blended.state(0, n), prompt.state(0, n)) < 1e-3
+
+
+def test_blending_nothing_is_the_moved_prompt_above_the_check(world: Stage, asked: list[Piece]) -> None:
+    """Invariant 16: a ratio of 0, and a fresh text behind the last slot. Layers up to the check are all fresh."""
+    blended, moved = world.prompt(), world.prompt()
+    blend(world.network, blended, asked, ratio=0.0, check=1)
+    planners.run(moved, planners.repositioned(asked))
+    dense, _ = world.read(asked)
+    n, tail = len(dense), len(asked[-1].ids)
+    for layer in range(4):
+        like = dense if layer <= 1 else moved
+        assert apart(blended.state(0, n - tail).values[layer], like.state(0, n - tail).values[layer]) < 1e-3
+    assert blended.read_tokens == tail
+    assert apart(blended.state(n - tail, n).values[3], moved.state(n - tail, n).values[3]) > 1e-3
+
+
+def test_read_tokens_see_no_later_ones(world: Stage, asked: list[Piece]) -> None:
+    """Invariant 17: what stands behind a token changes nothing of its rows, whichever are read anew."""
+    other = [*asked[:-2], *world.pieces(ASKED[0], "Ninety nine, they say.")[-2:]]
+    assert len(other[-2].ids) == len(asked[-2].ids) - 1
+    n = sum(len(p.ids) for p in asked[:-2])
+    first, second = world.prompt(), world.prompt()
+    blend(world.network, first, asked, ratio=1.0)
+    blend(world.network, second, other, ratio=1.0)
+    assert states_apart(first.state(0, n), second.state(0, n)) < 1e-4
+    assert apart(first.state(n, n + 5).values[0], second.state(n, n + 5).values[0]) > 1e-3
+
+
+def test_the_most_different_tokens_are_chosen_in_order() -> None:
+    """Invariant 18."""
+    held = mx.zeros((2, 12, 4))
+    fresh = mx.zeros((2, 12, 4))
+    fresh[0, 7] = 3.0
+    fresh[1, 2] = 5.0
+    fresh[1, 11] = 9.0  # of those that are read in any case
+    assert selected(held, fresh, 0.2, 2).tolist() == [2, 7, 10, 11]
+    assert selected(held, fresh, 0.1, 2).tolist() == [2, 10, 11]
+    assert selected(held, fresh, 0.0, 1).tolist() == [11]
+    assert selected(held, fresh, 1.0, 3).tolist() == list(range(12))
+
+
+def test_reused_state_that_is_right_stays_right(world: Stage, asked: list[Piece]) -> None:
+    """Invariant 19: whatever is chosen, nothing changes."""
+    prompt, logits = world.read(asked)
+    at, own = 0, []
+    for piece in asked:
+        own.append(Piece(piece.ids, prompt.state(at, at + len(piece.ids)), piece.slot, piece.text))
+        at += len(piece.ids)
+    for ratio in (0.0, 0.3):
+        assert apart(blend(world.network, world.prompt(), own, ratio=ratio), logits) < 1e-3
+
+
+def test_reading_more_is_closer_on_average(world: Stage) -> None:
+    """Invariant 20."""
+    lost = dict.fromkeys((0.05, 0.3, 1.0), 0.0)
+    for question, answer in TEXTS:
+        pieces = world.pieces(question, answer)
+        logits = world.read(pieces)[1]
+        for ratio in lost:
+            lost[ratio] += divergence(logits, blend(world.network, world.prompt(), pieces, ratio=ratio))
+    assert lost[0.05] > lost[0.3] > lost[1.0]
+    assert lost[1.0] < 1e-4
+
+
+def test_a_model_whose_layers_are_not_plain_is_not_blended(world: Stage, asked: list[Piece]) -> None:
+    model = random_model("gemma", seed=0).model  # it scales what its embedding gives
+    seam.install(model)
+    network = Network(model)
+    assert network.splits
+    assert not network.walks
+    with pytest.raises(ModelUnavailable, match="blended"):
+        blend(network, world.prompt(), asked)
