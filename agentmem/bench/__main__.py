@@ -290,11 +290,11 @@ def _compose_table(result: dict[str, Any]) -> str:
         multiple=True,
         help="A planner to measure beside dense; repeatable. Default: all.",
     ),
-    click.option("--anchors", default=10, type=click.IntRange(1), help="Questions of a family for anchors."),
+    click.option("--anchors", default=12, type=click.IntRange(1), help="Questions of a family for anchors."),
     click.option(
-        "--tests", default=14, type=click.IntRange(1), help="Questions of a family that are measured."
+        "--tests", default=8, type=click.IntRange(1), help="Questions of a family that are measured."
     ),
-    click.option("--answer", default=64, type=click.IntRange(2), help="Tokens of an agent's answer at most."),
+    click.option("--answer", default=48, type=click.IntRange(2), help="Tokens of an agent's answer at most."),
     click.option("--next", "following", default=24, help="Tokens behind a prompt that are predicted."),
     click.option(
         "--format", default=Settings.model_fields["kv_format"].default, help="KV format.", show_default=True

@@ -23,7 +23,7 @@ from agentmem.bench.held import held, log_p
 from agentmem.compose import planners
 from agentmem.compose.anchors import Pool
 from agentmem.compose.blend import blend
-from agentmem.compose.offsets import by_paper
+from agentmem.compose.offsets import Paper
 from agentmem.compose.planners import Kvcomm, Piece, Steps
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.rotation import rotations
@@ -38,14 +38,10 @@ Say = Callable[[str], None]
 PAGE = 64
 CARRIER = "<|im_start|>user\nThe question is: "
 ASKS = {
-    "solver": "The question is: {{question}}\nAnswer it in a few sentences.",
-    "analyst": (
-        "The question is: {{question}}\nThe solver says: {{solver}}\nCheck this answer. What is right in it, and "
-        "what is missing?"
-    ),
+    "solver": "The question is: {{question}}\nAnswer briefly.",
+    "analyst": "The question is: {{question}}\nThe solver says: {{solver}}\nCheck this answer.",
     "inspector": (
-        "The question is: {{question}}\nThe solver says: {{solver}}\nThe analyst says: {{analyst}}\n"
-        "Weigh both and give the final answer."
+        "The question is: {{question}}\nThe solver says: {{solver}}\nThe analyst says: {{analyst}}\nNow decide."
     ),
 }
 PLANNERS = (
@@ -118,15 +114,19 @@ class Chain:
     def question(self, text: str) -> Filling:
         return encoded(self.prompt(), self._carrier, self._model.tokenizer.encode(text))
 
-    def calls(self, question: str) -> Iterator[tuple[str, list[Piece], Prompt, list[int]]]:
-        """The agents' prompts in turn, read whole: (agent, pieces, prompt without its answer, ids of the answer)."""
+    def calls(self, question: str, last: bool) -> Iterator[tuple[str, list[Piece], Prompt, list[int]]]:
+        """The agents' prompts in turn, read whole: (agent, pieces, prompt without its answer, ids of the answer).
+
+        `last`: whether the last agent answers too, whom nobody listens to.
+        """
         known = {"question": self.question(question)}
         for agent, template in self.templates.items():
             pieces = template.pieces(known)
             prompt = self.prompt()
             logits = planners.run(prompt, planners.dense(pieces))
             spoken = prompt.copy()
-            answer = self._decode(spoken, logits)
+            heard = last or agent != list(self.templates)[-1]
+            answer = self._decode(spoken, logits) if heard else []
             yield agent, pieces, prompt, answer
             n = len(prompt)
             known[agent] = Filling(tuple(answer), spoken.state(n, n + len(answer)))
@@ -174,7 +174,7 @@ class Chain:
                 plain: Callable[[Sequence[Piece]], Steps] = getattr(planners, name)
                 return plain(pieces)
             case "kvcomm-paper":
-                return Kvcomm(self.pool, agent, read_tail=False, weigh=by_paper).plan(pieces)
+                return Kvcomm(self.pool, agent, read_tail=False, offsets=Paper()).plan(pieces)
             case "kvcomm" | "kvcomm+tail":
                 return Kvcomm(self.pool, agent, read_tail=name.endswith("tail")).plan(pieces)
         raise ValueError(f"there is no planner {name!r}; there are {', '.join(PLANNERS)}")
@@ -194,12 +194,12 @@ def run(
             model, family, format=format, answer=answer, budget=megabytes << 20, calibrations=calibrations
         )
         for question in family.questions[:anchors]:
-            for agent, pieces, prompt, _ in chain.calls(question):
+            for agent, pieces, prompt, _ in chain.calls(question, last=False):
                 planners.observe(chain.pool, pieces, prompt, agent)
         say(f"{family.name}: {len(chain.pool)} anchors, {chain.pool.nbytes / 1e6:.0f} MB")
         pools.append({"family": family.name, "anchors": len(chain.pool), "bytes": chain.pool.nbytes})
         for question in family.questions[anchors : anchors + tests]:
-            for agent, pieces, prompt, continued in chain.calls(question):
+            for agent, pieces, prompt, continued in chain.calls(question, last=True):
                 if agent != "solver":
                     _measure(chain, agent, pieces, prompt, continued[:following], scores)
         _report(family.name, scores, say)

@@ -11,14 +11,14 @@ from enum import StrEnum
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.offsets import Observed, squares_apart
-from agentmem.compose.state import PackedState, State
+from agentmem.compose.offsets import Observed
+from agentmem.compose.state import PackedState, State, key_width
 
 BASE_BITS, DELTA_BITS = 8, 4
 """An error of 4 bits is relative to what is packed: for an offset, a tenth of a key, it is small; for a base it is not."""
 MINIMUM = 5
 """Anchors below which offsets are not used: one alone is worse than none."""
-PER_SLOT = 8
+PER_SLOT = 12
 PAPER_PER_SLOT, PAPER_WINDOW, PAPER_GAMMA, PAPER_TOP = 20, 5, 0.3, 0.9
 
 
@@ -77,7 +77,7 @@ class Pool:
         return self._slots.get(slot, OrderedDict()).get(text)
 
     def eligible(self, slot: str, consumer: str, length: int) -> list[Anchor]:
-        """Anchors that know this consumer and are as long as the text: an offset is only known where there was a token."""
+        """Anchors that know this consumer and have `length` tokens at least."""
         return [a for a in self.of_slot(slot) if len(a) >= length and consumer in a.offsets]
 
     def observe(
@@ -138,18 +138,17 @@ class Gate:
     used: tuple[int, ...] = ()
 
 
-def paper_gate(
-    values: Sequence[mx.array], anchors: Sequence[Sequence[mx.array]], gamma: float = PAPER_GAMMA
-) -> Gate:
+def paper_gate(text: State, anchors: Sequence[State], gamma: float = PAPER_GAMMA) -> Gate:
     """Shareable when one anchor is clearly the nearest: the entropy of the weights is at most `gamma` of the largest possible.
 
-    Anchors are as long as the text at least. values float32 [heads, n, dim] per layer. The anchors that count as used are those
+    Anchors are as long as the text at least; distances are those of their values. The anchors that count as used are those
     that make up the first 0.9 of the weights, one at least (the paper's code counts all where the first alone makes them up).
     """
     if len(anchors) < 2:
         return Gate(False)
-    squares = mx.stack([squares_apart(values, anchor).sum() for anchor in anchors])
-    distances = np.sqrt(np.array(squares, dtype=np.float64))
+    n, values = len(text), key_width(text.shapes)
+    apart = [mx.linalg.norm(text.rows[:, values:] - a.rows[:n, values:]) for a in anchors]
+    distances = np.array(mx.stack(apart), dtype=np.float64)
     weights = np.exp(-(distances - distances.min()))
     weights /= weights.sum()
     entropy = -sum(w * math.log2(w) for w in weights if w > 0)

@@ -5,17 +5,15 @@ A plan never puts the last token, whose logits are asked for, and reads what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from agentmem.compose.anchors import MINIMUM, Anchor, Pool
-from agentmem.compose.offsets import Observed, by_relative_distance
+from agentmem.compose.offsets import Interpolation, Kriging
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.state import State
-
-Weigh = Callable[[State, Sequence[Observed]], tuple[State, State]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +104,29 @@ def lego(pieces: Sequence[Piece], first: int = 8) -> Steps:
 class Kvcomm:
     """KVCOMM (arXiv 2510.12872) for one consumer: slots, and the fixed text behind each, moved and set off by anchors.
 
-    read_tail: the last fixed text is read instead. `minimum` anchors must be eligible for every slot.
+    read_tail: the last fixed text is read instead. `minimum` anchors must be eligible for every slot, or one of the very text:
+    what that went through stands for itself.
     """
 
     pool: Pool
     consumer: str
     read_tail: bool = True
     minimum: int = MINIMUM
-    weigh: Weigh = by_relative_distance
+    offsets: Interpolation = field(default_factory=Kriging)
 
     def anchors(self, pieces: Sequence[Piece]) -> list[list[Anchor]] | None:
         """The eligible anchors of each slot in turn; None if a slot has too few."""
-        found = [self.pool.eligible(p.slot, self.consumer, len(p.ids)) for p in pieces if p.slot is not None]
-        return found if all(len(anchors) >= self.minimum for anchors in found) else None
+        found = []
+        for piece in pieces:
+            if piece.slot is None:
+                continue
+            length = len(piece.ids) if self.offsets.aligned else 0
+            anchors = self.pool.eligible(piece.slot, self.consumer, length)
+            same = [a for a in anchors if a.text == piece.text and not self.offsets.aligned]
+            if len(anchors) < self.minimum and not same:
+                return None
+            found.append(same or anchors)
+        return found
 
     def plan(self, pieces: Sequence[Piece]) -> Steps | None:
         """None: too little is known, read it all."""
@@ -132,11 +140,17 @@ class Kvcomm:
             if piece.slot is None:
                 steps.append(Put(piece.ids, piece.base + after) if after is not None else Read(piece.ids))
             else:
-                offset, after = self.weigh(piece.base, [a.observed(self.consumer) for a in next(slots)])
+                offset, after = self._offsets(piece, next(slots))
                 steps.append(Put(piece.ids, piece.base + offset))
         if self.read_tail and pieces[-1].slot is None:
             steps[-1] = Read(pieces[-1].ids)
         return _but_last(steps)
+
+    def _offsets(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
+        observed = [a.observed(self.consumer) for a in anchors]
+        if not self.offsets.aligned and anchors[0].text == piece.text:
+            return observed[0].slot, observed[0].after
+        return self.offsets(piece.base, observed)
 
 
 def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) -> None:

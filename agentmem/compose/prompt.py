@@ -91,8 +91,8 @@ class Prompt:
             assert line.keys is not None
             assert line.values is not None
             keys.append(rotation.unrotate(line.keys[:, start:stop], start))
-            values.append(line.values[:, start:stop].astype(mx.float32))
-        return State(tuple(keys), tuple(values))
+            values.append(line.values[:, start:stop])
+        return State.of(keys, values)
 
     def copy(self) -> Prompt:
         """A prompt that goes on by itself; arrays are shared."""

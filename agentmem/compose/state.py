@@ -2,92 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from agentmem.quant.format import LayerShape
+
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Keys and values of consecutive tokens, float32 [heads, n, dim] for each layer; keys are not rotated."""
+    """Keys, not rotated, and values of consecutive tokens: `rows` float32 [n, width], a row of all layers for each token.
 
-    keys: tuple[mx.array, ...]
-    values: tuple[mx.array, ...]
+    A row has the keys of all layers, heads side by side, and then the values of all layers.
+    """
+
+    rows: mx.array
+    shapes: tuple[LayerShape, ...]
+
+    @classmethod
+    def of(cls, keys: Sequence[mx.array], values: Sequence[mx.array]) -> State:
+        """From keys [heads, n, key_dim] and values [heads, n, value_dim] of each layer."""
+        shapes = [LayerShape(k.shape[0], k.shape[2], v.shape[2]) for k, v in zip(keys, values, strict=True)]
+        flat = [
+            x.astype(mx.float32).transpose(1, 0, 2).reshape(x.shape[1], x.shape[0] * x.shape[2])
+            for x in (*keys, *values)
+        ]
+        return cls(mx.concatenate(flat, axis=1), tuple(shapes))
 
     def __len__(self) -> int:
-        return int(self.values[0].shape[1])
+        return int(self.rows.shape[0])
 
     def __getitem__(self, span: slice) -> State:
         """The same of some of the tokens."""
-        return self._each(lambda x: x[:, span])
+        return State(self.rows[span], self.shapes)
 
     def __add__(self, other: State) -> State:
-        return self._both(other, lambda a, b: a + b)
+        return State(self.rows + other.rows, self.shapes)
 
     def __sub__(self, other: State) -> State:
-        return self._both(other, lambda a, b: a - b)
+        return State(self.rows - other.rows, self.shapes)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (*self.keys, *self.values))
+        return int(self.rows.nbytes)
 
     @property
-    def arrays(self) -> list[mx.array]:
-        return [*self.keys, *self.values]
+    def keys(self) -> list[mx.array]:
+        """[heads, n, key_dim] of each layer."""
+        return self._layers(0, [s.key_dim for s in self.shapes])
 
-    def _each(self, change: Callable[[mx.array], mx.array]) -> State:
-        return State(tuple(map(change, self.keys)), tuple(map(change, self.values)))
+    @property
+    def values(self) -> list[mx.array]:
+        """[heads, n, value_dim] of each layer."""
+        return self._layers(key_width(self.shapes), [s.value_dim for s in self.shapes])
 
-    def _both(self, other: State, change: Callable[[mx.array, mx.array], mx.array]) -> State:
-        return State(tuple(map(change, self.keys, other.keys)), tuple(map(change, self.values, other.values)))
+    def _layers(self, at: int, dims: Sequence[int]) -> list[mx.array]:
+        out = []
+        for shape, dim in zip(self.shapes, dims, strict=True):
+            width = shape.heads * dim
+            part = self.rows[:, at : at + width].reshape(len(self), shape.heads, dim)
+            out.append(part.transpose(1, 0, 2))
+            at += width
+        return out
+
+
+def key_width(shapes: Sequence[LayerShape]) -> int:
+    """Elements of a row that are keys."""
+    return sum(s.heads * s.key_dim for s in shapes)
+
+
+def above_first(shapes: Sequence[LayerShape]) -> mx.array:
+    """bool [width]: which elements of a row belong to layers that know their context, all but layer 0."""
+    first, keys = shapes[0], key_width(shapes)
+    width = keys + sum(s.heads * s.value_dim for s in shapes)
+    at = mx.arange(width)
+    return ~(
+        (at < first.heads * first.key_dim) | ((at >= keys) & (at < keys + first.heads * first.value_dim))
+    )
 
 
 def joined(states: Sequence[State]) -> State:
     """States one behind the other."""
-    layers = range(len(states[0].keys))
-    return State(
-        tuple(mx.concatenate([s.keys[i] for s in states], axis=1) for i in layers),
-        tuple(mx.concatenate([s.values[i] for s in states], axis=1) for i in layers),
-    )
+    return State(mx.concatenate([s.rows for s in states]), states[0].shapes)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedState:
-    """A state in few bits: `mx.quantize`'s codes, scales and biases of every array, in groups along the last axis."""
+    """A state in few bits: codes uint32, scales and biases float16 as `mx.quantize` makes them of its rows."""
 
-    parts: tuple[tuple[mx.array, mx.array, mx.array], ...]
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
     bits: int
-    group: int
+    shapes: tuple[LayerShape, ...]
 
     @classmethod
     def of(cls, state: State, bits: int) -> PackedState:
-        """Quantised once, from float32. Groups are as long as the dims allow, 64 or 32; what is zero stays zero."""
-        group = 64 if all(x.shape[-1] % 64 == 0 for x in state.arrays) else 32
-        parts = [mx.quantize(x, group_size=group, bits=bits) for x in state.arrays]
-        halves = [
-            (codes, scales.astype(mx.float16), biases.astype(mx.float16)) for codes, scales, biases in parts
-        ]
-        mx.eval(halves)
-        return cls(tuple(halves), bits, group)
+        """Quantised once, from float32, in groups within a head. What is zero stays zero.
+
+        Raises ValueError for heads whose dims are no multiple of 32.
+        """
+        dims = {d for s in state.shapes for d in (s.key_dim, s.value_dim)}
+        if any(d % 32 for d in dims):
+            raise ValueError(f"heads of {sorted(dims)} dims cannot be packed; multiples of 32 can")
+        group = 32 if any(d % 64 for d in dims) else 64
+        codes, scales, biases = mx.quantize(state.rows, group_size=group, bits=bits)
+        packed = cls(codes, scales.astype(mx.float16), biases.astype(mx.float16), bits, state.shapes)
+        mx.eval(packed.codes, packed.scales, packed.biases)
+        return packed
 
     def unpacked(self) -> State:
-        arrays = [
-            mx.dequantize(
-                codes,
-                scales.astype(mx.float32),
-                biases.astype(mx.float32),
-                group_size=self.group,
-                bits=self.bits,
-            )
-            for codes, scales, biases in self.parts
-        ]
-        layers = len(arrays) // 2
-        return State(tuple(arrays[:layers]), tuple(arrays[layers:]))
+        rows = mx.dequantize(
+            self.codes, self.scales.astype(mx.float32), self.biases.astype(mx.float32),
+            group_size=32 * self.codes.shape[1] // (self.bits * self.scales.shape[1]), bits=self.bits,
+        )  # fmt: skip
+        return State(rows, self.shapes)
 
     def __len__(self) -> int:
-        return int(self.parts[0][0].shape[1])
+        return int(self.codes.shape[0])
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for part in self.parts for x in part)
+        return int(self.codes.nbytes + self.scales.nbytes + self.biases.nbytes)

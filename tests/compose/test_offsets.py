@@ -11,23 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.compose.anchors import paper_gate
-from agentmem.compose.offsets import Observed, by_paper, by_relative_distance, relative_distances
-from agentmem.compose.planners import Weigh
-from agentmem.compose.state import State
+from agentmem.compose.offsets import Interpolation, Kriging, Observed, Paper
+from agentmem.compose.state import State, above_first
 from tests.compose.prompts import apart, states_apart
 
 LAYERS, HEADS, DIM = 3, 2, 32
 AFTER = 5
-both = pytest.mark.parametrize("weigh", [by_relative_distance, by_paper])
+both = pytest.mark.parametrize("offsets", [Kriging(), Paper()], ids=["kriging", "paper"])
 
 
 def drawn(n: int, seed: int, size: float = 1.0) -> State:
     rng = np.random.default_rng(seed)
-    parts = [
-        tuple(mx.array(size * rng.standard_normal((HEADS, n, DIM)).astype(np.float32)) for _ in range(LAYERS))
+    keys, values = (
+        [mx.array(size * rng.standard_normal((HEADS, n, DIM)).astype(np.float32)) for _ in range(LAYERS)]
         for _ in range(2)
-    ]
-    return State(parts[0], parts[1])
+    )
+    return State.of(keys, values)
 
 
 def anchor(n: int, seed: int, size: float = 1.0) -> Observed:
@@ -74,7 +73,7 @@ def transcribed(
 def test_the_papers_weights_are_those_of_its_formulas(count: int) -> None:
     """Invariant 13, in the canonical frame."""
     base, anchors = drawn(7, 1), [anchor(7 + 2 * i, 10 + i) for i in range(count)]
-    got_slot, got_after = by_paper(base, anchors)
+    got_slot, got_after = Paper()(base, anchors)
     slot, after = transcribed(base, anchors, 1.0)
     for got, want in ((got_slot, slot), (got_after, after)):
         for part, expected in zip((got.keys, got.values), want, strict=True):
@@ -82,73 +81,104 @@ def test_the_papers_weights_are_those_of_its_formulas(count: int) -> None:
 
 
 @both
-def test_the_first_layer_has_no_offset(weigh: Weigh) -> None:
-    for state in weigh(drawn(4, 1), [anchor(6, 2), anchor(4, 3)]):
+def test_the_first_layer_has_no_offset(offsets: Interpolation) -> None:
+    for state in offsets(drawn(4, 1), [anchor(6, 2), anchor(4, 3)]):
         assert not state.keys[0].any().item()
         assert not state.values[0].any().item()
         assert state.keys[1].any().item()
-
-
-@both
-def test_one_anchor_is_the_offset(weigh: Weigh) -> None:
-    only = anchor(6, 2)
-    slot, after = weigh(drawn(4, 1), [only])
-    for got, want in ((slot, only.slot[:4]), (after, only.after)):
-        for x, y in zip((*got.keys[1:], *got.values[1:]), (*want.keys[1:], *want.values[1:]), strict=True):
-            assert apart(x, y) < 1e-6
+        assert state.values[1].any().item()
 
 
 @both
 @given(st.permutations(range(4)))
 @settings(max_examples=10, deadline=None)
-def test_the_order_of_anchors_does_not_matter(weigh: Weigh, order: list[int]) -> None:
+def test_the_order_of_anchors_does_not_matter(offsets: Interpolation, order: list[int]) -> None:
+    """Invariant 11."""
     base, anchors = drawn(4, 1), [anchor(4 + i, 20 + i) for i in range(4)]
-    for a, b in zip(weigh(base, anchors), weigh(base, [anchors[i] for i in order]), strict=True):
+    for a, b in zip(offsets(base, anchors), offsets(base, [anchors[i] for i in order]), strict=True):
         assert states_apart(a, b) < 1e-5
 
 
 @both
-def test_every_anchor_twice_changes_nothing(weigh: Weigh) -> None:
+def test_weights_sum_to_one(offsets: Interpolation) -> None:
+    """Invariant 11: an offset that all anchors share, token by token, is the offset, whatever they are like."""
+    shared = State(mx.ones((1, drawn(1, 0).rows.shape[1])), drawn(1, 0).shapes)
+    anchors = [
+        Observed(drawn(6, 60 + i), State(mx.repeat(shared.rows, 6, axis=0), shared.shapes), shared)
+        for i in range(3)
+    ]
+    for state in offsets(drawn(5, 1), anchors):
+        for part in (*state.keys[1:], *state.values[1:]):
+            assert apart(part, mx.ones_like(part)) < 1e-5
+
+
+@both
+def test_anchors_that_are_very_far_leave_finite_weights(offsets: Interpolation) -> None:
+    base, anchors = drawn(4, 1), [anchor(4, 50 + i, size=1e3) for i in range(20)]
+    for state in offsets(base, anchors):
+        assert mx.isfinite(state.rows).all().item()
+        assert state.rows.any().item()
+
+
+def test_the_papers_only_anchor_is_the_offset() -> None:
+    only = anchor(6, 2)
+    slot, after = Paper()(drawn(4, 1), [only])
+    deep = above_first(slot.shapes)
+    assert apart(slot.rows, only.slot[:4].rows * deep) < 1e-6
+    assert apart(after.rows, only.after.rows * deep) < 1e-6
+
+
+def test_the_papers_weights_do_not_mind_that_every_anchor_is_there_twice() -> None:
     base, anchors = drawn(4, 1), [anchor(5, 30 + i) for i in range(3)]
-    for a, b in zip(weigh(base, anchors), weigh(base, [*anchors, *anchors]), strict=True):
+    for a, b in zip(Paper()(base, anchors), Paper()(base, [*anchors, *anchors]), strict=True):
         assert states_apart(a, b) < 1e-5
 
 
-@both
-def test_a_low_temperature_takes_the_nearest_anchor(weigh: Weigh) -> None:
+def test_the_papers_low_temperature_takes_the_nearest_anchor() -> None:
     anchors = [anchor(5, 40 + i) for i in range(3)]
     base = anchors[1].base + drawn(5, 7, 0.01)
-    slot, _ = weigh(base, anchors, 1e-4)  # type: ignore[call-arg]
-    for got, want in zip(slot.values[1:], anchors[1].slot.values[1:], strict=True):
-        assert apart(got, want) < 1e-4
+    slot, _ = Paper(tau=1e-4)(base, anchors)
+    assert apart(slot.rows, anchors[1].slot.rows * above_first(slot.shapes)) < 1e-4
 
 
-@both
-def test_anchors_that_are_very_far_leave_finite_weights(weigh: Weigh) -> None:
-    base, anchors = drawn(4, 1), [anchor(4, 50 + i, size=1e3) for i in range(20)]
-    for state in weigh(base, anchors):
-        assert all(mx.isfinite(x).all().item() for x in state.arrays)
-        assert any(x.any().item() for x in state.arrays)
+def test_kriging_finds_the_token_wherever_it_stands() -> None:
+    """Tokens of the anchors in another order: each takes most of the offset of the one that is like it."""
+    known = anchor(8, 2)
+    order = [1, 0, 3, 2, 5, 4]
+    text = State(known.base.rows[mx.array(order)], known.base.shapes)
+    weights = Kriging().weights(text, [known.base, drawn(8, 3)])
+    assert weights[:, :8].argmax(axis=1).tolist() == order
+    assert (weights[np.arange(6), order] > 0.5).all()
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
 
 
-def test_distances_are_relative() -> None:
-    base = drawn(6, 1)
-    for size in (1.0, 100.0):
-        own = [size * v for v in base.values]
-        other = [size * v for v in drawn(9, 2).values]
-        distances = relative_distances(own, [other, own])
-        assert distances.shape == (2, 6)
-        assert apart(distances[1], mx.zeros((6,))) < 1e-6
-        assert (
-            1.2 < distances[0].mean().item() < 1.6
-        )  # two vectors of equal length that have nothing in common: root of 2
+def test_kriging_is_the_gaussian_process_that_it_says_it_is() -> None:
+    text, anchors = drawn(3, 1), [drawn(4, 2), drawn(5, 3)]
+    found = Kriging(reach=0.7, span=3.0, noise=0.2)
+
+    def vectors(state: State) -> np.ndarray:
+        rows = np.stack([np.array(v, dtype=np.float64) for v in state.values]).transpose(2, 0, 1, 3)
+        rows = rows.reshape(len(state), -1)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def alike(a: np.ndarray, at: int, b: np.ndarray, other: int) -> float:
+        return math.exp(-np.linalg.norm(a - b) / 0.7 - abs(math.log((1 + at) / (1 + other))) / 3.0)
+
+    known = [(v, t) for a in anchors for t, v in enumerate(vectors(a))]
+    among = np.array([[alike(v, t, w, u) for w, u in known] for v, t in known])
+    near = np.array([[alike(v, t, w, u) for w, u in known] for t, v in enumerate(vectors(text))])
+    want = near @ np.linalg.inv(among + 0.2 * np.eye(9))
+    want += (1 - want.sum(axis=1, keepdims=True)) / 9
+    np.testing.assert_allclose(found.weights(text, anchors), want, atol=1e-4)
 
 
 def gate_of(distances: list[float], gamma: float) -> tuple[bool, tuple[int, ...]]:
     """The gate on a text of one token whose anchors lie at these distances."""
-    own = [mx.zeros((1, 1, DIM))]
-    others = [[mx.zeros((1, 1, DIM)).at[0, 0, 0].add(d)] for d in distances]
-    gate = paper_gate(own, others, gamma)
+
+    def token(at: float) -> State:
+        return State.of([mx.zeros((1, 1, DIM))], [mx.zeros((1, 1, DIM)).at[0, 0, 0].add(at)])
+
+    gate = paper_gate(token(0.0), [token(d) for d in distances], gamma)
     return gate.shareable, gate.used
 
 
