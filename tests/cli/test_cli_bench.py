@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +29,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             ("--json", "--model", "--shape", "--batch", "--tokens", "--no-load"),
             marks=pytest.mark.slow,
         ),
+        pytest.param("compose", ("--json", "--model", "--planner", "--anchors"), marks=pytest.mark.slow),
     ],
 )
 def test_help_is_that_of_the_benchmark(name: str, options: tuple[str, ...]) -> None:
@@ -81,3 +83,23 @@ def test_small_batches_are_measured_to_the_end() -> None:
         assert {"pages", "fp16_pages", "stock"} <= set(row)
         assert all(row[name]["peak_bytes"] > 0 for name in ("pages", "fp16_pages", "stock"))
     assert [json.loads(line) for line in result.stderr.splitlines()] == report["rows"]
+
+
+@pytest.mark.slow
+def test_a_small_chain_of_agents_is_measured_to_the_end(tiny_model: Path) -> None:
+    """One test prompt per family and agent: too few for the figures, which are not looked at."""
+    small = ("--model", str(tiny_model), "--anchors", "5", "--tests", "1", "--answer", "8", "--next", "4")
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "bench", "compose", *small, "--json"],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    rows = {row["planner"]: row for row in report["rows"]}
+    assert {"dense", "exact", "repositioned", "lego", "blend", "kvcomm", "kvcomm+tail"} <= set(rows)
+    for name in ("dense", "exact"):
+        assert rows[name]["requests"] == 6
+        assert abs(rows[name]["kl"]) < 0.2 * rows["repositioned"]["kl"]
+    assert rows["dense"]["read"] == 1
+    assert 0 < rows["repositioned"]["read"] < rows["kvcomm+tail"]["read"] < rows["lego"]["read"] < 1
+    assert all(5 < pool["anchors"] <= 15 and pool["bytes"] > 0 for pool in report["pools"])
+    assert {check["name"].partition(":")[0] for check in report["checks"]} >= {"kvcomm+tail"}
