@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
+from agentmem.quant.device import backend
 from agentmem.quant.format import LayerShape
 
 
@@ -89,7 +91,7 @@ def joined(states: Sequence[State]) -> State:
 
 @dataclass(frozen=True, slots=True)
 class PackedState:
-    """A state in few bits: codes uint32, scales and biases float16 as `mx.quantize` makes them of its rows."""
+    """A state in 4 or 8 bits: codes uint32, scales and biases float16 as `mx.quantize` makes them of its rows."""
 
     codes: mx.array
     scales: mx.array
@@ -113,11 +115,27 @@ class PackedState:
         return packed
 
     def unpacked(self) -> State:
+        if backend() == "cpu":
+            return State(mx.array(self._on_host()), self.shapes)
         rows = mx.dequantize(
             self.codes, self.scales.astype(mx.float32), self.biases.astype(mx.float32),
             group_size=32 * self.codes.shape[1] // (self.bits * self.scales.shape[1]), bits=self.bits,
         )  # fmt: skip
         return State(rows, self.shapes)
+
+    def _on_host(self) -> np.ndarray:
+        """The rows, float32. MLX unpacks on a CPU one element after the other, in several times the time."""
+        codes = np.asarray(self.codes).view(np.uint8)
+        n, groups = self.scales.shape
+        elements = np.empty((n, codes.shape[1] * 8 // self.bits), np.float32)
+        if self.bits == 8:
+            elements[:] = codes
+        else:
+            elements[:, 0::2], elements[:, 1::2] = codes & 15, codes >> 4
+        grouped = elements.reshape(n, groups, -1)
+        grouped *= np.asarray(self.scales)[:, :, None]
+        grouped += np.asarray(self.biases)[:, :, None]
+        return elements
 
     def __len__(self) -> int:
         return int(self.codes.shape[0])

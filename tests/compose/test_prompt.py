@@ -141,7 +141,7 @@ def test_slots_of_one_token_and_of_none(world: Stage) -> None:
             assert mx.isfinite(got).all().item()
 
 
-def test_packed_states(world: Stage, pieces: list[Piece]) -> None:
+def test_packed_states(world: Stage, pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 22: bounded errors, and nothing stays nothing."""
     state = joined([p.base for p in pieces])
     for bits, bound in ((4, 0.16), (8, 0.012)):
@@ -149,6 +149,9 @@ def test_packed_states(world: Stage, pieces: list[Piece]) -> None:
         back = packed.unpacked()
         assert len(packed) == len(state)
         assert (mx.linalg.norm(back.rows - state.rows) / mx.linalg.norm(state.rows)).item() < bound
+        monkeypatch.setattr("agentmem.compose.state.backend", lambda: "cuda")
+        assert states_apart(packed.unpacked(), back) < 1e-6, "MLX's way to unpack, and that of a CPU"
+        monkeypatch.undo()
         assert packed.nbytes <= (bits + 0.6) / 32 * state.nbytes
     nothing = PackedState.of(state - state, 4).unpacked()
     assert not nothing.rows.any().item()
