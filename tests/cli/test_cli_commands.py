@@ -16,7 +16,9 @@ from agentmem.errors import AlreadyRunning, BadRequest, Forbidden, ModelUnavaila
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 
-PASSES_ARGUMENTS_ON = {f"bench {name}" for name in ("restore", "store", "formats", "batch", "attention")}
+PASSES_ARGUMENTS_ON = {
+    f"bench {name}" for name in ("restore", "store", "formats", "batch", "attention", "compose")
+}
 
 
 def walk(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:

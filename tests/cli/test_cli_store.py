@@ -45,6 +45,7 @@ def test_verify_without_a_daemon(home: Home) -> None:
     assert told.stdout.startswith("0 extents")
 
 
+@pytest.mark.slow
 def test_a_damaged_index_without_a_daemon(home: Home) -> None:
     home.prepare()
     (home.store / "extents").mkdir()

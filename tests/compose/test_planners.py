@@ -198,6 +198,7 @@ def test_reused_state_that_is_right_stays_right(world: Stage, asked: list[Piece]
         assert apart(blend(world.network, world.prompt(), own, ratio=ratio), logits) < 1e-3
 
 
+@pytest.mark.slow
 def test_reading_more_is_closer_on_average(world: Stage) -> None:
     """Invariant 20."""
     lost = dict.fromkeys((0.05, 0.3, 1.0), 0.0)

@@ -34,6 +34,7 @@ CHANGES: dict[str, Callable[[Path], Runtime]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_words_outlive_a_change_and_state_waits_for_the_way_back(
     home: Path, expected: Expected, change: Callable[[Path], Runtime]

@@ -107,7 +107,7 @@ def kill_at(homes: Homes, point: str, times: int) -> None:
     raise AssertionError(f"four lives did not come to {point}")
 
 
-QUICK = ("file.renamed", "index.changed", "forget.committed", "salvage.aside")
+QUICK = ("index.changed", "salvage.aside")
 
 
 @pytest.mark.parametrize("point", QUICK)

@@ -109,6 +109,7 @@ def test_a_full_disk_passes_and_loses_nothing(
     goes_on(tmp_path, told, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_and_gets_room_again(small_disk: Path, undisturbed: list[str]) -> None:
     runtime = open_runtime(small_disk, disk_floor=0)
     replies = [turn(runtime, "ada", said(n)) for n in range(2)]

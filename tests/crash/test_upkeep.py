@@ -136,6 +136,7 @@ def test_a_running_daemon_verifies_and_repairs(home: Path, expected: Expected) -
     runtime.close()
 
 
+@pytest.mark.slow
 def test_verifying_while_agents_speak_finds_nothing(home: Path) -> None:
     runtime = start(home)
     reports: list[dict[str, Any]] = []
@@ -177,6 +178,7 @@ def test_the_program_on_a_sound_store(home: Path, expected: Expected, flags: tup
     assert ask_all(home) == expected
 
 
+@pytest.mark.slow
 def test_the_program_mends_a_damaged_store(home: Path, expected: Expected) -> None:
     bad = largest(home)
     flip(bad, -5)

@@ -123,6 +123,7 @@ def conversations(bench: Bench, rng: random.Random, lengths: Sequence[int], step
     return [Alone(bench, p, steps) for p in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_joins_and_leaves(kind: str, heads: dict[str, int]) -> None:

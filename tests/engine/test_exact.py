@@ -119,6 +119,7 @@ def test_smollm_traces(tmp_path: Path, smollm: LoadedModel, trace: int) -> None:
     check_trace(tmp_path, lambda: smollm, rng, "smol", longest=55, page_tokens=32, format="q4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", ["last reply", "middle", "truncated", "system prompt", "regenerate"])
 def test_diverged_history_reuses_the_common_prefix(tmp_path: Path, edit: str) -> None:
     """A history that differs reuses exactly the tokens it shares, and the answer is that of a home that only saw the new one."""

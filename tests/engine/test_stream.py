@@ -80,7 +80,8 @@ def test_a_stream_is_reported_as_a_restore(tmp_path: Path, streams: Streams) -> 
     runtime.close()
 
 
-@pytest.mark.parametrize("where", [pytest.param(0.02, marks=pytest.mark.slow), 0.5, 0.98])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [0.02, 0.5, 0.98])
 def test_damage_that_is_found_on_the_way(tmp_path: Path, streams: Streams, where: float) -> None:
     """The pass is given up, the file put aside, its tokens read again, and the answer is the one it was."""
     runtime = opened(tmp_path / "sound")
@@ -108,6 +109,7 @@ def test_damage_that_is_found_on_the_way(tmp_path: Path, streams: Streams, where
     runtime.close()
 
 
+@pytest.mark.slow
 def test_others_that_share_the_pages_wait_until_all_layers_are_there(
     tmp_path: Path, streams: Streams
 ) -> None:

@@ -218,6 +218,7 @@ def test_an_ephemeral_agent_never_touches_the_disk(tmp_path: Path) -> None:
     runtime.close()
 
 
+@pytest.mark.slow
 def test_ephemeral_state_makes_room_for_others_and_is_computed_anew(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path / "a")
     used = []
@@ -266,6 +267,7 @@ def test_an_agent_made_on_purpose_outlives_a_request_that_fails(tmp_path: Path) 
     runtime.close()
 
 
+@pytest.mark.slow
 def test_state_of_another_format_goes_before_any_that_is_of_use(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path, kv_format="q8-plain")
     fill(runtime, [f"old{i}" for i in range(6)])

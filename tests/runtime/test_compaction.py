@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, cached, extents, memory, open_runtime, turn
 
@@ -36,6 +38,7 @@ def test_a_long_session_lies_in_few_extents_of_packed_rows(tmp_path: Path) -> No
     runtime.close()
 
 
+@pytest.mark.slow
 def test_a_merged_session_continues_like_one_that_never_stopped(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path / "whole")
     want = live(runtime, "ada", TURNS + 2)
@@ -54,6 +57,7 @@ def test_a_merged_session_continues_like_one_that_never_stopped(tmp_path: Path) 
     runtime.close()
 
 
+@pytest.mark.slow
 def test_forks_of_merged_sessions_keep_their_state(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path)
     turn(runtime, "ada", LONG)

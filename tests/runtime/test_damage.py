@@ -60,6 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return replies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", [False, True], ids=["evicted", "restarted"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_first_extent_costs_time_and_nothing_else(

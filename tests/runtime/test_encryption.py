@@ -114,6 +114,7 @@ def test_an_agent_that_never_spoke_leaves_no_key(opened: Opened, tmp_path: Path)
     assert keys(tmp_path / "home") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "wrong", "short"])
 def test_without_its_key_an_agent_is_locked(opened: Opened, tmp_path: Path, damage: str) -> None:
     home = tmp_path / "home"

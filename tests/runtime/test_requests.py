@@ -166,6 +166,7 @@ def test_a_failing_sequence_fails_alone(
     runtime.close()
 
 
+@pytest.mark.slow
 def test_a_sequence_that_fails_with_its_token_fed_is_not_fed_it_again(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_full_queue_refuses_at_once(tmp_path: Path, gate: threading.Event) -> 
     runtime.close()
 
 
+@pytest.mark.slow
 def test_requests_that_together_exceed_the_budget_take_turns(tmp_path: Path, gate: threading.Event) -> None:
     """Each fits alone; an edit of the same session beside them must still see the turn before it."""
     runtime = open_runtime(tmp_path, ram_budget=1 << 20)
@@ -300,6 +302,7 @@ def test_replies_that_end_while_all_slots_wait_to_be_written_are_kept(tmp_path: 
     runtime.close()
 
 
+@pytest.mark.slow
 def test_a_small_turn_does_not_slip_in_before_a_large_one_of_its_session(
     tmp_path: Path, gate: threading.Event
 ) -> None:

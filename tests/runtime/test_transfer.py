@@ -105,6 +105,7 @@ def test_an_import_survives_a_restart(opened: Opened, carried: Carried) -> None:
     assert (one.text, cached(one)) == (two.text, cached(two))
 
 
+@pytest.mark.slow
 def test_an_agent_larger_than_ram_travels(opened: Opened, carried: Carried) -> None:
     here, there = opened("here", ram_budget=2 << 20), opened("there")
     for session in range(12):
@@ -243,6 +244,7 @@ def test_imports_leave_the_floor_of_the_disk_free(opened: Opened, carried: Carri
     assert there.agents() == []
 
 
+@pytest.mark.slow
 def test_imports_stay_within_the_disk_budget(opened: Opened, carried: Carried) -> None:
     here, there = opened("here"), opened("there", disk_budget=1 << 20)
     for session in range(12):
@@ -361,6 +363,7 @@ def test_forks_travel_alone_and_of_imports_stay_apart(opened: Opened, carried: C
     assert cached(turn(there, "triplet", "and on")) > 300
 
 
+@pytest.mark.slow
 def test_an_import_is_merged_and_verified(opened: Opened, carried: Carried, tmp_path: Path) -> None:
     here, there = opened("here"), opened("there")
     talk(here)

@@ -269,6 +269,7 @@ fuzzed = settings(
 )
 
 
+@pytest.mark.slow
 @settings(fuzzed, max_examples=40)
 @given(data=st.data())
 def test_no_manifest_is_worse_than_a_refusal(

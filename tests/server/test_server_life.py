@@ -60,6 +60,7 @@ def test_killed_daemon_starts_again_and_remembers(start, tmp_path: Path) -> None
     assert not (home / "daemon.json").exists()
 
 
+@pytest.mark.slow
 def test_interrupt_while_the_model_loads_stops_cleanly(launch, tmp_path: Path) -> None:
     home = tmp_path / "home"
     process = launch(home, log=tmp_path / "log")

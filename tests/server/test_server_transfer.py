@@ -109,6 +109,7 @@ def test_exporting_nobody(daemon) -> None:
     assert envelope(response)["code"] == "not_found"
 
 
+@pytest.mark.slow
 def test_uploads_have_a_limit(small, archive: bytes) -> None:
     assert len(archive) > 64 << 10
 
