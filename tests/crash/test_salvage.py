@@ -14,6 +14,8 @@ from agentmem.blockpool.salvage import SALVAGED, finish, rebuild
 from tests.crash.home import Expected, ask_all, copy_of, start
 from tests.runtime.agents import extents, quarantined
 
+pytestmark = pytest.mark.slow
+
 PAGE = 4096
 
 

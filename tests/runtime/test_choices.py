@@ -23,6 +23,8 @@ from tests.runtime.agents import LONG, Running, ask, cached, memory, open_runtim
 from tests.runtime.test_requests import cancelled, hold
 from tests.tiny_model import END_TOKEN
 
+pytestmark = pytest.mark.slow
+
 SAMPLED = Sampling(temperature=1.0, seed=7)
 PROMPT = LONG[:70]
 ROOMS = itertools.count()

@@ -20,6 +20,8 @@ from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, cached, extents, open_runtime, turn
 from tests.runtime.archives import Content, changed, content, seal
 
+pytestmark = pytest.mark.slow
+
 HUGE = 1 << 70
 
 
