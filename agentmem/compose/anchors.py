@@ -19,7 +19,7 @@ BASE_BITS, DELTA_BITS = 8, 4
 MINIMUM = 5
 """Anchors below which offsets are not used: one alone is worse than none."""
 PER_SLOT = 12
-PAPER_PER_SLOT, PAPER_WINDOW, PAPER_GAMMA, PAPER_TOP = 20, 5, 0.3, 0.9
+PAPER_WINDOW, PAPER_GAMMA, PAPER_TOP = 5, 0.3, 0.9
 
 
 class Eviction(StrEnum):
@@ -72,9 +72,6 @@ class Pool:
 
     def of_slot(self, slot: str) -> list[Anchor]:
         return list(self._slots.get(slot, {}).values())
-
-    def find(self, slot: str, text: bytes) -> Anchor | None:
-        return self._slots.get(slot, OrderedDict()).get(text)
 
     def eligible(self, slot: str, consumer: str, length: int) -> list[Anchor]:
         """Anchors that know this consumer and have `length` tokens at least."""
