@@ -305,6 +305,8 @@ def compose(model: str, names: tuple[str, ...], **options: Any) -> Result:
     """Segments of three agents' prompts put together in several ways, against prompts that were read whole."""
     from agentmem.bench.compose import PLANNERS, run
 
+    if unknown := set(names) - set(PLANNERS):
+        raise click.BadParameter(f"there is no planner {min(unknown)!r}; there are {', '.join(PLANNERS)}")
     loaded, folder = _loaded(model), Home(default_home()).calibration
     chosen = tuple(dict.fromkeys(("dense", *names))) if names else PLANNERS
     try:

@@ -100,7 +100,7 @@ class Chain:
         self._carrier = model.tokenizer.encode(CARRIER)
         self.pool = Pool(budget)
         self.templates = {
-            agent: Template.read(agent, self._text(role, ASKS[agent]), model.tokenizer, self.prompt())
+            agent: Template.read(self._text(role, ASKS[agent]), model.tokenizer, self.prompt())
             for agent, role in family.roles.items()
         }
 
@@ -175,9 +175,8 @@ class Chain:
                 return plain(pieces)
             case "kvcomm-paper":
                 return Kvcomm(self.pool, agent, read_tail=False, offsets=Paper()).plan(pieces)
-            case "kvcomm" | "kvcomm+tail":
+            case _:
                 return Kvcomm(self.pool, agent, read_tail=name.endswith("tail")).plan(pieces)
-        raise ValueError(f"there is no planner {name!r}; there are {', '.join(PLANNERS)}")
 
 
 def run(

@@ -73,16 +73,11 @@ class Prompt:
 
     def read(self, ids: Sequence[int]) -> mx.array:
         """Append tokens that the model reads behind all that is there; returns the logits [vocab] behind the last one."""
-        logits = self.read_all(ids, [len(ids) - 1])
-        return logits[0]
-
-    def read_all(self, ids: Sequence[int], rows: Sequence[int]) -> mx.array:
-        """The same with the logits [len(rows), vocab] behind some of the tokens."""
-        logits = self._network.logits(mx.array([list(ids)], dtype=mx.int32), self.lines, rows)
+        logits = self._network.logits(mx.array([list(ids)], dtype=mx.int32), self.lines, [len(ids) - 1])
         mx.eval(logits, [line.keys for line in self.lines], [line.values for line in self.lines])
         self.ids += ids
         self.read_tokens += len(ids)
-        return logits
+        return logits[0]
 
     def state(self, start: int, stop: int) -> State:
         """What tokens `start` to `stop` are in this prompt, in the canonical frame."""

@@ -37,13 +37,12 @@ class Template:
     bases: the state of the fixed text, out of a prompt that has the names of the slots in their places (as KVCOMM does it).
     """
 
-    consumer: str
     fixed: tuple[tuple[int, ...], ...]
     slots: tuple[str, ...]
     bases: tuple[State, ...]
 
     @classmethod
-    def read(cls, consumer: str, text: str, tokenizer: ChatTokenizer, prompt: Prompt) -> Template:
+    def read(cls, text: str, tokenizer: ChatTokenizer, prompt: Prompt) -> Template:
         """A template of rendered `text` with slots like {{question}}; `prompt`, empty, reads it once.
 
         Raises BadRequest for slots without text before, between and behind them.
@@ -61,7 +60,7 @@ class Template:
             spans.append((len(ids), len(ids) + len(run)))
             ids += run + (names[number] if number < len(names) else ())
         prompt.read(ids)
-        return cls(consumer, tuple(fixed), tuple(slots), tuple(prompt.state(*span) for span in spans))
+        return cls(tuple(fixed), tuple(slots), tuple(prompt.state(*span) for span in spans))
 
     def pieces(self, fillings: Mapping[str, Filling]) -> list[Piece]:
         """The prompt with these texts in its slots."""

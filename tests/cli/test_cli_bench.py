@@ -44,6 +44,13 @@ def test_its_exit_code_is_passed_on() -> None:
 
 
 @pytest.mark.slow
+def test_a_planner_that_does_not_exist_is_told_at_once() -> None:
+    result = bench("compose", "--planner", "kvcom")
+    assert result.returncode == 2
+    assert "'kvcom'; there are dense," in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.slow
 def test_a_small_store_is_measured_to_the_end() -> None:
     small = (
         "--pages",

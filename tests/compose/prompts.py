@@ -56,7 +56,7 @@ def stage(architecture: str = "llama", layers: int = 3) -> Stage:
     seam.install(model.model)
     network = Network(model.model)
     prompt = Prompt(network, rotations(model.model), model.dtype)
-    return Stage(model, network, Template.read("judge", TEXT, model.tokenizer, prompt))
+    return Stage(model, network, Template.read(TEXT, model.tokenizer, prompt))
 
 
 def apart(a: mx.array, b: mx.array) -> float:

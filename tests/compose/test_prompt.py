@@ -160,4 +160,4 @@ def test_packed_states(world: Stage, pieces: list[Piece], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("text", ["{{a}}behind", "before{{a}} {{b}}behind", "before{{a}}"])
 def test_slots_without_text_around_them_are_refused(world: Stage, text: str) -> None:
     with pytest.raises(BadRequest, match="text in front of"):
-        type(world.template).read("x", text, world.model.tokenizer, world.prompt())
+        type(world.template).read(text, world.model.tokenizer, world.prompt())

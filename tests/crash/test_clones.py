@@ -85,7 +85,6 @@ class Explorer:
                 shutil.rmtree(folder)
 
 
-@pytest.mark.slow
 def test_two_hundred_power_cuts(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer(scratch, 1, monkeypatch)
     assert explorer.explore(200) >= 200

@@ -19,8 +19,6 @@ import pytest
 from agentmem.blockpool.failpoint import FAILPOINTS, arm
 from tests.crash.driver import AGENTS, Driver, Round
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 # What a life does so that it comes to a point, by the beginning of the point's name.
 WAYS = {

@@ -73,7 +73,6 @@ def homes(original: Path, crashed: Path, expected: Expected, tmp_path: Path) -> 
     return Homes(original, crashed, expected, tmp_path)
 
 
-@pytest.mark.slow
 def test_flipped_bits_change_no_answer(homes: Homes) -> None:
     outcomes = homes.flip(times=12, seed=1)
     assert outcomes["extent header"] == Counter({"quarantined": 3})
