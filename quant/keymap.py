@@ -26,6 +26,10 @@ class KeyMap:
         """keys [batch, heads, n, key_dim] of the model -> the same shape and dtype, as they are stored."""
         return rotate(keys, self._rotation)
 
+    def restored(self, keys: mx.array) -> mx.array:
+        """Keys [batch, heads, n, key_dim] as they are stored -> the model's, float32: the inverse of `keys`."""
+        return rotate(keys.astype(mx.float32), self._rotation)  # a normalised Hadamard matrix is its own inverse
+
     def queries(self, queries: mx.array) -> mx.array:
         """queries [batch, query heads, n, key_dim] of the model -> the same shape and dtype, for stored keys."""
         return rotate(queries, self._rotation)
@@ -53,6 +57,10 @@ class CalibratedMap(KeyMap):
 
     def keys(self, keys: mx.array) -> mx.array:
         return mx.addmm(self._shift, keys, self._forward)
+
+    def restored(self, keys: mx.array) -> mx.array:
+        shift, back = (x.astype(mx.float32) for x in (self._shift, self._back))
+        return (keys.astype(mx.float32) - shift) @ back.swapaxes(-1, -2)
 
     def queries(self, queries: mx.array) -> mx.array:
         grouped = queries.reshape(queries.shape[0], self._heads, -1, queries.shape[-1])

@@ -124,3 +124,13 @@ def test_the_plain_map_changes_nothing_and_unknown_ones_are_refused() -> None:
     assert KeyMap().queries(x) is x
     with pytest.raises(ValueError, match="unknown rotation 'spiral'"):
         KeyMap("spiral").keys(x)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_stored_keys_become_the_models_again(dim: int) -> None:
+    keys = normal(9, 1, 2, 40, dim) * 3 + 5
+    maps = [KeyMap(), calibrated(2, dim)] + ([KeyMap("hadamard")] if dim & (dim - 1) == 0 else [])
+    for key_map in maps:
+        restored = key_map.restored(key_map.keys(keys))
+        assert restored.dtype == mx.float32
+        assert float(mx.abs(restored - keys).max()) < 1e-3  # of keys up to 20
