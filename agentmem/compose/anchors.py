@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -72,6 +72,24 @@ class Pool:
 
     def of_slot(self, slot: str) -> list[Anchor]:
         return list(self._slots.get(slot, {}).values())
+
+    def items(self) -> Iterator[tuple[str, Anchor]]:
+        """Every anchor with its slot."""
+        return ((slot, anchor) for slot, anchors in self._slots.items() for anchor in anchors.values())
+
+    def add(self, slot: str, anchor: Anchor) -> None:
+        """Keep an anchor as it was packed before; it goes at once where there is no room."""
+        anchors = self._slots.setdefault(slot, OrderedDict())
+        self._make_room(anchors)
+        anchors[anchor.text] = anchor
+        self._shrink(keep=anchor)
+
+    def drop(self, slot: str, text: bytes | None = None) -> None:
+        """Forget one anchor of a slot, or all of them."""
+        if text is None:
+            self._slots.pop(slot, None)
+        elif slot in self._slots:
+            self._slots[slot].pop(text, None)
 
     def eligible(self, slot: str, consumer: str, length: int) -> list[Anchor]:
         """Anchors that know this consumer and have `length` tokens at least."""

@@ -60,6 +60,22 @@ def test_one_anchor_serves_every_consumer_that_was_seen_with_it() -> None:
     assert pool.eligible("question", "judge", 6) == pool.eligible("question", "critic", 6)
 
 
+def test_an_anchor_moves_to_another_pool_and_leaves_it() -> None:
+    pool, other = Pool(ROOM), Pool(ROOM)
+    for number in (1, 2, 3):
+        put(pool, number, slot="ab"[number % 2])
+    for slot, anchor in pool.items():
+        other.add(slot, anchor)
+    assert list(other.items()) == list(pool.items())
+    other.drop("b", name(1))
+    other.drop("a")
+    other.drop("c", name(1))
+    assert [(slot, anchor.text) for slot, anchor in other.items()] == [("b", name(3))]
+    small = Pool(pool.of_slot("a")[0].nbytes - 1)
+    small.add("a", pool.of_slot("a")[0])
+    assert len(small) == 0
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.integers(0, 30), st.integers(1, 40), st.booleans()), max_size=40
