@@ -62,7 +62,7 @@ def gather(
     total = stored.packed + stored.raw + tailed + fresh
     nothing = mx.zeros((1,), mx.uint32)
     units = (shape.key_dim + shape.value_dim) // ELEMENTS
-    kernel_ = kernel("agentmem_gather_rows", "gather.h", _BODY, INPUTS, OUTPUTS)
+    kernel_ = kernel("agentmem_gather_rows", ("gather.h",), _BODY, INPUTS, OUTPUTS)
     whole_keys, whole_values, rows = kernel_(
         inputs=[
             stored.arena,

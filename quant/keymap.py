@@ -14,6 +14,9 @@ import numpy as np
 
 from agentmem.quant.attention import rotate
 
+LANES = 32
+"""Of a warp, which maps a key by itself."""
+
 
 class KeyMap:
     """The map of one layer: `rotation` as the format names it ("none": nothing, "hadamard": the same for all heads)."""
@@ -21,6 +24,9 @@ class KeyMap:
     def __init__(self, rotation: str = "none") -> None:
         self._rotation = rotation
         self.nbytes = 0
+        self.vectors: mx.array | None = None
+        """What the decode kernel needs to do the same, float32 [heads, 3, key_dim]: what queries are multiplied with before a
+        Hadamard matrix, what keys are, and what is added to keys behind it. None: it cannot."""
 
     def keys(self, keys: mx.array) -> mx.array:
         """keys [batch, heads, n, key_dim] of the model -> the same shape and dtype, as they are stored."""
@@ -28,7 +34,9 @@ class KeyMap:
 
     def restored(self, keys: mx.array) -> mx.array:
         """Keys [batch, heads, n, key_dim] as they are stored -> the model's, float32: the inverse of `keys`."""
-        return rotate(keys.astype(mx.float32), self._rotation)  # a normalised Hadamard matrix is its own inverse
+        return rotate(
+            keys.astype(mx.float32), self._rotation
+        )  # a normalised Hadamard matrix is its own inverse
 
     def queries(self, queries: mx.array) -> mx.array:
         """queries [batch, query heads, n, key_dim] of the model -> the same shape and dtype, for stored keys."""
@@ -43,6 +51,7 @@ class CalibratedMap(KeyMap):
     """
 
     def __init__(self, mean: np.ndarray, scale: np.ndarray, dtype: mx.Dtype) -> None:
+        super().__init__("hadamard")
         self._heads, dim = mean.shape
         signs, block = hadamard(dim)
         norm = 2.0 ** -round(math.log2(block) / 2)
@@ -54,6 +63,12 @@ class CalibratedMap(KeyMap):
         self._shift = mx.array(-mean[:, None, :] @ forward).astype(dtype)
         self._back = mx.array(back).astype(dtype if exact else mx.float32)
         self.nbytes = self._forward.nbytes + self._shift.nbytes + self._back.nbytes
+        if block == dim and exact and dim % (2 * LANES) == 0:
+            shift = np.array(self._shift.astype(mx.float32))[:, 0]
+            self.vectors = mx.array(
+                np.stack([scale / (block * norm), norm / scale, shift], 1).astype(np.float32)
+            )
+            self.nbytes += self.vectors.nbytes
 
     def keys(self, keys: mx.array) -> mx.array:
         return mx.addmm(self._shift, keys, self._forward)

@@ -13,8 +13,10 @@ from agentmem.engine.views import History, LayerCache, LayerRows
 from agentmem.quant.device import on_device
 from agentmem.quant.kernels.decode import flash_decode
 from agentmem.quant.kernels.plan import Batch
+from agentmem.quant.keymap import KeyMap
 
 Failures = dict[int, Exception]
+PLAIN = KeyMap()
 
 
 class Plans:
@@ -49,16 +51,21 @@ class DecodeStep:
         offset = lengths[0] if len(lengths) == 1 else on_device(np.array(lengths, np.int32))
         return [BatchView(self, layer, offset) for layer in range(self.pool.geometry.layers)]
 
+    def outer_map(self, layer: int) -> KeyMap:
+        """What queries and keys of the model go through before `attend`: nothing, where the kernel does it."""
+        key_map = self.pool.geometry.key_maps[layer]
+        return PLAIN if self.plan is not None and key_map.vectors is not None else key_map
+
     def attend(
         self, layer: int, queries: mx.array, keys: mx.array, values: mx.array, scale: float, sinks: mx.array | None
     ) -> tuple[mx.array, mx.array]:  # fmt: skip
-        """(output [B, H, 1, D], the tokens' rows uint32 [B, raw_words]); queries and keys are mapped already."""
+        """(output [B, H, 1, D], the tokens' rows uint32 [B, raw_words]); queries and keys went through `outer_map`."""
         pool = self.pool
         codec = pool.geometry.codecs[layer]
         if self.plan is not None:
             return flash_decode(
                 codec, queries, keys, values, pool.arena.layer(layer), pool.tails.array(layer), self.plan,
-                scale=scale, sinks=sinks,
+                scale=scale, sinks=sinks, vectors=pool.geometry.key_maps[layer].vectors,
             )  # fmt: skip
         outs, rows = [], []
         for b, (table, history) in enumerate(zip(self.tables, self._histories, strict=True)):
@@ -95,7 +102,7 @@ class BatchView(LayerCache):
     """A layer's cache for one decode step."""
 
     def __init__(self, step: DecodeStep, layer: int, offset: int | mx.array) -> None:
-        super().__init__(offset, step.pool.geometry.key_maps[layer])
+        super().__init__(offset, step.outer_map(layer))
         self._step, self._layer = step, layer
         self._rows: mx.array | None = None
 

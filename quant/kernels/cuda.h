@@ -11,6 +11,9 @@
 #define UNROLL _Pragma("unroll")
 #define UNROLL_FOUR _Pragma("unroll 4")
 #define BARRIER __syncthreads()
+#define WARP_BARRIER __syncwarp()
+#define ROW_OTHER(x, bit) __shfl_xor_sync(0xffffffffu, x, 4 * (bit))
+#define LANE_OTHER(x, bit) __shfl_xor_sync(0xffffffffu, x, bit)
 #define ANY(x) __any_sync(0xffffffffu, x)
 #define AS_FLOAT(x) __uint_as_float(x)
 #define AS_UINT(x) __float_as_uint(x)
@@ -27,14 +30,14 @@ FN void LOAD_TWO(unsigned* to, const unsigned* from) {
   to[0] = x.x;
   to[1] = x.y;
 }
-// Raw rows are read piecemeal, so that they had better stay in the nearest cache.
+// Raw rows are read piecemeal, so that they had better stay in the nearest cache; one may have been written by this very warp.
 FN void NEAR_TWO(unsigned* to, const unsigned* from) {
-  const uint2 x = __ldg((const uint2*)from);
+  const uint2 x = *(const uint2*)from;
   to[0] = x.x;
   to[1] = x.y;
 }
 FN void NEAR_FOUR(unsigned* to, const unsigned* from) {
-  const uint4 x = __ldg((const uint4*)from);
+  const uint4 x = *(const uint4*)from;
   to[0] = x.x;
   to[1] = x.y;
   to[2] = x.z;

@@ -16,102 +16,7 @@
 #define TAIL 2u
 #define SLACK 4.0f  // how far (in powers of two) weights may grow before the maximum that they refer to is moved
 
-template <int H_, int R_, int DK_, int DV_, int KB_, int KG_, int VB_, int VG_, bool PACKS_, bool BF_, bool WIDE_>
-struct DecodeShape {
-  enum {
-    H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_, PACKS = PACKS_, BF = BF_,
-    COLUMNS = WIDE_ ? 2 : 1,                  // of products, in eights
-    K_GROUPS = DK / KG, V_GROUPS = DV / VG,
-    K_CHUNKS = KG / 32,                       // of 8 dims, per lane and group
-    CHUNKS = DK / 32,
-    K_WORDS = K_CHUNKS * (KB == 8 ? 2 : 1),   // per lane, group and token
-    V_QUADS = VG / 32,                        // of 4 dims, per lane and group
-    V_WORDS = VB == 8 ? V_QUADS : 1,
-    V_DIMS = VG / 8,
-    V_BITS = VB == 8 ? 32 : V_DIMS * VB,      // per word
-    OUTS = DV / 16,
-    K_PAIRS_AT = H * DK * KB / 32,
-    V_CODES_AT = K_PAIRS_AT + H * K_GROUPS,
-    V_PAIRS_AT = V_CODES_AT + H * DV * VB / 32,
-    RAW_WORDS = H * (DK + DV) / 2,
-    ROW_WORDS = PACKS ? V_PAIRS_AT + H * V_GROUPS : RAW_WORDS,
-    // Where two words may be read at once
-    K_EVEN = KB != 3 && ROW_WORDS % 2 == 0 && DK * KB / 32 % 2 == 0 && K_WORDS % 2 == 0,
-    K_PAIRS_EVEN = ROW_WORDS % 2 == 0 && K_PAIRS_AT % 2 == 0 && K_GROUPS % 2 == 0,
-    V_PAIRS_EVEN = ROW_WORDS % 2 == 0 && V_PAIRS_AT % 2 == 0 && V_GROUPS % 2 == 0
-  };
-};
-
-struct Four { float x[4]; };
-
-// -- codes ------------------------------------------------------------------------------------------------------------------
-
-// BITS bits of a row that begin at bit `at`
-template <int BITS> FN unsigned bits_at(const GLOBAL unsigned* row, unsigned at) {
-  const unsigned word = at / 32, shift = at % 32;
-  unsigned x = LOAD(row + word) >> shift;
-  if (BITS + shift > 32) x |= LOAD(row + word + 1) << (32 - shift);
-  return BITS == 32 ? x : x & ((1u << (BITS & 31)) - 1u);
-}
-
-// N words; two at a time where they lie at even places
-template <int N, bool EVEN> FN void words_at(PRIVATE unsigned* to, const GLOBAL unsigned* from) {
-  UNROLL for (int i = 0; i < N; i += EVEN ? 2 : 1) {
-    if (EVEN) LOAD_TWO(to + i, from + i);
-    else to[i] = LOAD(from + i);
-  }
-}
-
-// How many values of BITS bits a 16-bit half holds for us
-template <int BITS> struct Half { enum { VALUES = BITS == 8 ? 2 : 4 }; };
-
-// Value i of both halves of z as integers times `unit(i)`, in the device's form for products
-template <int BITS> FN unsigned values_of(unsigned z, int i) {
-  if (BITS == 8) return CODES((i ? z >> 8 : z) & 0x00ff00ffu);
-  if (BITS == 4) return CODES((i < 2 ? z : z >> 8) & (i % 2 ? 0x00f000f0u : 0x000f000fu));
-  return CODES(i == 3 ? (z >> 9) & 0x00070007u : z & (0x00070007u << (3 * i)));
-}
-
-template <int BITS> FN float unit(int i) {
-  if (BITS == 4) return i % 2 ? 16.0f : 1.0f;
-  if (BITS == 3) return i == 1 ? 8.0f : i == 2 ? 64.0f : 1.0f;
-  return 1.0f;
-}
-
-// Which two of 8 dims pair p of a chunk holds
-template <int BITS> FN unsigned first_of(int p) { return BITS == 8 ? (p / 2) * 4 + p % 2 : p; }
-template <int BITS> FN unsigned second_of(int p) { return first_of<BITS>(p) + (BITS == 8 ? 2 : 4); }
-
-// Pair p of a chunk whose words are given
-template <int BITS> FN unsigned chunk_pair(const PRIVATE unsigned* words, int p) {
-  if (BITS == 8) return values_of<8>(words[p / 2], p % 2);
-  if (BITS == 4) return values_of<4>(words[0], p);
-  return values_of<3>((words[0] & 0xfffu) | ((words[0] & 0xfff000u) << 4), p);
-}
-
-// The half that holds part `part` of quad `quad` of token a, and the same of token b
-template <int BITS> FN unsigned quad_halves(const PRIVATE unsigned* a, const PRIVATE unsigned* b, int quad, int part) {
-  if (BITS == 8) {
-    return part ? (a[quad] >> 16) | (b[quad] & 0xffff0000u) : (a[quad] & 0xffffu) | (b[quad] << 16);
-  }
-  if (BITS == 4) return quad ? (a[0] >> 16) | (b[0] & 0xffff0000u) : (a[0] & 0xffffu) | (b[0] << 16);
-  return ((a[0] >> (12 * quad)) & 0xfffu) | (((b[0] >> (12 * quad)) & 0xfffu) << 16);
-}
-
-// -- stored halves ----------------------------------------------------------------------------------------------------------
-
-FN float in_half(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
-FN unsigned two_halves(float x, float y) { return PACK_HALF(in_half(x), in_half(y)); }
-
-// Two stored halves as two of float16
-template <bool BF> FN unsigned as_halves(unsigned x) { return BF ? two_halves(wide<true>(x), wide<true>(x >> 16)) : x; }
-
 // -- state of a warp --------------------------------------------------------------------------------------------------------
-
-template <class S> struct Query {
-  unsigned b[S::COLUMNS][S::CHUNKS][4];         // pairs of dims, as the rows in hand pair them
-  float sums[S::COLUMNS][2][S::K_GROUPS];       // of a column's elements, per group
-};
 
 template <class S> struct Result {
   Four out[S::COLUMNS][S::OUTS];
@@ -127,49 +32,6 @@ template <class S> struct Keys {                // a lane's part of 16 rows
 template <class S> struct Values {
   unsigned codes[4][S::V_GROUPS * S::V_WORDS], pairs[2][S::V_GROUPS];
 };
-
-// Which sequence and query head of the item a column belongs to; `used` columns are real
-FN unsigned column_of(int c, int j, unsigned col) { return 8 * c + 2 * col + j; }
-
-// Dims that lane column `col` holds of keys: chunk c of group kg
-template <class S> FN unsigned key_dim(int kg, int c, unsigned col) { return kg * S::KG + col * (S::KG / 4) + c * 8; }
-
-// A row of `b` is dim 2col + j of a product's keys: that of lane column row / 2, its pair's half row % 2
-template <class S, class T, class Entries>
-FN void load_query(PRIVATE Query<S>& q, const GLOBAL T* queries, Entries entries, unsigned used, unsigned head,
-                   float scale, bool packed, unsigned row, unsigned col) {
-  unsigned in[4];
-  UNROLL for (int p = 0; p < 4; p++) {
-    const unsigned first = packed ? first_of<S::KB>(p) : 2u * p, second = packed ? second_of<S::KB>(p) : 2u * p + 1u;
-    in[p] = row % 2 ? second : first;
-  }
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    float live[2];
-    T x[2][S::CHUNKS][4];  // all of it is asked for before any of it is used
-    UNROLL for (int j = 0; j < 2; j++) {
-      const unsigned n = column_of(c, j, col), m = n < used ? n : 0;
-      const GLOBAL T* from = queries + ((entries[m / S::R] * S::H + head) * S::R + m % S::R) * S::DK;
-      live[j] = n < used ? scale : 0.0f;
-      UNROLL for (int ch = 0; ch < S::CHUNKS; ch++) {
-        const unsigned dim = key_dim<S>(ch / S::K_CHUNKS, ch % S::K_CHUNKS, row / 2);
-        UNROLL for (int p = 0; p < 4; p++) x[j][ch][p] = from[dim + in[p]];
-      }
-    }
-    UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-      float sums[2] = {0, 0};
-      UNROLL for (int ch = kg * S::K_CHUNKS; ch < (kg + 1) * S::K_CHUNKS; ch++) {
-        UNROLL for (int p = 0; p < 4; p++) {
-          const float whole = unit<S::KB>(p % Half<S::KB>::VALUES), part = packed ? 1.0f / whole : 1.0f;
-          const unsigned pair = two_halves((float)x[0][ch][p] * live[0] * part, (float)x[1][ch][p] * live[1] * part);
-          q.b[c][ch][p] = OPERAND(pair);
-          sums[0] += FROM_HALF(pair & 0xffffu) * (packed ? whole : 1.0f);
-          sums[1] += FROM_HALF(pair >> 16) * (packed ? whole : 1.0f);
-        }
-      }
-      UNROLL for (int j = 0; j < 2; j++) q.sums[c][j][kg] = ROW_SUM(sums[j]);
-    }
-  }
-}
 
 // Where a lane's part of a packed run begins: one pointer per kind of row it reads, so that all else is a constant offset
 struct Places {
@@ -327,38 +189,35 @@ FN void packed_values(PRIVATE Result<S>& r, const PRIVATE Values<S>& t, const PR
   }
 }
 
-// The step's own token, not stored yet: its key and value of one head, for the tail's last row
-template <class T> struct Fresh {
-  const GLOBAL T *key, *value;
-  bool here;
-};
-
-// N words of a raw row as float16, or of the step's own token
-template <class S, int N, class T>
-FN void raw_words(PRIVATE unsigned* to, const GLOBAL unsigned* at, const GLOBAL T* own, bool fresh) {
-  if (fresh) {
-    UNROLL for (int i = 0; i < N; i++) to[i] = two_halves((float)own[2 * i], (float)own[2 * i + 1]);
-  } else {
-    UNROLL for (int i = 0; i < N; i += N % 4 ? 2 : 4) {
-      if (N % 4) NEAR_TWO(to + i, at + i);
-      else NEAR_FOUR(to + i, at + i);
-    }
-    UNROLL for (int i = 0; i < N; i++) to[i] = as_halves<S::BF>(to[i]);
+// N words of a raw row as float16
+template <class S, int N> FN void raw_words(PRIVATE unsigned* to, const GLOBAL unsigned* at) {
+  UNROLL for (int i = 0; i < N; i += N % 4 ? 2 : 4) {
+    if (N % 4) NEAR_TWO(to + i, at + i);
+    else NEAR_FOUR(to + i, at + i);
   }
+  UNROLL for (int i = 0; i < N; i++) to[i] = as_halves<S::BF>(to[i]);
 }
 
-template <class S, class T>
-FN void raw_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
-                   const Fresh<T> fresh, unsigned rows, unsigned first, unsigned head, unsigned row, unsigned col) {
+// Rows of a raw run; the last may lie elsewhere, because it is the step's own token's
+struct RawRun {
+  const GLOBAL unsigned *rows, *last;
+  unsigned count;
+};
+
+template <class S> FN const GLOBAL unsigned* row_at(const RawRun run, unsigned token) {
+  return token + 1 < run.count ? run.rows + token * S::RAW_WORDS : run.last;
+}
+
+template <class S>
+FN void raw_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Query<S>& q, const RawRun run, unsigned first,
+                   unsigned head, unsigned row, unsigned col) {
   UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
   UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
     UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
       unsigned a[2][4];
       const unsigned dim = key_dim<S>(kg, ch, col);
       UNROLL for (int x = 0; x < 2; x++) {
-        const unsigned token = min(first + 8 * x + row, rows - 1);
-        raw_words<S, 4, T>(a[x], run + token * S::RAW_WORDS + (head * S::DK + dim) / 2, fresh.key + dim,
-                           fresh.here && token == rows - 1);
+        raw_words<S, 4>(a[x], row_at<S>(run, first + 8 * x + row) + (head * S::DK + dim) / 2);
       }
       UNROLL for (int p = 0; p < 4; p += 2) {
         UNROLL for (int c = 0; c < S::COLUMNS; c++) {
@@ -370,9 +229,9 @@ FN void raw_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Query<S>& q, con
   }
 }
 
-template <class S, class T>
-FN void raw_values(PRIVATE Result<S>& r, const PRIVATE Four (&s)[S::COLUMNS], const GLOBAL unsigned* run,
-                   const Fresh<T> fresh, unsigned rows, unsigned first, unsigned head, unsigned row, unsigned col) {
+template <class S>
+FN void raw_values(PRIVATE Result<S>& r, const PRIVATE Four (&s)[S::COLUMNS], const RawRun run, unsigned first,
+                   unsigned head, unsigned row, unsigned col) {
   unsigned b[S::COLUMNS][2];
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int x = 0; x < 2; x++) b[c][x] = OPERAND(PACK_HALF(s[c].x[2 * x], s[c].x[2 * x + 1]));
@@ -381,9 +240,8 @@ FN void raw_values(PRIVATE Result<S>& r, const PRIVATE Four (&s)[S::COLUMNS], co
     unsigned z[4][S::V_DIMS / 2];
     const unsigned dim = vg * S::VG + row * S::V_DIMS;
     UNROLL for (int i = 0; i < 4; i++) {
-      const unsigned token = min(first + 8 * (i / 2) + 2 * col + i % 2, rows - 1);
-      const GLOBAL unsigned* at = run + token * S::RAW_WORDS + (S::H * S::DK + head * S::DV + dim) / 2;
-      raw_words<S, S::V_DIMS / 2, T>(z[i], at, fresh.value + dim, fresh.here && token == rows - 1);
+      const GLOBAL unsigned* at = row_at<S>(run, first + 8 * (i / 2) + 2 * col + i % 2);
+      raw_words<S, S::V_DIMS / 2>(z[i], at + (S::H * S::DK + head * S::DV + dim) / 2);
     }
     UNROLL for (int n = 0; n < S::V_DIMS / 2; n++) {
       UNROLL for (int c = 0; c < S::COLUMNS; c++) {
@@ -456,26 +314,15 @@ FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL
   }
 }
 
-// The step's own token as it will be stored: the words of one head
-template <class S, class T> FN void keep(GLOBAL unsigned* words, const Fresh<T> fresh, unsigned head, unsigned lane) {
-  for (unsigned w = lane; w < (S::DK + S::DV) / 2; w += 32) {
-    const bool key = w < S::DK / 2;
-    const unsigned at = key ? w : w - S::DK / 2;
-    const GLOBAL T* from = (key ? fresh.key : fresh.value) + 2 * at;
-    const float x = (float)from[0], y = (float)from[1];
-    words[(key ? head * S::DK : S::H * S::DK + head * S::DV) / 2 + at] =
-        S::BF ? (AS_UINT(x) >> 16) | (AS_UINT(y) & 0xffff0000u) : PACK_HALF(x, y);
-  }
-}
-
 // items [n, 5]: first run, end run, first entry, end entry, position of the first row. entries: sequence of each.
 // runs [n, 2]: first word, rows | kind << 30; of tails: first row | most rows << 15 | kind << 30, because how many there are
 // changes with every step. state [sequences, 2]: rows of its tail, first position that it sees.
-// keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows` is how they are stored.
+// keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows_out` is how they are stored.
+// map: see query.h.
 // settings: the bits of the scale, the word at which the layer's tails begin.
 template <class S, class T, class Items, class Entries, class Runs, class State, class Settings>
 FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values,
-                     const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, Items items, Entries entries, Runs runs,
+                     const GLOBAL float* map, const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, Items items, Entries entries, Runs runs,
                      State state, Settings settings, unsigned count, GLOBAL float* partial, GLOBAL float* stats,
                      GLOBAL unsigned* rows_out, unsigned warp, unsigned lane, unsigned row, unsigned col) {
   const unsigned item = warp / S::H, head = warp % S::H;
@@ -512,21 +359,22 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
     if (rows == 0) continue;
     if (!loaded || packed != (kind == PACKED)) {
       packed = kind == PACKED;
-      load_query<S, T>(q, queries, entries + entry, used, head, AS_FLOAT(settings[0]), packed, row, col);
+      load_query<S, T>(q, queries, map, entries + entry, used, head, AS_FLOAT(settings[0]), packed, row, col);
       turn_to<S>(r, packed);
       loaded = true;
     }
     if (S::PACKS && packed) {
       packed_run<S>(r, q, run, lows, pos, rows, head, row, col);
     } else {
-      const unsigned token = entries[entry] * S::H + head;
-      const Fresh<T> fresh = {keys + token * S::DK, values + token * S::DV, own};
-      if (fresh.here) keep<S, T>(rows_out + entries[entry] * S::RAW_WORDS, fresh, head, lane);
+      const unsigned sequence = entries[entry], token = sequence * S::H + head;
+      GLOBAL unsigned* fresh = rows_out + sequence * S::RAW_WORDS;
+      if (own) keep<S, T>(fresh, keys + token * S::DK, values + token * S::DV, map, head, lane);
+      const RawRun raw = {run, own ? fresh : run + (rows - 1) * S::RAW_WORDS, rows};
       for (unsigned first = 0; first < rows; first += 16) {
         Four s[S::COLUMNS];
-        raw_scores<S, T>(s, q, run, fresh, rows, first, head, row, col);
+        raw_scores<S>(s, q, raw, first, head, row, col);
         soften<S>(s, r, lows, pos, first, rows, row);
-        raw_values<S, T>(r, s, run, fresh, rows, first, head, row, col);
+        raw_values<S>(r, s, raw, first, head, row, col);
       }
     }
     pos += rows;

@@ -8,7 +8,7 @@ al., 2024).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -25,11 +25,24 @@ MERGE_THREADS = 256  # as many warps as combine.h has
 ROOM = 64  # entries: memory of a size that a step has given back is had again at once, of another it is not
 BITS = (3, 4, 8)
 
-_INPUTS = ("queries", "keys", "values", "arena", "tails", "items", "entries", "runs", "state", "settings")
+_INPUTS = (
+    "queries",
+    "keys",
+    "values",
+    "map",
+    "arena",
+    "tails",
+    "items",
+    "entries",
+    "runs",
+    "state",
+    "settings",
+)
+FILES = ("shape.h", "query.h", "decode.h")
 _PARTIAL = [mx.float32, mx.float32, mx.uint32]
 _BODY = """
-  flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE>, T>(
-      queries, keys, values, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
+  flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE, MAPS>, T>(
+      queries, keys, values, map, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
       group * (threads / 32) + tid / 32, lane, row, col);
 """
 _COMBINE = """
@@ -50,7 +63,7 @@ def supported(codec: RowCodec, query_heads: int) -> bool:
     return all(c.bits in BITS and c.group in (32, 64) for c in codes)
 
 
-def template(codec: RowCodec, query_heads: int, wide: bool) -> dict[str, Any]:
+def template(codec: RowCodec, query_heads: int, wide: bool, mapped: bool) -> dict[str, Any]:
     """The constants that a kernel is compiled for. Raw rows need groups too: of dims that a lane holds."""
     shape, keys, values = codec.shape, codec.format.keys, codec.format.values
     group = 64 if shape.key_dim % 64 == 0 and shape.value_dim % 64 == 0 else 32
@@ -58,7 +71,7 @@ def template(codec: RowCodec, query_heads: int, wide: bool) -> dict[str, Any]:
         "H": shape.heads, "R": query_heads // shape.heads, "DK": shape.key_dim, "DV": shape.value_dim,
         "KB": keys.bits if keys else 4, "KG": keys.group if keys else group,
         "VB": values.bits if values else 4, "VG": values.group if values else group,
-        "PACKS": codec.format.packs, "BF": codec.stored == mx.bfloat16, "WIDE": wide,
+        "PACKS": codec.format.packs, "BF": codec.stored == mx.bfloat16, "WIDE": wide, "MAPS": mapped,
     }  # fmt: skip
 
 
@@ -76,8 +89,8 @@ class _Launch:
     shapes: list[tuple[int, ...]]
 
 
-def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bool) -> _Launch:
-    key = id(codec), heads, dtype, sunk
+def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bool, mapped: bool) -> _Launch:
+    key = id(codec), heads, dtype, sunk, mapped
     made: _Launch | None = batch.launches.get(key)
     if made is None:
         layout, dim = batch.layout(codec), codec.shape.value_dim
@@ -85,12 +98,20 @@ def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bo
         warps = layout.items.shape[0] * codec.shape.heads
         made = batch.launches[key] = _Launch(
             codec, layout, -(-warps * 32 // THREADS) * THREADS,
-            kernel("agentmem_flash_decode", "decode.h", _BODY, _INPUTS, ("partial", "stats", "rows")),
-            [("T", dtype), *template(codec, heads, batch.wide).items()],
-            kernel("agentmem_combine", "combine.h", _COMBINE, ("partial", "stats", "starts", "order", "sinks"), ("out",)),
+            kernel("agentmem_flash_decode", FILES, _BODY, _INPUTS, ("partial", "stats", "rows")),
+            [("T", dtype), *template(codec, heads, batch.wide, mapped).items()],
+            kernel("agentmem_combine", ("combine.h",), _COMBINE, ("partial", "stats", "starts", "order", "sinks"), ("out",)),
             [("T", dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sunk)],
             [(entries, heads, dim), (entries, heads, 2), (len(batch.reaches), codec.raw_words)],
         )  # fmt: skip
+    return made
+
+
+@cache
+def _nothing() -> mx.array:
+    """In the place of vectors; long enough for a device's own memory."""
+    made = mx.zeros(16)
+    mx.async_eval(made)
     return made
 
 
@@ -103,21 +124,22 @@ def _settings(scale: float, tails_at: int) -> mx.array:
 
 def flash_decode(
     codec: RowCodec, queries: mx.array, keys: mx.array, values: mx.array, arena: mx.array, tails: tuple[mx.array, int],
-    batch: Batch, *, scale: float, sinks: mx.array | None = None,
+    batch: Batch, *, scale: float, sinks: mx.array | None = None, vectors: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """([B, H, 1, value_dim] of the queries' dtype, the tokens' raw rows uint32 [B, raw_words]).
 
-    queries [B, H, 1, key_dim] and the tokens' own keys and values [B, H_kv, 1, dim], mapped as the format says. arena uint32:
+    queries [B, H, 1, key_dim] and the tokens' own keys and values [B, H_kv, 1, dim], mapped as the format says, or else to be
+    mapped by `vectors` (see `KeyMap`). arena uint32:
     the layer's rows; tails: an array uint32 [..., page_tokens, raw_words] and the word at which the layer's begin. Every
     stored row of a sequence and its own token are visible to its query, from `batch.advance`'s lows on.
     Precondition: `supported(codec, H)`.
     """
     count, heads, _, _ = queries.shape
-    launch = _launch(codec, batch, heads, queries.dtype, sinks is not None)
+    launch = _launch(codec, batch, heads, queries.dtype, sinks is not None, vectors is not None)
     partial, stats, rows = launch.decode(
         inputs=[
-            queries, keys, values, arena, tails[0], launch.layout.items, batch.entries, launch.layout.runs, batch.state,
-            _settings(scale, tails[1]),
+            queries, keys, values, _nothing() if vectors is None else vectors, arena, tails[0], launch.layout.items,
+            batch.entries, launch.layout.runs, batch.state, _settings(scale, tails[1]),
         ],
         template=launch.template,
         grid=(launch.threads, 1, 1),

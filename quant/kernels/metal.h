@@ -11,6 +11,7 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_FOUR _Pragma("clang loop unroll_count(4)")
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
+#define WARP_BARRIER simdgroup_barrier(mem_flags::mem_device)
 #define ANY(x) simd_any(x)
 #define AS_FLOAT(x) as_type<float>(x)
 #define AS_UINT(x) as_type<unsigned>(x)
@@ -44,6 +45,8 @@ FN unsigned PACK_HALF(float x, float y) { return as_type<unsigned>(half2(half(x)
 // Lanes lie in an 8 x 8 matrix of a simdgroup so that bits 0 and 3 of a lane are its column pair, the others its row.
 FN unsigned row_of(unsigned lane) { return (lane / 2) % 4 + (lane / 16) * 4; }
 FN unsigned col_of(unsigned lane) { return lane % 2 + (lane / 8) % 2 * 2; }
+FN float ROW_OTHER(float x, int bit) { return simd_shuffle_xor(x, bit == 4 ? 16 : 2 * bit); }
+FN float LANE_OTHER(float x, int bit) { return simd_shuffle_xor(x, bit); }
 FN float ROW_SUM(float x) {
   x += simd_shuffle_xor(x, 2);
   x += simd_shuffle_xor(x, 4);

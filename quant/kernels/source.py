@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import xxhash
 
 from agentmem.quant.device import backend
 
@@ -34,24 +35,32 @@ def text(name: str) -> str:
 
 
 def _included(name: str) -> str:
-    """The same by its place, which is quicker to hash; CUDA's compiler reads files, Metal's does not."""
+    """The same by its place, which is quicker to hash; CUDA's compiler reads files, Metal's does not.
+
+    The digest is for MLX, which keeps on disk what it has compiled: another content must be another source.
+    """
     path = resources.files(__package__).joinpath(name)
-    return f'#include "{path}"\n' if isinstance(path, Path) and '"' not in str(path) else text(name)
+    whole = text(name)
+    if not isinstance(path, Path) or '"' in str(path):
+        return whole
+    return f'// {xxhash.xxh3_64_hexdigest(whole)}\n#include "{path}"\n'
 
 
-def sources(device: str, file: str, body: str) -> tuple[str, str]:
-    """(header, body) of a kernel whose functions are in `file`, for `metal` or `cuda`."""
+def sources(device: str, files: Sequence[str], body: str) -> tuple[str, str]:
+    """(header, body) of a kernel whose functions are in `files`, for `metal` or `cuda`."""
     part = _included if device == "cuda" else text
-    return "".join(part(name) for name in (f"{device}.h", "elements.h", file)), THREADS[device] + body
+    return "".join(part(name) for name in (f"{device}.h", "elements.h", *files)), THREADS[device] + body
 
 
 @cache
-def kernel(name: str, file: str, body: str, inputs: Sequence[str], outputs: Sequence[str]) -> Kernel:
-    """A kernel of this device whose functions are in `file`; `body` sees `group`, `tid`, `threads`, `lane`, `row`, `col`."""
+def kernel(
+    name: str, files: Sequence[str], body: str, inputs: Sequence[str], outputs: Sequence[str]
+) -> Kernel:
+    """A kernel of this device whose functions are in `files`; `body` sees `group`, `tid`, `threads`, `lane`, `row`, `col`."""
     fast: Any = mx.fast
     device = "metal" if backend() == "metal" else "cuda"
     make = fast.metal_kernel if device == "metal" else fast.cuda_kernel
-    header, source = sources(device, file, body)
+    header, source = sources(device, files, body)
     made: Kernel = make(
         name=name, input_names=list(inputs), output_names=list(outputs), source=source, header=header
     )

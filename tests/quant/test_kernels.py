@@ -14,6 +14,7 @@ from agentmem.quant.kernels.decode import flash_decode
 from agentmem.quant.rows import RowCodec
 from tests.quant.emulated import device
 from tests.quant.stored_batch import StoredBatch
+from tests.quant.test_keymap import calibrated
 
 pytestmark = pytest.mark.skipif(
     backend() == "cpu" and device.COMPILER is None, reason="neither a GPU nor a C++ compiler"
@@ -53,6 +54,7 @@ SHAPES = {
     "many heads": (1, 12, 64, 4, 4, 64),
     "16 bits": (2, 4, 64, 0, 0, 0),
 }
+MAPPED = ("4 bits, 64", "3 bits, 64", "8 and 4 bits", "4 and 8 bits, 32", "256", "many heads", "16 bits")
 
 
 def test_two_sequences() -> None:
@@ -102,3 +104,27 @@ def test_a_window() -> None:
 def test_sinks() -> None:
     sinks = np.array([0.5, 3.0, -2.0, 6.0])
     assert error(StoredBatch(codec(2, 64, 4, 4, 64), 4, [100, 3]), sinks=sinks) < BOUND
+
+
+@pytest.mark.parametrize(
+    "shape", [SHAPES["4 bits, 32"], *(pytest.param(SHAPES[s], marks=pytest.mark.slow) for s in MAPPED)]
+)
+def test_keys_and_queries_of_the_model_are_mapped(shape: tuple[int, ...]) -> None:
+    """What the model gives becomes what the batch has stored and asks for, but for the rounding of the way there and back."""
+    heads, query_heads, *rest = shape
+    stored = StoredBatch(codec(heads, *rest), query_heads, [1, 64, 150, 200])
+    dim = stored.codec.shape.key_dim
+    key_map = calibrated(heads, dim)
+    assert key_map.vectors is not None
+    grouped = stored.queries.reshape(len(stored.lengths), heads, -1, dim)
+    queries = np.linalg.solve(np.array(key_map._back).swapaxes(1, 2), np.array(grouped).swapaxes(2, 3))
+    attend = device.attend if backend() == "cpu" else flash_decode
+    out, rows = attend(
+        stored.codec, mx.array(queries.swapaxes(2, 3).astype(np.float32)).reshape(stored.queries.shape),
+        key_map.restored(stored.keys), stored.values, stored.arena, (stored.tails, 0), stored.batch, scale=stored.scale,
+        vectors=key_map.vectors,
+    )  # fmt: skip
+    got, want = (stored.codec.unraw(mx.array(np.array(r)), mx.float32) for r in (rows, np.stack(stored.rows)))
+    assert np.allclose(np.array(got[0]), np.array(want[0]), rtol=2e-3, atol=1e-2)
+    assert np.array_equal(np.array(got[1]), np.array(want[1]))
+    assert float(np.abs(np.array(out) - stored.expected()).max()) < 2 * BOUND

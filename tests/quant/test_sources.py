@@ -13,7 +13,7 @@ from agentmem.quant.kernels import decode
 from agentmem.quant.kernels.source import sources, text
 
 QUANT = Path(agentmem.quant.__file__).parent
-KERNELS = {"decode.h": decode._BODY, "combine.h": decode._COMBINE, "gather.h": gather._BODY}
+KERNELS = {decode.FILES: decode._BODY, ("combine.h",): decode._COMBINE, ("gather.h",): gather._BODY}
 SHARED = {"cuda.h", "metal.h", "elements.h"}
 
 ATTRIBUTE = re.compile(
@@ -27,20 +27,22 @@ RESERVED = re.compile(r"\b(?:thread|threadgroup|device|constant|half|kernel|vert
 
 
 def test_every_kernel_is_here() -> None:
-    assert {p.name for p in (QUANT / "kernels").glob("*.h")} - SHARED == set(KERNELS)
+    assert {p.name for p in (QUANT / "kernels").glob("*.h")} - SHARED == {
+        name for files in KERNELS for name in files
+    }
     assert [p.name for p in QUANT.rglob("*.py") if "metal_kernel" in p.read_text()] == ["source.py"]
 
 
-@pytest.mark.parametrize("file", KERNELS)
-def test_metal_attributes_are_named_in_the_body(file: str) -> None:
+@pytest.mark.parametrize("files", KERNELS, ids=" ".join)
+def test_metal_attributes_are_named_in_the_body(files: tuple[str, ...]) -> None:
     """MLX declares those that it finds in the body: a macro of the header would name what the kernel has not got."""
-    header, body = sources("metal", file, KERNELS[file])
+    header, body = sources("metal", files, KERNELS[files])
     assert ATTRIBUTE.findall(header) == []
     assert set(ATTRIBUTE.findall(body)) == {
         "threadgroup_position_in_grid", "thread_position_in_threadgroup", "threads_per_threadgroup"
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("file", KERNELS)
-def test_bodies_name_nothing_as_metal_does(file: str) -> None:
-    assert RESERVED.findall(text("elements.h") + text(file) + KERNELS[file]) == []
+@pytest.mark.parametrize("files", KERNELS, ids=" ".join)
+def test_bodies_name_nothing_as_metal_does(files: tuple[str, ...]) -> None:
+    assert RESERVED.findall("".join(map(text, ("elements.h", *files))) + KERNELS[files]) == []

@@ -14,7 +14,7 @@ import numpy as np
 
 from agentmem.quant.attention import StoredRows
 from agentmem.quant.gather import ELEMENTS, THREADS
-from agentmem.quant.kernels.decode import _settings, template
+from agentmem.quant.kernels.decode import _nothing, _settings, template
 from agentmem.quant.kernels.plan import Batch
 from agentmem.quant.rows import RowCodec
 
@@ -44,18 +44,20 @@ def _at(array: np.ndarray) -> ctypes.c_void_p:
 
 def attend(
     codec: RowCodec, queries: mx.array, keys: mx.array, values: mx.array, arena: mx.array, tails: tuple[mx.array, int],
-    batch: Batch, *, scale: float, sinks: mx.array | None = None,
+    batch: Batch, *, scale: float, sinks: mx.array | None = None, vectors: mx.array | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """What `flash_decode` gives for float32 queries."""
     count, heads, _, _ = queries.shape
     dim = codec.shape.value_dim
-    library = _library(",".join(_word(v) for v in template(codec, heads, batch.wide).values()))
+    library = _library(
+        ",".join(_word(v) for v in template(codec, heads, batch.wide, vectors is not None).values())
+    )
     layout = batch.layout(codec)
     held = [
-        np.ascontiguousarray(x)
+        np.array(x, order="C")  # a copy: on a CPU, MLX aligns its arrays at 8 bytes
         for x in (
-            queries, keys, values, arena, tails[0], layout.items, batch.entries, layout.runs, batch.state,
-            _settings(scale, tails[1]),
+            queries, keys, values, _nothing() if vectors is None else vectors, arena, tails[0], layout.items,
+            batch.entries, layout.runs, batch.state, _settings(scale, tails[1]),
         )
     ]  # fmt: skip
     entries = batch.entries.size
@@ -81,7 +83,7 @@ def gather(
     """What `gather` gives for a float32 chunk."""
     shape, fresh, tailed = codec.shape, keys.shape[2], stored.tail.shape[0]
     total = stored.packed + stored.raw + tailed + fresh
-    library = _library(",".join(_word(v) for v in template(codec, shape.heads, False).values()))
+    library = _library(",".join(_word(v) for v in template(codec, shape.heads, False, False).values()))
     sizes = np.array([stored.packed, stored.raw, tailed, fresh], np.uint32)
     held = [np.ascontiguousarray(x) for x in (stored.arena, stored.offsets, stored.tail, keys, values, sizes)]
     whole_keys = np.full((1, shape.heads, total, shape.key_dim), np.nan, np.float32)

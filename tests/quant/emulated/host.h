@@ -16,6 +16,7 @@
 #define UNROLL_FOUR
 #define NOTHING -1e30f
 #define BARRIER meet(true)
+#define WARP_BARRIER meet()
 #define CODES(x) (x)
 #define CODE_UNIT 16777216.0f
 #define WEIGHT_UNIT 4.0f
@@ -96,6 +97,8 @@ FN unsigned swapped(unsigned x, unsigned mask) {
   meet();
   return y;
 }
+FN float ROW_OTHER(float x, unsigned bit) { return AS_FLOAT(swapped(AS_UINT(x), 4 * bit)); }
+FN float LANE_OTHER(float x, unsigned bit) { return AS_FLOAT(swapped(AS_UINT(x), bit)); }
 FN float ROW_SUM(float x) {
   for (unsigned mask = 4; mask < 32; mask *= 2) x += AS_FLOAT(swapped(AS_UINT(x), mask));
   return x;

@@ -5,6 +5,8 @@
 #include "../../../quant/kernels/elements.h"
 
 #include "../../../quant/kernels/combine.h"
+#include "../../../quant/kernels/shape.h"
+#include "../../../quant/kernels/query.h"
 #include "../../../quant/kernels/decode.h"
 #include "../../../quant/kernels/gather.h"
 
@@ -18,12 +20,12 @@ template <class T> struct Constant {
 };
 template <class T> static Constant<T> constant(const T* at) { return {at}; }
 
-extern "C" void run_decode(const float* queries, const float* keys, const float* values, const unsigned* arena, const unsigned* tails, const unsigned* items,
-                           const unsigned* entries, const unsigned* runs, const unsigned* state,
+extern "C" void run_decode(const float* queries, const float* keys, const float* values, const float* map, const unsigned* arena,
+                           const unsigned* tails, const unsigned* items, const unsigned* entries, const unsigned* runs, const unsigned* state,
                            const unsigned* settings, unsigned count, float* partial, float* stats, unsigned* rows) {
   for (unsigned warp = 0; warp < count * S::H; warp++) {
     run_group(32, [&](unsigned lane) {
-      flash_decode<S, float>(queries, keys, values, arena, tails, constant(items), constant(entries), constant(runs),
+      flash_decode<S, float>(queries, keys, values, map, arena, tails, constant(items), constant(entries), constant(runs),
                              constant(state), constant(settings), count, partial, stats, rows, warp, lane, lane / 4,
                              lane % 4);
     });
