@@ -140,13 +140,14 @@ class Kvcomm:
             if piece.slot is None:
                 steps.append(Put(piece.ids, piece.base + after) if after is not None else Read(piece.ids))
             else:
-                offset, after = self._offsets(piece, next(slots))
+                offset, after = self.shift(piece, next(slots))
                 steps.append(Put(piece.ids, piece.base + offset))
         if self.read_tail and pieces[-1].slot is None:
             steps[-1] = Read(pieces[-1].ids)
         return _but_last(steps)
 
-    def _offsets(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
+    def shift(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
+        """What a slot's text, and the fixed text behind it, go through, by anchors that `anchors` found."""
         observed = [a.observed(self.consumer) for a in anchors]
         if not self.offsets.aligned and anchors[0].text == piece.text:
             return observed[0].slot, observed[0].after
