@@ -43,7 +43,7 @@ def _included(name: str) -> str:
     whole = text(name)
     if not isinstance(path, Path) or '"' in str(path):
         return whole
-    return f'// {xxhash.xxh3_64_hexdigest(whole)}\n#include "{path}"\n'
+    return f'// {xxhash.xxh3_64_hexdigest(whole.encode())}\n#include "{path}"\n'
 
 
 def sources(device: str, files: Sequence[str], body: str) -> tuple[str, str]:
