@@ -1,0 +1,91 @@
+"""What a prompt that was read teaches: states of texts and fixed text that are new, anchors of texts that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from agentmem.compose.anchors import BASE_BITS
+from agentmem.compose.assembly import Layout, segment_of
+from agentmem.compose.library import Library
+from agentmem.compose.recognise import Part
+from agentmem.compose.segment import Fixed, Held, Segment
+from agentmem.compose.state import PackedState, State
+
+SMALLEST = 4
+"""Tokens of a message from which on it is kept."""
+
+Look = Callable[[int, int], State]
+
+
+@dataclass(slots=True)
+class Lesson:
+    """One prompt. `look(start, stop)` is what these tokens are in it; what is put on `in_use` stays in the library."""
+
+    library: Library
+    layout: Layout
+    look: Look
+    agent: str
+    in_use: list[Held]
+    _seen: dict[tuple[int, int], State] = field(default_factory=dict)
+
+    def teach(self) -> None:
+        slots = [(n, p) for n, p in enumerate(self.layout.parts) if p.is_slot]
+        known = {n: found for n, p in slots if (found := self._known(p))}
+        for number, part in slots:
+            if number not in known and len(part) >= SMALLEST:
+                self._keep_segment(number, part)
+            behind = self.layout.behind(number)
+            if behind is not None:
+                fixed = self._keep_fixed(behind)
+                if number in known:
+                    self._observe(number, behind, *known[number], fixed)
+
+    def _known(self, part: Part) -> tuple[Segment, int] | None:
+        """The segment in a slot and its first token there, if it is worth an anchor: offsets are from exact state."""
+        found = segment_of(self.library, self.layout, part)
+        if found is None or not found[0].provenance.exact:
+            return None
+        self.library.served(found[0], self.agent)
+        self.in_use.append(found[0])
+        return found
+
+    def _state(self, part: Part) -> State:
+        at = (part.start, part.stop)
+        if at not in self._seen:
+            self._seen[at] = self.look(*at)
+        return self._seen[at]
+
+    def _keep_segment(self, number: int, part: Part) -> None:
+        base = PackedState.of(self._state(part), BASE_BITS)
+        ids = self.layout.ids[part.start : part.stop].copy()
+        segment = Segment(ids, base, kind=part.kind, home=self.layout.keys[number])
+        kept = self.library.put(self.layout.namespace, segment, self.agent)
+        self.in_use += [kept] if kept is not None else []
+
+    def _keep_fixed(self, number: int) -> Fixed | None:
+        part, key = self.layout.parts[number], self.layout.keys[number]
+        fixed = self.library.fixed(self.layout.namespace, key)
+        if fixed is not None:
+            self.library.served(fixed, self.agent)
+        elif len(part):
+            ids = self.layout.ids[part.start : part.stop].copy()
+            new = Fixed(ids, PackedState.of(self._state(part), BASE_BITS))
+            fixed = self.library.put_fixed(self.layout.namespace, key, new, self.agent)
+        self.in_use += [fixed] if fixed is not None else []
+        return fixed
+
+    def _observe(self, number: int, behind: int, segment: Segment, at: int, fixed: Fixed | None) -> None:
+        """Make an anchor, unless there is one. State of this very slot says nothing of how others change in it."""
+        part, key = self.layout.parts[number], self.layout.keys[behind]
+        text = segment.piece_text(at, at + len(part))
+        if segment.home == self.layout.keys[number] or self.library.anchor(self.layout.namespace, key, text):
+            return
+        base = segment.base.unpacked()[at : at + len(part)]
+        offset = self._state(part) - base
+        after = State(mx.zeros((1, base.rows.shape[1])), base.shapes)
+        if fixed is not None:
+            after = self._state(self.layout.parts[behind]) - fixed.base.unpacked()
+        self.library.observe(self.layout.namespace, key, segment, text, base, offset, after, self.agent)
