@@ -21,6 +21,7 @@ from agentmem.blockpool.vault import Vaults
 from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
+from agentmem.engine.composing import Composing
 from agentmem.engine.engine import Engine
 from agentmem.engine.layout import layout
 from agentmem.engine.lobby import Lobby
@@ -195,7 +196,7 @@ class Runtime(Roster):
         )  # fmt: skip
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, planner, chosen(self._self_test),
-            scheduler, lobby, max_batch=settings.max_batch, wait_for_commit=settings.commit == "full",
+            scheduler, lobby, Composing(model), max_batch=settings.max_batch, wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
             self._memory, self._pool, self._store, self.model_name, lambda: self._engine.pace.rate

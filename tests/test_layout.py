@@ -29,7 +29,9 @@ ALLOWED = {
     "agentmem.blockpool": {"agentmem.quant", "agentmem.errors"},
     "agentmem.model": {"agentmem.quant", "agentmem.errors", "agentmem.home"},
     "agentmem.compose": {"agentmem.quant", "agentmem.model", "agentmem.errors"},
-    "agentmem.engine": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
+    "agentmem.engine": {
+        "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.errors",
+    },
     "agentmem.server": {*CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request"},
     "agentmem.bench": {
         *CLIENT_SIDE, "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
@@ -39,7 +41,7 @@ ALLOWED = {
     "agentmem.cli": CLIENT_SIDE,
     "agentmem.runtime": {
         "agentmem", "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
-        "agentmem.errors", "agentmem.settings",
+        "agentmem.compose", "agentmem.errors", "agentmem.settings",
     },
 }  # fmt: skip
 LIBRARIES_OF_QUANT = {"mlx", "numpy"}

@@ -28,6 +28,9 @@ SCORES = 0.9
 """The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
 AT_ONCE = 2
 """Decode steps on their way: one is built while the device is at the one before."""
+COMPOSING = 8.0
+"""Rows of 16 bits that a token of a prompt stands for while it is composed: its state, base and offset in float32, and the row
+itself. A prompt that is read instead keeps one, for what may be learned of it."""
 SHORT = 3.0
 """The same for the float32 scores of short chunks on CUDA, see `short_attention`."""
 
@@ -117,13 +120,14 @@ class Admission:
             "peak_bytes": mx.get_peak_memory(),
         }
 
-    def peak(self, requests: Sequence[int]) -> int:
-        """Bytes at the peak of requests that run together."""
+    def peak(self, requests: Sequence[int], composing: int = 0) -> int:
+        """Bytes at the peak of requests that run together, with `composing` tokens in those of them that may be composed."""
         if not requests:
             return self.standing
         prefill, decode = self._prefill(requests), AT_ONCE * self._decode(requests)
         step = max(prefill, decode) if len(requests) == 1 else prefill + decode
-        return round(self.standing + self._tails(len(requests)) + step)
+        states = COMPOSING * composing * self._geometry.raw_row_bytes
+        return round(self.standing + self._tails(len(requests)) + step + states)
 
     def check(self, request: Sequence[int]) -> None:
         """Raises ContextOverflow when a request, with the tokens of each of its replies, would not fit even if it were alone."""
@@ -135,9 +139,9 @@ class Admission:
                 param="messages",
             )
 
-    def fits(self, requests: Sequence[int]) -> bool:
-        """Whether these may run together."""
-        return self.peak(requests) <= self.limit
+    def fits(self, requests: Sequence[int], composing: int = 0) -> bool:
+        """Whether these may run together; see `peak`."""
+        return self.peak(requests, composing) <= self.limit
 
     def _tails(self, sequences: int) -> int:
         """A step writes them anew while the one before it still reads them."""

@@ -8,6 +8,7 @@ from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.vault import vault_of
 from agentmem.engine.conversation import Conversation
+from agentmem.engine.request import Reuse
 
 
 @dataclass(eq=False, slots=True)
@@ -70,6 +71,11 @@ class Agent:
     def pinned(self) -> bool:
         """Whether its state stays where it is when room is needed."""
         return bool(self.row.policy.get("pinned", False))
+
+    @property
+    def reuse(self) -> Reuse:
+        """What of remembered state its prompts may use, where a request does not say."""
+        return self.row.policy.get("reuse", "exact")
 
     @property
     def encrypted(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.engine.composing import Composing
 from agentmem.engine.draw import Chosen
 from agentmem.engine.followers import Followers
 from agentmem.engine.lobby import Lobby
@@ -46,13 +47,13 @@ class Engine:
 
     def __init__(
         self, runner: Runner, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path,
-        scheduler: Scheduler[Sequence], lobby: Lobby, *, max_batch: int, wait_for_commit: bool,
+        scheduler: Scheduler[Sequence], lobby: Lobby, composing: Composing, *, max_batch: int, wait_for_commit: bool,
     ) -> None:  # fmt: skip
         self.runner, self.model = runner, runner.model
         self.memory, self.pool, self.store, self.planner = memory, pool, store, planner
         self.recall = Recall(pool, store)
         self.prefetch = Prefetch(pool, memory, self.recall)
-        self.scheduler, self.pace, self.lobby = scheduler, scheduler.pace, lobby
+        self.scheduler, self.pace, self.lobby, self.composing = scheduler, scheduler.pace, lobby, composing
         self.followers = Followers(pool.geometry.page_tokens)
         self.returns = Returns(self, planner, memory)
         self.passes = Passes(runner, scheduler.pace, self._fail, self.retry_or_fail)
@@ -137,7 +138,10 @@ class Engine:
         self.settle(outcomes)
         if work.decoding and outcomes:
             self.pace.stepped(1e3 * (time.perf_counter() - start))
-        return drained or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
+        learned = not self.active and self.composing.learn()
+        return (
+            drained or learned or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
+        )
 
     def _drain(self) -> bool:
         """Run what was posted, what the store has completed, and what waits for slots, each once."""
@@ -157,11 +161,23 @@ class Engine:
             self._finish(sequence, "cancelled")
         self._admit()
         self.returns.begin_stream()
-        ready = self.followers.ready(self.active)
+        ready = [s for s in self.followers.ready(self.active) if s.course is None or self._put(s)]
         for sequence in ready:
             self.planner.announce(sequence)
         step = self.scheduler.plan([s for s in self.active if s.phase in ("decode", "closing")], ready)
         return Work(step.decode, [(s, s.next_chunk(n)) for s, n in step.prefill])
+
+    def _put(self, sequence: Sequence) -> bool:
+        """Put what is next in a composed prompt; whether it can go on, for which it needs slots."""
+        try:
+            self.composing.put(sequence)
+        except Overloaded as error:
+            self.retry_or_fail(sequence, error, lambda: None)
+            return False
+        except Exception as error:
+            self._fail(sequence, reported(error))
+            return False
+        return True
 
     def _admit(self) -> None:
         """Start what can start, in the lobby's order. One that must be next keeps the others waiting until it fits."""
@@ -211,6 +227,7 @@ class Engine:
         table.stream = stream
         sequence.table = table
         self.planner.unpin(sequence)
+        self.composing.plan(sequence)
         sequence.phase = "prefill"
         if sequence.prompt_done:
             self.planner.announce(sequence)
@@ -245,7 +262,9 @@ class Engine:
         if sequence.phase == "prefill":
             sequence.phase = "decode"
             sequence.ttft_ms = 1e3 * (time.perf_counter() - sequence.submitted)
-            self.pace.prompt_read(len(sequence.ids) - sequence.reused, sequence.prefill_ms)
+            self.pace.prompt_read(
+                len(sequence.ids) - sequence.reused - sequence.composed, sequence.prefill_ms
+            )
         finish = sequence.take(chosen.token, chosen.logprob, self.model.tokenizer.eos_ids)
         if finish is not None:
             self._finish(sequence, finish)
@@ -264,8 +283,9 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         """A sequence of which nothing is kept gives everything back."""
         sequence.phase = "done"
-        if sequence.table is not None:
-            sequence.table.release()
+        for table in (sequence.table, sequence.prefix):
+            if table is not None:
+                table.release()
         if sequence in self.active:
             self.active.remove(sequence)
 
@@ -283,19 +303,26 @@ class Engine:
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        """Turn the table into pages, log the turn, and report once it is committed."""
-        assert sequence.table is not None
+        """Turn the table into pages, of a composed one only its exact prefix; log the turn, and report once it is committed."""
+        table = sequence.table
+        exact = sequence.prefix if sequence.prefix is not None else table
+        assert table is not None
+        assert exact is not None
         assert sequence.agent is not None
         assert sequence.session is not None
+        self.composing.gather(sequence)
+        fed = len(table)
         try:
             root = self.pool.tree(sequence.agent.row.space).root
-            last = sequence.table.settle(root)
+            last = exact.settle(root)
         except Overloaded as error:
             sequence.phase = "restoring"
             self.retry_or_fail(sequence, error, lambda: self._end(sequence))
             return
+        if table is not exact:
+            table.release()
         head = last if last is not root else None
-        turn = self.planner.record(sequence, last.end)
+        turn = self.planner.record(sequence, fed)
         sequence.phase = "done"
         self.pace.turn_ended(1e3 * (time.perf_counter() - sequence.planned))
         sequence.session.busy = False

@@ -19,7 +19,7 @@ class Followers:
 
     def ready(self, active: list[Sequence]) -> list[Sequence]:
         """Those of `active` that may be prefilled now. Takes the leader's state over where the leader has it."""
-        waiting = [s for s in active if s.phase == "prefill" and s.history == s.reused]
+        waiting = [s for s in active if s.phase == "prefill" and s.history == s.reused and _follows(s)]
         self._common = {pair: n for pair, n in self._common.items() if pair[0] in waiting}
         ready = []
         for i, sequence in enumerate(active):
@@ -41,11 +41,11 @@ class Followers:
         return best
 
     def _alike(self, sequence: Sequence, other: Sequence) -> int:
-        """Tokens of the prompt that the other's prompt begins with too, as far as its state may be used."""
+        """Tokens of the prompt that the other's prompt begins with too, as far as its state may be used: not what is composed."""
         agent, its = sequence.agent, other.whole.agent
         assert agent is not None
         assert its is not None
-        if its.row.space != agent.row.space:
+        if its.row.space != agent.row.space or other.whole.course is not None:
             return 0
         if (sequence, other) not in self._common:
             most = min(len(sequence.ids) - int(sequence.generate), len(other.ids))
@@ -60,3 +60,8 @@ class Followers:
         table.cut(self._alike(sequence, leader))
         sequence.table.release()
         sequence.table, sequence.reused, sequence.state_before = table, len(table), "hot"
+
+
+def _follows(sequence: Sequence) -> bool:
+    """One that is composed goes its own way, and so does one that is to use nothing that is remembered."""
+    return sequence.course is None and sequence.reuse != "off"

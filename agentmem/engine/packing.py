@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -57,13 +56,15 @@ class PackedPass:
         """One view per layer."""
         return [PackedView(self, layer) for layer in range(self.pieces[0].table.pool.geometry.layers)]
 
-    def rows_of(self, views: list[PackedView], number: int) -> list[Any]:
+    def rows_of(self, views: list[PackedView], number: int) -> list[GivenRows]:
         """What `Table.absorb` takes as views of piece `number`."""
-        return [_Rows(v.rows[number]) for v in views]
+        return [GivenRows(v.rows[number]) for v in views]
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class GivenRows:
+    """Rows of one layer, as a view gives them after a pass: uint32 [n, raw_words]."""
+
     _rows: mx.array
 
     def raw_rows(self) -> mx.array:

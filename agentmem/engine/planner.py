@@ -7,12 +7,13 @@ import time
 from typing import Any
 
 from agentmem.blockpool.index import TurnRow
+from agentmem.blockpool.page import Match
 from agentmem.blockpool.pool import Pool
 from agentmem.engine.admission import Admission
 from agentmem.engine.conversation import Alignment
 from agentmem.engine.memory import Memory
 from agentmem.engine.reply import Reply
-from agentmem.engine.request import Started
+from agentmem.engine.request import Reuse, Started
 from agentmem.engine.sampler import Sampler
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import BadRequest, ContextOverflow
@@ -47,7 +48,8 @@ class Planner:
         if taken and need + taken > self._pool.slots.count:
             return False
         totals = [total for s in active for total in s.totals]
-        if totals and not self._admission.fits([*sequence.totals, *totals]):
+        composing = sum(s.composing for s in (sequence, *active))
+        if totals and not self._admission.fits([*sequence.totals, *totals], composing):
             return False
         session.busy = True
         sequence.planned = time.perf_counter()
@@ -60,6 +62,7 @@ class Planner:
         assert session is not None
         old = session.conversation.messages if request.history == "server" else []
         sequence.messages = [*old, *request.messages]
+        sequence.reuse = self._reuse(sequence)
         text = self._tokenizer.render(sequence.messages, tools=request.tools, generation=sequence.generate)
         alignment = session.conversation.align(text)
         sequence.alignment = alignment
@@ -74,6 +77,12 @@ class Planner:
         if sequence.generate:
             sequence.reply = Reply(self._tokenizer.detokenizer(), request.stop)
             sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62), sequence.ids)
+
+    @staticmethod
+    def _reuse(sequence: Sequence) -> Reuse:
+        """As the request says, or else the agent."""
+        assert sequence.agent is not None
+        return sequence.request.reuse or sequence.agent.reuse
 
     def _fit(self, sequence: Sequence) -> None:
         prompt, asked = len(sequence.ids), sequence.request.max_tokens
@@ -97,6 +106,11 @@ class Planner:
             )
 
         self._admission.check(sequence.totals)
+        if sequence.may_compose and not self._admission.fits(sequence.totals, sequence.composing):
+            sequence.reuse, sequence.notes = (
+                "exact",
+                ("not composed: memory_limit has no room for its state",),
+            )
 
     def need(self, sequence: Sequence) -> int:
         """Slots that a request can take at most; of one that is not rendered yet, with a letter a token."""
@@ -119,7 +133,8 @@ class Planner:
         session = sequence.session
         assert session is not None
         assert sequence.agent is not None
-        match = self._memory.match(sequence.agent, session, sequence.ids)
+        off = sequence.reuse == "off"
+        match = Match([], 0, 0) if off else self._memory.match(sequence.agent, session, sequence.ids)
         reuse = min(match.tokens, len(sequence.ids) - int(sequence.generate))
         sequence.match, sequence.reused = match, reuse
         in_ram = all(p.slots is not None for p in match.pages)
@@ -144,13 +159,13 @@ class Planner:
 
     @staticmethod
     def announce(sequence: Sequence) -> None:
-        """Tell the client, once, how much of the prompt is remembered."""
+        """Tell the client, once, how much of the prompt is remembered, and how much composed."""
         if sequence.announced:
             return
         sequence.announced = True
         r = sequence.request
-        started = Started(r.agent, r.session, len(sequence.ids), sequence.reused, sequence.state_before)
-        sequence.sink(started)
+        prompt, reused, composed = len(sequence.ids), sequence.reused, sequence.composed
+        sequence.sink(Started(r.agent, r.session, prompt, reused, sequence.state_before, composed))
 
     def record(self, sequence: Sequence, fed: int) -> TurnRow:
         """Add the turn to the session's conversation; returns its log entry. A cancelled prefill keeps the `fed` tokens."""
@@ -183,7 +198,8 @@ class Planner:
 
         `new_session`: nothing was remembered. `extended`: all of it goes on. `input_changed`: the messages are not those of the
         session. The others say why there was no state of tokens that stayed the same: `quarantined` (damaged), `evicted` (it had
-        left the disk), `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
+        left the disk), `composed` (an earlier turn was, and such state is not kept), `off` (none was to be used),
+        `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
         """
         session, alignment = sequence.session, sequence.alignment
         assert session is not None
@@ -194,7 +210,11 @@ class Planner:
         if sequence.lost or sequence.reused + 1 < alignment.keep:
             if sequence.lost or session.damaged:
                 return "quarantined"
-            return "fingerprint_changed" if session.row.foreign else "evicted"
+            if session.row.foreign:
+                return "fingerprint_changed"
+            if sequence.reuse == "off":
+                return "off"
+            return "composed" if any(t.stats.get("composed_tokens") for t in session.row.turns) else "evicted"
         return "extended" if alignment.keep >= before else "input_changed"
 
     def _stats(self, sequence: Sequence, before: int) -> dict[str, Any]:
@@ -210,6 +230,8 @@ class Planner:
             "kept_tokens": sequence.alignment.keep,
             "identity_source": sequence.request.identity_source,
             "finish": sequence.finish,
+            "reuse": sequence.reuse,
+            **({"composition": list(sequence.notes)} if sequence.notes else {}),
             "prompt_tokens": len(sequence.ids),
             "completion_tokens": usage["completion_tokens"],
             **{

@@ -13,6 +13,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 
 State = Literal["hot", "warm", "cold"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Reuse = Literal["exact", "composed", "auto", "off"]
+"""What of remembered state a prompt may use: `exact` the same tokens behind the same left context; `composed` also segments that
+stood behind another one; `auto` those too, where it has been measured how well that goes; `off` nothing."""
 
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
@@ -55,7 +58,8 @@ class ChatRequest:
     `{"role": system|user|assistant|tool, "content": str}`. With `history="client"` they are
     the whole conversation, with `"server"` they follow the session's stored conversation.
     `n` replies are made to one prompt; the session keeps the first. `top_logprobs`: how many of the
-    likeliest tokens to report beside each token of a reply, 0 for the token alone, None for nothing.
+    likeliest tokens to report beside each token of a reply, 0 for the token alone, None for nothing. `reuse`: see
+    `Reuse`; None for what the agent has.
     """
 
     agent: str
@@ -71,6 +75,7 @@ class ChatRequest:
     tools: list[dict[str, Any]] | None = None
     n: int = 1
     top_logprobs: int | None = None
+    reuse: Reuse | None = None
 
     def __post_init__(self) -> None:
         check_name(self.agent)
@@ -106,13 +111,14 @@ class MemoryUsage(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request was planned: how much of the prompt is already remembered."""
+    """The request was planned: how much of the prompt is already remembered, and how much is composed."""
 
     agent: str
     session: str
     prompt_tokens: int
     cached_tokens: int
     state_before: State
+    composed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,8 @@ class Returns:
 
     def _streams(self, sequence: Sequence, pages: list[Page]) -> bool:
         alone = self._engine.active == [sequence] and not self._engine.waiting
-        return alone and sequence.reused < len(sequence.ids) and self._engine.recall.streams(pages)
+        whole = sequence.may_compose or sequence.reused == len(sequence.ids)
+        return alone and not whole and self._engine.recall.streams(pages)
 
     def _read(self, sequence: Sequence, pages: list[Page], then: Callable[[], None]) -> None:
         """Bring `pages` into RAM; what is damaged is dropped, and the prompt matched anew."""

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Match, Page
+from agentmem.compose.recognise import Span as ContentSpan
 from agentmem.engine.conversation import Alignment, Span
+from agentmem.engine.course import Course
 from agentmem.engine.memory import Agent, Session
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import (
@@ -20,6 +22,7 @@ from agentmem.engine.request import (
     Finished,
     FinishReason,
     MemoryUsage,
+    Reuse,
     State,
     Ticket,
     TokenLogprob,
@@ -39,6 +42,8 @@ class Sequence:
     `generate=False` only prefills (`append`). `fed` tokens of the prompt are in the table.
     `others` are the further replies of a request that wants several: sequences of their own from the end of the prompt on,
     of which nothing is kept. The `first` one stays in phase `ended` until all of them are done.
+    A composed prompt follows a `course` behind its exact `prefix`, which is all of it that becomes pages; `notes` say what of it
+    is composed, or why nothing is. `content` has the spans of its messages, where it may be composed.
     """
 
     request: ChatRequest
@@ -72,6 +77,12 @@ class Sequence:
     prefill_ms: float = 0.0
     ttft_ms: float = 0.0
     pinned: list[Page] = field(default_factory=list)
+    reuse: Reuse = "exact"
+    content: list[ContentSpan] = field(default_factory=list)
+    course: Course | None = None
+    prefix: Table | None = None
+    composed: int = 0
+    notes: tuple[str, ...] = ()
     first: Sequence | None = None
     index: int = 0
     others: list[Sequence] = field(default_factory=list)
@@ -87,8 +98,11 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens of the prompt that are not fed yet; a guess while it waits."""
-        return len(self.ids) - len(self.table) if self.table is not None else self.guess
+        """Tokens of the prompt that can be fed now; a guess while it waits."""
+        if self.table is None:
+            return self.guess
+        end = self.course.read_until(self.history) if self.course is not None else len(self.ids)
+        return end - self.history
 
     @property
     def history(self) -> int:
@@ -102,6 +116,11 @@ class Sequence:
     def is_due(self, tokens: int) -> bool:
         """Whether the first token of the reply comes after the next `tokens` of the prompt."""
         return self.generate and self.history + tokens >= len(self.ids)
+
+    @property
+    def may_compose(self) -> bool:
+        """Whether its prompt may be composed, and what it computes may become segments."""
+        return self.reuse in ("composed", "auto")
 
     @property
     def whole(self) -> Sequence:
@@ -166,6 +185,11 @@ class Sequence:
         """Tokens of each sequence of the request at its end."""
         return [len(self.ids) + self.max_tokens] * self.width
 
+    @property
+    def composing(self) -> int:
+        """Tokens of it whose state may be held outside of its table."""
+        return len(self.ids) + self.max_tokens if self.may_compose and self.first is None else 0
+
     def worst_slots(self, geometry: Geometry) -> int:
         """Slots that the request can take at most. Its further replies share the prompt."""
         if self.first is not None:
@@ -214,9 +238,9 @@ class Sequence:
             session=self.request.session,
             state_before=self.state_before,
             exact_tokens=self.reused,
-            composed_tokens=0,
+            composed_tokens=self.composed,
             evicted_tokens=0,
-            prefilled_tokens=len(self.ids) - self.reused,
+            prefilled_tokens=len(self.ids) - self.reused - self.composed,
             restored_tokens=self.restored,
             restore_ms=round(self.restore_ms, 3),
             prefill_ms=round(self.prefill_ms, 3),

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -23,11 +24,18 @@ from agentmem.quant.kernels.plan import Reach
 Origin = tuple[Page, int]
 
 
+class HasRows(Protocol):
+    """One layer of a chunk, which gives the chunk's rows: uint32 [n, raw_words]."""
+
+    def raw_rows(self) -> mx.array: ...
+
+
 @dataclass(slots=True)
 class Block:
     """A page of the table.
 
-    `page` is its node in the tree, or None while it is new; `origin` the page whose first rows it took over.
+    `page` is its node in the tree, or None while it is new; `origin` the page whose first rows it took over. `kept` are the raw
+    rows of every layer that a packed page was made of, while the table `keeps` them.
     """
 
     slots: tuple[int, ...]
@@ -35,6 +43,7 @@ class Block:
     tokens: np.ndarray
     page: Page | None = None
     origin: Origin | None = None
+    kept: list[mx.array] | None = None
 
     @property
     def rows(self) -> int:
@@ -45,7 +54,7 @@ class Table:
     """State of a sequence's first `len(table)` tokens. Engine thread only.
 
     Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it. With a `stream`, its pages
-    are still on their way: only `views` know how to wait for them.
+    are still on their way: only `views` know how to wait for them. While it `keeps`, pages that it packs have their raw rows too.
     """
 
     def __init__(self, pool: Pool, path: Path) -> None:
@@ -60,6 +69,7 @@ class Table:
         self._paged: int | None = None
         self._reach: Reach | None = None
         self.stream: Stream | None = None
+        self.keeps = False
 
     def __len__(self) -> int:
         if self._paged is None:
@@ -118,6 +128,19 @@ class Table:
         """The tail's rows of one layer, lazily: uint32 [t, raw_words]."""
         return self.pool.tails.rows(layer, self.place, len(self.tail_tokens))
 
+    def tail_copy(self) -> list[mx.array]:
+        """The tail's rows of every layer, evaluated, in memory of their own: the tails are written in place."""
+        g, n = self.pool.geometry, len(self.tail_tokens)
+        out: dict[int, mx.array] = {}
+        if not n:
+            return []
+        for width in set(g.raw_words):
+            layers = [i for i, w in enumerate(g.raw_words) if w == width]
+            rows = self.pool.tails.whole(layers, [self.place]).reshape(len(layers), g.page_tokens, width)
+            mx.eval(rows)
+            out |= {layer: rows[i, :n] for i, layer in enumerate(layers)}
+        return [out[layer] for layer in range(g.layers)]
+
     def reach(self) -> Reach:
         """Where the stored rows lie, for the fused path; kept until a block comes or goes."""
         if self._reach is None:
@@ -140,7 +163,9 @@ class Table:
         format = self.pool.geometry.codecs[0].format
         return not format.packs or (format.raw_first_page and number == 0)
 
-    def absorb(self, views: list[LayerView], tokens: list[int]) -> tuple[list[mx.array], Callable[[], None]]:
+    def absorb(
+        self, views: Sequence[HasRows], tokens: list[int]
+    ) -> tuple[list[mx.array], Callable[[], None]]:
         """Take in the chunk that the model just ran: returns (arrays to evaluate with the step, what to do after that).
 
         Full pages are packed once and get slots now; raises Overloaded, changing nothing, when there are none.
@@ -162,6 +187,7 @@ class Table:
             else []
         )
         raw = [[r[i * p : (i + 1) * p] for r in rows] for i in range(lead)]
+        kept = [[r[i * p : (i + 1) * p] for r in rows] for i in range(lead, full)] if self.keeps else []
         fresh = 0 if full else held  # rows of the tail that stay where they are
         tail = [r[full * p + fresh :] for r in rows]
 
@@ -173,14 +199,16 @@ class Table:
                 self.pool.arena.write_packed([s for part in slots[lead:] for s in part], packed)
             for i in range(full):
                 origin = self.tail_origin if i == 0 else None
-                self.blocks.append(Block(slots[i], kinds[i], all_tokens[i * p : (i + 1) * p], None, origin))
+                block = Block(slots[i], kinds[i], all_tokens[i * p : (i + 1) * p], None, origin)
+                block.kept = kept[i - lead] if kept and i >= lead else None
+                self.blocks.append(block)
             self.pool.tails.write(self.place, fresh, tail)
             self.tail_tokens = [int(t) for t in all_tokens[full * p :]]
             if full:
                 self.tail_origin = None
                 self._blocks_changed()
 
-        return [*packed, *(a for page in raw for a in page), *tail], apply
+        return [*packed, *(a for page in (*raw, *kept) for a in page), *tail], apply
 
     def reserve(self) -> None:
         """Take the slots that the next row needs, when it fills a page; raises Overloaded when there are none."""
@@ -218,9 +246,10 @@ class Table:
 
     def close_page(self) -> None:
         """The rows of the full tail are in the reserved slots, which are a page now."""
+        kept = self.tail_copy() if self.keeps and not self.next_is_raw else None
         slots, self._taken = self._taken, ()
         tokens = np.array(self.tail_tokens, np.int32)
-        self.blocks.append(Block(slots, self.next_is_raw, tokens, None, self.tail_origin))
+        self.blocks.append(Block(slots, self.next_is_raw, tokens, None, self.tail_origin, kept))
         self.tail_tokens, self.tail_origin = [], None
         self._blocks_changed()
 

@@ -1,0 +1,73 @@
+"""The course of a composed prompt: which of its tokens are put, which are read, and how far it has come."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import mlx.core as mx
+
+from agentmem.compose.planners import Put, Read, Steps, merged
+from agentmem.compose.rotation import Rotation
+from agentmem.compose.segment import Provenance
+from agentmem.engine.packing import GivenRows
+from agentmem.engine.table import Table
+
+AT_ONCE = 512
+"""Tokens whose rows are made in one go."""
+
+
+class Course:
+    """Steps that follow each other behind the first `start` tokens of a prompt. Where it stands shows in the table's length.
+
+    States that have been put are let go of. `provenance` is that of what is said behind them.
+    """
+
+    def __init__(self, steps: Steps, start: int, provenance: Provenance) -> None:
+        self.provenance = provenance
+        steps = merged(steps)
+        ends = list(accumulate((len(s.ids) for s in steps), initial=start))
+        self._steps: list[tuple[int, int, Put | Read]] = list(zip(ends, ends[1:], steps, strict=False))
+        self.end = ends[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """What the states that are still to be put take."""
+        return sum(step.state.nbytes for _, _, step in self._steps if isinstance(step, Put))
+
+    def put(self, table: Table, rotations: list[Rotation], dtype: mx.Dtype) -> None:
+        """Put the tokens that are next, if they are to be put. `dtype` is the model's.
+
+        Raises Overloaded when there are no slots for them; what is there then stays.
+        """
+        while found := self._at(len(table)):
+            start, _, step = found
+            if isinstance(step, Read):
+                return
+            at = len(table) - start
+            part = slice(at, at + AT_ONCE)
+            put(table, rotations, dtype, Put(step.ids[part], step.state[part]))
+
+    def read_until(self, history: int) -> int:
+        """Where the tokens end that are read from `history` on, up to the next that are put."""
+        step = self._at(history)
+        return step[1] if step is not None else self.end
+
+    def _at(self, history: int) -> tuple[int, int, Put | Read] | None:
+        """(begin, end, step) of the step that token `history` belongs to."""
+        while self._steps and self._steps[0][1] <= history:
+            self._steps.pop(0)
+        return self._steps[0] if self._steps else None
+
+
+def put(table: Table, rotations: list[Rotation], dtype: mx.Dtype, step: Put) -> None:
+    """Rows of a known state go behind what the table holds. Raises Overloaded, changing nothing."""
+    g, start, state = table.pool.geometry, len(table), step.state
+    rows = []
+    for codec, key_map, rotation, keys, values in zip(
+        g.codecs, g.key_maps, rotations, state.keys, state.values, strict=True
+    ):
+        turned = rotation.rotate(keys, start).astype(dtype)
+        rows.append(GivenRows(codec.raw(key_map.keys(turned[None])[0], values)))
+    arrays, apply = table.absorb(rows, list(step.ids))
+    mx.eval(arrays)
+    apply()
