@@ -28,7 +28,7 @@ ALLOWED = {
     "agentmem.quant": set[str](),
     "agentmem.blockpool": {"agentmem.quant", "agentmem.errors"},
     "agentmem.model": {"agentmem.quant", "agentmem.errors", "agentmem.home"},
-    "agentmem.compose": {"agentmem.quant", "agentmem.model", "agentmem.errors"},
+    "agentmem.compose": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
     "agentmem.engine": {
         "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.errors",
     },

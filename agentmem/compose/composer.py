@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from agentmem.compose.anchors import BASE_BITS
-from agentmem.compose.assembly import Assembly, Layout, TooLittle
-from agentmem.compose.lesson import SMALLEST, Lesson, Look
+from agentmem.compose.assembly import Assembly, Layout, TooLittle, segment_of
+from agentmem.compose.declared import cut
+from agentmem.compose.keeping import Keeping
+from agentmem.compose.ledger import Case, Ledger
+from agentmem.compose.lesson import Lesson, Look
 from agentmem.compose.library import Library
 from agentmem.compose.planners import Put, Read, Steps
 from agentmem.compose.policy import DEFAULT, Policy, Reuse
-from agentmem.compose.recognise import SHORTEST, Span, parts_of, spans_of
+from agentmem.compose.recognise import FIXED, SHORTEST, Span, parts_of, spans_of
 from agentmem.compose.segment import EXACT, Provenance, Segment
 from agentmem.compose.state import PackedState
 from agentmem.compose.ways import way
+from agentmem.model.chat import ChatTokenizer
 
 __all__ = ["EXACT", "Composer", "Composition", "Policy", "Provenance", "Reuse", "Span", "spans_of"]
+
+
+AUDIT_SHARE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +52,20 @@ class Composition:
 
 
 class Composer:
-    """Plans over one library. `why_not` says why the last plan was none."""
+    """Plans over one library. `why_not` says why the last plan was none. Without a tokenizer nothing can be declared.
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    What it learns reaches the disk with `keeping.flush()`, which may wait until nobody does.
+    """
+
+    def __init__(
+        self, library: Library, tokenizer: ChatTokenizer | None = None, ledger: Ledger | None = None,
+        keeping: Keeping | None = None, audit_share: float = AUDIT_SHARE,
+    ) -> None:  # fmt: skip
+        self.library, self.keeping = library, keeping
+        self.ledger = ledger or Ledger()
+        self.audit_share = audit_share
         self.why_not = ""
+        self._tokenizer = tokenizer
 
     def plan(
         self, namespace: str, ids: Sequence[int], spans: Sequence[Span], known: int, policy: Policy,
@@ -63,6 +80,10 @@ class Composer:
             return None
         assert 0 <= known < len(ids)
         layout = self._layout(namespace, ids, spans)
+        if policy.reuse is Reuse.AUTO:
+            self.why_not = self.ledger.why_not(namespace, layout.template, policy.planner)
+            if self.why_not:
+                return None
         self.library.clock += 1
         return self._composed(layout, known, policy, policy.planner, agent)
 
@@ -84,6 +105,7 @@ class Composer:
             self.why_not = "nothing in this prompt is known from elsewhere"
             return None
         assert [i for step in steps for i in step.ids] == layout.ids[known:].tolist()
+        self._note(layout, agent)
         return composition
 
     def learn(
@@ -100,19 +122,55 @@ class Composer:
             if not provenance.exact:
                 self._keep_reply(namespace, tokens, spans, state, provenance, agent)
                 return
-            Lesson(self.library, self._layout(namespace, ids, spans), state, agent, in_use).teach()
+            layout = self._layout(namespace, ids, spans)
+            Lesson(self.library, layout, state, agent, in_use).teach()
+            self._note(layout, agent)
+
+    def audits(self, rng: random.Random) -> bool:
+        """Whether to run this composed prompt densely too, when nobody waits."""
+        return rng.random() < self.audit_share
+
+    def rebuilt(self, namespace: str, template: bytes, case: Case) -> tuple[list[int], list[Span]] | None:
+        """The prompt of a case, with spans; None where one of its texts is not known any more."""
+        entry = self.ledger.entries.get((namespace, template))
+        segments = [self.library.segment(namespace, text) for text in case]
+        if entry is None or len(entry.fixed) != len(case) + 1:
+            return None
+        ids, spans = list(entry.fixed[0]), []
+        for segment, fixed in zip(segments, entry.fixed[1:], strict=True):
+            if segment is None:
+                return None
+            spans.append(Span(len(ids), len(ids) + len(segment.ids), segment.kind))
+            ids += [*segment.ids.tolist(), *fixed]
+        return ids, spans
+
+    def forget(self, namespace: str, agent: str | None = None) -> None:
+        """Forget what no other agent has, in RAM now and on disk with the next flush."""
+        self.library.forget(namespace, agent)
+        self.ledger.forget(namespace, agent)
+
+    def _note(self, layout: Layout, agent: str) -> None:
+        """Write a prompt down as a case to measure on, if all its texts are kept."""
+        slots = [(n, p) for n, p in enumerate(layout.parts) if p.is_slot and layout.behind(n) is not None]
+        found = [segment_of(self.library, layout, p) for _, p in slots]
+        case = tuple(f[0].text for f in found if f is not None)
+        if case and len(case) == len(slots):
+            fixed = (layout.tokens(p) for p in layout.parts if p.kind == FIXED)
+            self.ledger.saw(layout.namespace, layout.template, fixed, case, agent)
 
     def _keep_reply(
         self, namespace: str, ids: np.ndarray, spans: Sequence[Span], state: Look, provenance: Provenance,
         agent: str,
     ) -> None:  # fmt: skip
         reply = max(spans, key=lambda s: s.start, default=None)
-        if reply is None or reply.kind != "assistant" or reply.stop - reply.start < SMALLEST:
+        if reply is None or reply.kind != "assistant":
             return
         base = PackedState.of(state(reply.start, reply.stop), BASE_BITS)
         segment = Segment(ids[reply.start : reply.stop], base, kind=reply.kind, provenance=provenance)
         self.library.put(namespace, segment, agent)
 
     def _layout(self, namespace: str, ids: Sequence[int], spans: Sequence[Span]) -> Layout:
-        tokens = np.asarray(ids, dtype=np.int32)
-        return Layout.of(namespace, tokens, parts_of(tokens, spans, self.library.space(namespace).texts))
+        tokens, space = np.asarray(ids, dtype=np.int32), self.library.space(namespace)
+        if space.templates and self._tokenizer is not None:
+            spans = cut(ids, spans, space.templates, self._tokenizer)
+        return Layout.of(namespace, tokens, parts_of(tokens, spans, space.texts))

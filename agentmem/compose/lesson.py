@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -14,15 +15,19 @@ from agentmem.compose.recognise import Part
 from agentmem.compose.segment import Fixed, Held, Segment
 from agentmem.compose.state import PackedState, State
 
-SMALLEST = 4
-"""Tokens of a message from which on it is kept."""
-
 Look = Callable[[int, int], State]
+
+
+class NotThere(Exception):
+    """The run does not have the state of these tokens any more."""
 
 
 @dataclass(slots=True)
 class Lesson:
-    """One prompt. `look(start, stop)` is what these tokens are in it; what is put on `in_use` stays in the library."""
+    """One prompt. `look(start, stop)` is what these tokens are in it; what it raises LookupError for is passed over.
+
+    What is put on `in_use` stays in the library.
+    """
 
     library: Library
     layout: Layout
@@ -35,12 +40,13 @@ class Lesson:
         slots = [(n, p) for n, p in enumerate(self.layout.parts) if p.is_slot]
         known = {n: found for n, p in slots if (found := self._known(p))}
         for number, part in slots:
-            if number not in known and len(part) >= SMALLEST:
-                self._keep_segment(number, part)
-            behind = self.layout.behind(number)
-            if behind is not None:
-                fixed = self._keep_fixed(behind)
-                if number in known:
+            with suppress(NotThere):
+                if number not in known:
+                    self._keep_segment(number, part)
+            with suppress(NotThere):
+                behind = self.layout.behind(number)
+                fixed = self._keep_fixed(behind) if behind is not None else None
+                if number in known and behind is not None:
                     self._observe(number, behind, *known[number], fixed)
 
     def _known(self, part: Part) -> tuple[Segment, int] | None:
@@ -55,7 +61,10 @@ class Lesson:
     def _state(self, part: Part) -> State:
         at = (part.start, part.stop)
         if at not in self._seen:
-            self._seen[at] = self.look(*at)
+            try:
+                self._seen[at] = self.look(*at)
+            except LookupError as e:
+                raise NotThere from e
         return self._seen[at]
 
     def _keep_segment(self, number: int, part: Part) -> None:

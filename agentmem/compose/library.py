@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from agentmem.compose.anchors import PER_SLOT, Anchor, Eviction, Pool
+from agentmem.compose.declared import check
 from agentmem.compose.recognise import Texts
 from agentmem.compose.segment import Fixed, Held, Segment, text_hash
 from agentmem.compose.state import State
@@ -48,10 +49,12 @@ class Space:
 
 @dataclass(slots=True)
 class Source:
-    """Whose text an anchor is made of, and in whose prompts it was seen."""
+    """Whose text an anchor is made of, and in whose prompts it was seen. made: its number; used: the clock at that time."""
 
     owners: set[str]
     seen_by: set[str]
+    made: int = 0
+    used: int = 0
 
 
 class Library:
@@ -68,6 +71,7 @@ class Library:
         self.pool = Pool(anchor_budget, per_slot, eviction)
         self.nbytes = 0
         self.clock = 0
+        self.made = 0
         self.spaces: dict[str, Space] = {}
         self.sources: dict[tuple[str, bytes], Source] = {}
         self._in_use: list[Held] = []
@@ -142,7 +146,29 @@ class Library:
         assert segment.provenance.exact
         name = slot(namespace, key)
         self.pool.observe(name, text, base, CONSUMER, offset, after)
-        self.sources[name, text] = Source(set(segment.owners), {agent})
+        self.made += 1
+        self.sources[name, text] = Source(set(segment.owners), {agent}, self.made, self.clock)
+        self._forget_lost_anchors()
+
+    def adopt(self, namespace: str, held: Segment | Fixed, key: bytes = b"") -> None:
+        """Take in what was kept, if there is room; `key`: the chain of fixed text."""
+        space = self.space(namespace)
+        if self.nbytes + held.nbytes > self.budget:
+            return
+        if isinstance(held, Segment):
+            if held.provenance.hops > self.hops:
+                return
+            space.segments[held.text] = held
+            space.texts.add(held.text, held.ids, held.kind)
+        else:
+            space.fixed[key] = held
+        self.nbytes += held.nbytes
+        self.clock = max(self.clock, held.used)
+
+    def adopt_anchor(self, name: str, anchor: Anchor, source: Source) -> None:
+        self.pool.add(name, anchor)
+        self.sources[name, anchor.text] = source
+        self.made, self.clock = max(self.made, source.made), max(self.clock, source.used)
         self._forget_lost_anchors()
 
     def anchor(self, namespace: str, key: bytes, text: bytes) -> Anchor | None:
@@ -166,6 +192,11 @@ class Library:
             space.texts.remove(text)
             if segment := space.segments.get(text):
                 space.texts.add(text, segment.ids, segment.kind)
+
+    def declare(self, namespace: str, name: str, text: str) -> None:
+        """Cut prompts of this text at its {{slots}}. Raises BadRequest."""
+        check(text)
+        self.space(namespace).templates[name] = text
 
     def forget(self, namespace: str, agent: str | None = None) -> None:
         """Forget a namespace, or all that no other agent of it has: segments, fixed text, and the anchors made of them."""
