@@ -128,11 +128,11 @@ class AsyncAgentMemClient:
         return await self._ask(agent_call("POST", name, self.namespace, "evict"))
 
     async def create(self, name: str, **policy: Any) -> dict[str, Any]:
-        """A new agent without turns; `policy`: pinned, persist, quota_bytes. Raises AlreadyExists."""
+        """A new agent without turns; `policy`: pinned, persist, quota_bytes, encrypt, reuse. Raises AlreadyExists."""
         return await self._ask(create_call(name, self.namespace, policy))
 
     async def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change `pinned` or `quota_bytes` of an agent. Raises NotFound."""
+        """Change `pinned`, `quota_bytes` or `reuse` of an agent. Raises NotFound."""
         return await self._ask(policy_call(name, self.namespace, changes))
 
     async def fork(

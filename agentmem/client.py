@@ -103,7 +103,8 @@ class AgentMemClient:
     ) -> ChatResult | ChatStream:
         """One turn of `agent`. A text follows what its session remembers (history "server"); a list of
         messages is the whole conversation (history "client"). `options` are fields of the request:
-        max_tokens, temperature, …; `persist=False` makes a new agent that stays off the disk.
+        max_tokens, temperature, …; `persist=False` makes a new agent that stays off the disk; `reuse` is what of remembered
+        state may be used: "exact", "composed", "auto" or "off" (default: what the agent has).
         """
         if stream:
             return self.stream_chat(agent, messages, session=session, history=history, **options)
@@ -149,11 +150,11 @@ class AgentMemClient:
         return self._ask(agent_call("POST", name, self.namespace, "evict"))
 
     def create(self, name: str, **policy: Any) -> dict[str, Any]:
-        """A new agent without turns; `policy`: pinned, persist, quota_bytes, encrypt. Raises AlreadyExists."""
+        """A new agent without turns; `policy`: pinned, persist, quota_bytes, encrypt, reuse. Raises AlreadyExists."""
         return self._ask(create_call(name, self.namespace, policy))
 
     def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change `pinned` or `quota_bytes` of an agent. Raises NotFound."""
+        """Change `pinned`, `quota_bytes` or `reuse` of an agent. Raises NotFound."""
         return self._ask(policy_call(name, self.namespace, changes))
 
     def fork(

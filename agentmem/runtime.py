@@ -18,6 +18,8 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Vaults
+from agentmem.compose.composer import Composer
+from agentmem.compose.library import Library
 from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
@@ -196,7 +198,8 @@ class Runtime(Roster):
         )  # fmt: skip
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, planner, chosen(self._self_test),
-            scheduler, lobby, Composing(model), max_batch=settings.max_batch, wait_for_commit=settings.commit == "full",
+            scheduler, lobby, Composing(model, self._make_composer), max_batch=settings.max_batch,
+            wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
             self._memory, self._pool, self._store, self.model_name, lambda: self._engine.pace.rate
@@ -205,6 +208,13 @@ class Runtime(Roster):
         self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
         recall = self._engine.recall
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
+
+    def _make_composer(self) -> Composer | str:
+        """On the engine thread, when somebody first asks for composed reuse."""
+        budget = int(self._settings.compose_budget)
+        if not self._admission.set_aside(budget):
+            return "memory_limit has no room for compose_budget"
+        return Composer(Library(budget // 2, budget - budget // 2))
 
     def close(self) -> None:
         """End running replies (they are kept), finish writing, stop the engine."""

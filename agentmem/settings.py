@@ -38,6 +38,11 @@ class Settings(BaseSettings):
     half_life_hours: float = Field(
         default=72.0, gt=0, description="hours without use after which state counts half when room is needed"
     )
+    compose_budget: ByteSize = Field(
+        default=ByteSize(256 << 20),
+        ge=0,
+        description="bytes of segments and anchors for composed reuse, in RAM and again on disk",
+    )
     scrub_mb_s: float = Field(
         default=4.0, ge=0, description="megabytes per second that are read again in idle time; 0: none"
     )

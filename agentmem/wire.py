@@ -72,6 +72,11 @@ class ChatResult:
         return self.usage.get("agentmem", {})
 
     @property
+    def composed_tokens(self) -> int:
+        """Prompt tokens whose state was put together from elsewhere: approximate."""
+        return self.memory.get("composed_tokens", 0)
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens whose state was reused exactly."""
         return (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
@@ -114,8 +119,9 @@ def chat_call(
     }
     if session is not None:
         who["session"] = session
-    if (persist := options.pop("persist", None)) is not None:
-        who["persist"] = persist
+    for name in ("persist", "reuse"):
+        if (value := options.pop(name, None)) is not None:
+            who[name] = value
     body = {
         "model": "default",
         "messages": [{"role": "user", "content": messages}] if text_only else messages,

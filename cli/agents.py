@@ -98,6 +98,7 @@ def show(agent: str, as_json: bool) -> None:
             ("shared", format_bytes(info["shared_bytes"])),
             ("in RAM", format_bytes(info["ram_bytes"])),
             ("pinned", "yes" if info["pinned"] else "no"),
+            ("reuse", info["reuse"]),
             ("quota", format_bytes(info["quota_bytes"]) if info["quota_bytes"] else "the daemon's"),
             ("encrypted", _encryption(info)),
             ("lineage", _lineage(info)),

@@ -27,6 +27,13 @@ class Size(click.ParamType):
         return size
 
 
+reuse_option = click.option(
+    "--reuse",
+    type=click.Choice(["exact", "composed", "auto", "off"]),
+    help="What of remembered state its prompts may use; composed and auto also texts that stood elsewhere. Default: exact.",
+)
+
+
 @click.command()
 @click.argument("agent")
 @click.option("--quota", type=Size(), help="Bytes of its state on disk at most, for example 512MiB.")
@@ -37,15 +44,23 @@ class Size(click.ParamType):
     type=click.Choice(["off", "file", "keyring"]),
     help="Where the key of what it leaves on disk is kept. Default: as the daemon is set.",
 )
+@reuse_option
 @json_option
 def create(
-    agent: str, quota: int | None, pinned: bool, ephemeral: bool, encrypt: str | None, as_json: bool
+    agent: str,
+    quota: int | None,
+    pinned: bool,
+    ephemeral: bool,
+    encrypt: str | None,
+    reuse: str | None,
+    as_json: bool,
 ) -> None:
     """Make an agent before its first turn, with a policy. Agents without one are made by their first turn."""
     policy: dict[str, Any] = {"pinned": True} if pinned else {}
     policy |= {"quota_bytes": quota} if quota is not None else {}
     policy |= {"persist": False} if ephemeral else {}
     policy |= {"encrypt": encrypt} if encrypt is not None else {}
+    policy |= {"reuse": reuse} if reuse is not None else {}
     with AgentMemClient() as client:
         info = client.create(agent, **policy)
     if as_json:
@@ -55,6 +70,7 @@ def create(
         *(["pinned"] if info["pinned"] else []),
         *([f"at most {format_bytes(info['quota_bytes'])} on disk"] if info["quota_bytes"] else []),
         *([] if info["persist"] else ["in RAM only"]),
+        *([f"reuse {info['reuse']}"] if info["reuse"] != "exact" else []),
         *([f"encrypted ({info['encrypted']})"] if info["encrypted"] != "off" else []),
     ]
     click.echo(f"{info['agent']} is made: {', '.join(asked) or 'nothing asked of it'}")

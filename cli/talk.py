@@ -18,6 +18,11 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--session", help="Session of the agent. Default: its default session."),
     click.option("--ephemeral", is_flag=True, help="A new agent that never touches the disk."),
+    click.option(
+        "--reuse",
+        type=click.Choice(["exact", "composed", "auto", "off"]),
+        help="What of remembered state this turn may use. Default: as the agent is made.",
+    ),
     click.option("--system", help="System message in front of this turn; meant for a new session."),
     click.option("--max-tokens", type=click.IntRange(1), help="Tokens of a reply at most."),
     click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token."),
@@ -85,7 +90,8 @@ def _turn(client: AgentMemClient, agent: str, text: str, options: dict[str, Any]
     messages = [{"role": "user", "content": text}]
     if options.get("system"):
         messages.insert(0, {"role": "system", "content": options["system"]})
-    request = {name: options[name] for name in ("max_tokens", "temperature") if options[name] is not None}
+    named = ("max_tokens", "temperature", "reuse")
+    request = {name: options[name] for name in named if options[name] is not None}
     if options["ephemeral"]:
         request["persist"] = False
     stream: ChatStream = client.stream_chat(
@@ -113,6 +119,10 @@ def _memory_line(result: ChatResult) -> str:
     prompt = result.usage.get("prompt_tokens", 0)
     return (
         f"{memory.get('state_before', 'cold')} · {format_count(result.cached_tokens)} of "
-        f"{format_count(prompt)} tokens remembered · first token after {format_ms(memory.get('ttft_ms'))}"
+        f"{format_count(prompt)} tokens remembered{_composed(result)} · first token after {format_ms(memory.get('ttft_ms'))}"
         + ("" if memory.get("committed") else " · not on disk yet")
     )
+
+
+def _composed(result: ChatResult) -> str:
+    return f", {format_count(result.composed_tokens)} composed" if result.composed_tokens else ""

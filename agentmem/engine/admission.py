@@ -111,6 +111,13 @@ class Admission:
         if before < cache:
             mx.set_cache_limit(before)
 
+    def set_aside(self, size: int) -> bool:
+        """Count `size` more bytes as standing, if a short prompt fits beside them."""
+        if self.peak([self._chunk]) + size > self.limit:
+            return False
+        self.standing += size
+        return True
+
     def figures(self) -> dict[str, int]:
         """For `/health`. Any thread."""
         return {

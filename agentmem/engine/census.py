@@ -77,6 +77,7 @@ class Census:
             last_used=agent.row.last_used,
             pinned=agent.pinned,
             persist=agent.persist,
+            reuse=agent.reuse,
             quota_bytes=agent.row.policy.get("quota_bytes"),
             encrypted=agent.encrypted,
             locked=agent.locked,

@@ -17,11 +17,14 @@ from agentmem.compose.rotation import Rotation, rotations
 from agentmem.engine.capture import Capture
 from agentmem.engine.course import Course
 from agentmem.engine.sequence import Sequence
+from agentmem.engine.table import Table
 from agentmem.errors import ModelUnavailable
 from agentmem.model.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 
+AGAIN = 64
+"""Tokens at most that are read again so that a text is learned whole."""
 PENDING = 4
 """Turns that wait to be learned from, at most: each holds its rows in 16 bits."""
 
@@ -39,9 +42,10 @@ class Lesson:
 
 
 class Composing:
-    """Engine thread only. `make` gives the composer when it is first asked for: who composes nothing pays nothing."""
+    """Engine thread only. `make` gives the composer when it is first asked for, so that who composes nothing pays nothing; or why
+    there is none."""
 
-    def __init__(self, model: LoadedModel, make: Callable[[], Composer] | None = None) -> None:
+    def __init__(self, model: LoadedModel, make: Callable[[], Composer | str]) -> None:
         self._model, self._make = model, make
         self._lessons: deque[Lesson] = deque()
         self.composed_tokens = 0
@@ -60,7 +64,7 @@ class Composing:
         """The composer, or why there is none."""
         if isinstance(self.rotations, str):
             return self.rotations
-        return self._make() if self._make is not None else "this daemon composes nothing"
+        return self._make()
 
     @property
     def _known_rotations(self) -> list[Rotation]:
@@ -91,6 +95,8 @@ class Composing:
             return
         if course is not None:
             sequence.course, sequence.prefix, table.keeps = course, table.fork(), False
+        else:
+            _read_from_its_beginning(sequence, table)
 
     def _course(self, sequence: Sequence, composer: Composer) -> Course | None:
         start = time.perf_counter()
@@ -158,3 +164,11 @@ class Composing:
         assert not isinstance(self.composer, str)
         state, provenance = lesson.capture.state, lesson.provenance
         self.composer.learn(lesson.namespace, lesson.ids, lesson.spans, state, provenance, lesson.agent)
+
+
+def _read_from_its_beginning(sequence: Sequence, table: Table) -> None:
+    """A text whose first tokens are known, as beginnings often are, is read whole, so that all of it is there in 16 bits."""
+    begun = next((s for s in sequence.content if s.start < sequence.reused < s.stop), None)
+    if begun is not None and sequence.reused - begun.start <= AGAIN:
+        table.cut(begun.start)
+        sequence.reused = begun.start

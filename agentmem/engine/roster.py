@@ -97,11 +97,11 @@ class Roster:
         return done.result()
 
     def create(self, name: str, policy: dict[str, Any], namespace: str = "default") -> AgentInfo:
-        """A new agent without turns; `policy` has `pinned`, `persist`, `quota_bytes`. Raises AlreadyExists."""
+        """A new agent without turns; `policy` has `pinned`, `persist`, `quota_bytes`, `reuse`. Raises AlreadyExists."""
         return self._changed(lambda done: self._memory.create(namespace, name, policy, done))
 
     def set_policy(self, name: str, changes: dict[str, Any], namespace: str = "default") -> AgentInfo:
-        """Change `pinned` or `quota_bytes` of an agent. Raises NotFound."""
+        """Change `pinned`, `quota_bytes` or `reuse` of an agent. Raises NotFound."""
 
         def change(done: Done) -> Agent:
             agent = self._memory.find(namespace, name)

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
+from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Reuse, Sampling
 from agentmem.server.errors import invalid, unsupported
 from agentmem.server.messages import Message, Text
 
@@ -47,12 +47,13 @@ class StreamOptions(Body):
 
 
 class AgentFields(Body):
-    """The `agentmem` object of a request: who speaks, and whether the messages are the whole conversation."""
+    """The `agentmem` object of a request: who speaks, whether the messages are the whole conversation, and what may be reused."""
 
     agent: str | None = None
     session: str | None = None
     namespace: str | None = None
     history: Literal["client", "server"] = "client"
+    reuse: Reuse | None = None
     persist: StrictBool | None = None
 
 
@@ -169,6 +170,7 @@ class PolicyBody(Body):
 
     pinned: StrictBool | None = None
     quota_bytes: Annotated[StrictInt, Field(ge=1, lt=INT64)] | None = None
+    reuse: Reuse | None = None
 
     def changes(self) -> dict[str, Any]:
         """The policies that the request names."""

@@ -57,6 +57,7 @@ def chat_request(request: Request, body: ChatBody) -> ChatRequest:
         messages=[message.normalised() for message in body.messages],
         history=body.agentmem.history,
         persist=body.agentmem.persist,
+        reuse=body.agentmem.reuse,
         max_tokens=body.reply_limit,
         stop=list(body.stop or []),
         sampling=body.sampling(),
@@ -112,6 +113,7 @@ def reuse_headers(service: Service, request: ChatRequest, first: Event | None) -
     if isinstance(first, Started):
         headers["x-agentmem-cache"] = reuse_word(first)
         headers["x-agentmem-cached-tokens"] = str(first.cached_tokens)
+        headers["x-agentmem-composed"] = str(first.composed_tokens)
     if service.runtime.degraded:
         headers["x-agentmem-store"] = service.runtime.degraded
     return headers

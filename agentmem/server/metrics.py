@@ -27,6 +27,9 @@ class Metrics:
         )
         self._queries = Counter("agentmem_prefix_cache_queries", "prompt tokens looked up", registry=registry)
         self._hits = Counter("agentmem_prefix_cache_hits", "prompt tokens reused exactly", registry=registry)
+        self._composed = Counter(
+            "agentmem_composed_tokens", "prompt tokens put together from elsewhere", registry=registry
+        )
         self._prefilled = Counter("agentmem_prefilled_tokens", "prompt tokens computed", registry=registry)
         self._generated = Counter("agentmem_generated_tokens", "reply tokens", registry=registry)
         self._committed = Counter("agentmem_committed_bytes", "bytes of state written", registry=registry)
@@ -50,6 +53,7 @@ class Metrics:
         self._queries.inc(usage.get("prompt_tokens", 0))
         self._hits.inc((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0))
         self._generated.inc(usage.get("completion_tokens", 0))
+        self._composed.inc(memory.get("composed_tokens", 0))
         self._prefilled.inc(memory.get("prefilled_tokens", 0))
         self._committed.inc(memory.get("bytes_written", 0))
 

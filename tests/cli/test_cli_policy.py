@@ -26,6 +26,20 @@ def test_an_agent_is_made_with_a_policy(daemon: Home) -> None:
     assert parse(invoke("show", "haze", "--json"))["agent"]["disk_bytes"] == 0
 
 
+def test_what_may_be_reused(daemon: Home) -> None:
+    assert invoke("create", "mixed", "--reuse", "composed").stdout == "mixed is made: reuse composed\n"
+    invoke("run", "mixed", "Hello there, who are you?", *SHORT)
+    lines = invoke("explain", "mixed").stdout.splitlines()
+    assert any(line.startswith("reuse") and "not composed" in line for line in lines)
+    assert (
+        parse(invoke("run", "mixed", "And now?", "--reuse", "off", "--json", *SHORT))["usage"]["agentmem"][
+            "exact_tokens"
+        ]
+        == 0
+    )
+    assert invoke("run", "mixed", "And now?", "--reuse", "much").exit_code == 2
+
+
 def test_an_agent_is_made_encrypted(daemon: Home) -> None:
     assert "encrypted (file)" in invoke("create", "sealed", "--encrypt", "file").stdout
     assert parse(invoke("show", "sealed", "--json"))["agent"]["encrypted"] == "file"

@@ -44,6 +44,7 @@ def test_a_fork_over_http(daemon: Daemon, client: AgentMemClient) -> None:
         ("/v1/agents", {"agent": "a/b"}, "agent"),
         ("/v1/agents", {"agent": "p-x", "quota_bytes": 0}, "quota_bytes"),
         ("/v1/agents", {"agent": "p-x", "pinned": "yes"}, "pinned"),
+        ("/v1/agents", {"agent": "p-x", "reuse": "always"}, "reuse"),
         ("/v1/store/prune", {}, "older_s"),
         ("/v1/store/prune", {"older_s": -1}, "older_s"),
         ("/v1/store/prune", {"older_s": 1, "namespace": "a/b"}, "namespace"),
@@ -68,6 +69,24 @@ def test_policies_are_made_changed_and_kept(daemon: Daemon, client: AgentMemClie
     assert daemon.http.post("/v1/agents/q-ada/unpin", json={}).json()["pinned"] is False
     assert daemon.http.post("/v1/agents/q-ada/pin", json={}).json()["pinned"] is True
     assert daemon.http.patch("/v1/agents/q-none", json={"pinned": True}).status_code == 404
+
+
+def test_what_may_be_reused_is_asked_of_an_agent_or_of_a_request(
+    daemon: Daemon, client: AgentMemClient
+) -> None:
+    assert client.create("reuse-ada", reuse="composed")["reuse"] == "composed"
+    client.chat("reuse-ada", "A gate is blue. " * 24, max_tokens=2)
+    told = client.explain("reuse-ada")
+    assert (told["reuse"], told["composed_tokens"]) == ("composed", 0)
+    assert told["composition"][0].startswith("not composed: ")
+    assert client.set_policy("reuse-ada", reuse="exact")["reuse"] == "exact"
+    assert client.chat("reuse-ada", "And now?", max_tokens=2).cached_tokens > 300
+    assert "composition" not in client.explain("reuse-ada")
+    off = client.chat("reuse-ada", "And then?", max_tokens=2, reuse="off")
+    assert (off.cached_tokens, off.composed_tokens) == (0, 0)
+    assert client.explain("reuse-ada")["reason"] == "off"
+    body = {"messages": [{"role": "user", "content": "x"}], "agentmem": {"agent": "x", "reuse": "some"}}
+    assert daemon.http.post("/v1/chat/completions", json=body).status_code == 400
 
 
 def test_an_ephemeral_agent_says_that_it_is_not_committed(client: AgentMemClient) -> None:
