@@ -188,7 +188,7 @@ def _middle(ids: np.ndarray) -> int:
 
 
 def parts_of(ids: np.ndarray, spans: Sequence[Span], texts: Texts) -> list[Part]:
-    """The prompt from end to end: fixed text, then slot after slot with fixed text in front of and behind it, maybe of no tokens.
+    """The prompt from end to end: fixed text, then slot after slot with fixed text, maybe of no tokens, between them.
 
     A span whose ids are known is a slot; otherwise the known texts in it are; without any the whole span is an unknown one,
     but for system prompts, which are fixed. Precondition: spans do not overlap.
@@ -233,7 +233,8 @@ def _laid_out(slots: Sequence[tuple[Span, Part]], length: int) -> Iterator[Part]
         yield from _between(at, part.start, after, span.before)
         yield part
         at, after = part.stop, span.after
-    yield from _between(at, length, after, 0)
+    if at < length or not slots:
+        yield from _between(at, length, after, 0)
 
 
 def _between(start: int, stop: int, after: int, before: int) -> Iterator[Part]:
