@@ -61,6 +61,11 @@ class Home:
         return self.root / "store"
 
     @property
+    def composed(self) -> Path:
+        """What composed reuse keeps; made again where it is gone."""
+        return self.root / "composed"
+
+    @property
     def keys(self) -> Path:
         """Keys of encrypted agents, one file each, where they are not in the system's keychain."""
         return self.root / "keys"

@@ -15,10 +15,13 @@ from typing import Any
 from agentmem import __version__
 from agentmem.blockpool.extent import FORMAT_VERSION
 from agentmem.blockpool.geometry import Geometry
+from agentmem.blockpool.keep import Keep
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Vaults
 from agentmem.compose.composer import Composer
+from agentmem.compose.keeping import Keeping
+from agentmem.compose.ledger import Ledger
 from agentmem.compose.library import Library
 from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.budget import Budget, Limits
@@ -146,7 +149,9 @@ class Runtime(Roster):
             self._engine.fail_all(AgentMemError(f"the engine stopped: {error}"))
         while self._pool.arena.advance():  # the writer waits for copies that were begun
             pass
+        self._engine.composing.flush(everything=True)
         self._store.close()
+        self._engine.composing.close()
 
     def _build(self) -> None:
         """On the engine thread: model, self-test, pool, store, memory, engine."""
@@ -198,7 +203,7 @@ class Runtime(Roster):
         )  # fmt: skip
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, planner, chosen(self._self_test),
-            scheduler, lobby, Composing(model, self._make_composer), max_batch=settings.max_batch,
+            scheduler, lobby, self._composing(model), max_batch=settings.max_batch,
             wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
@@ -209,12 +214,25 @@ class Runtime(Roster):
         recall = self._engine.recall
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
+    def _composing(self, model: LoadedModel) -> Composing:
+        kept = self._settings.paths.composed
+        return Composing(model, self._make_composer, kept.exists)
+
     def _make_composer(self) -> Composer | str:
         """On the engine thread, when somebody first asks for composed reuse."""
-        budget = int(self._settings.compose_budget)
+        settings, store = self._settings, self._store
+        budget = int(settings.compose_budget)
         if not self._admission.set_aside(budget):
             return "memory_limit has no room for compose_budget"
-        return Composer(Library(budget // 2, budget - budget // 2))
+        library, ledger = Library(budget // 2, budget - budget // 2), Ledger()
+        keep = Keep(settings.paths.composed, self._fingerprint, budget, store.files)
+
+        def write(job: Callable[[], None]) -> None:
+            store.change(lambda _: job(), lambda _: None)
+
+        keeping = Keeping(library, ledger, keep, write)
+        keeping.restore()
+        return Composer(library, self._engine.model.tokenizer, ledger, keeping)
 
     def close(self) -> None:
         """End running replies (they are kept), finish writing, stop the engine."""

@@ -80,9 +80,14 @@ class Planner:
 
     @staticmethod
     def _reuse(sequence: Sequence) -> Reuse:
-        """As the request says, or else the agent."""
-        assert sequence.agent is not None
-        return sequence.request.reuse or sequence.agent.reuse
+        """As the request says, or else the agent. What an agent says that is encrypted or off the disk stays apart."""
+        agent = sequence.agent
+        assert agent is not None
+        wanted = sequence.request.reuse or agent.reuse
+        if wanted in ("composed", "auto") and not (agent.persist and agent.encrypted == "off"):
+            sequence.notes = ("not composed: the agent is encrypted, or kept off the disk",)
+            return "exact"
+        return wanted
 
     def _fit(self, sequence: Sequence) -> None:
         prompt, asked = len(sequence.ids), sequence.request.max_tokens

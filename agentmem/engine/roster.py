@@ -91,7 +91,9 @@ class Roster:
                 else:
                     done.set_result({"agent": name, "bytes_freed": freed})
 
-            self._memory.forget(self._memory.find(namespace, name), finish)
+            agent = self._memory.find(namespace, name)
+            self._engine.composing.forget(namespace, name)
+            self._memory.forget(agent, finish)
 
         self._when_idle(namespace, name, forget)
         return done.result()

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from agentmem.engine.request import ChatRequest, Finished, Started
+from agentmem.engine.request import ChatRequest, Started
 from agentmem.runtime import Runtime
 from tests.engine.turns import words
 from tests.runtime.agents import Running, cached, memory, open_runtime
@@ -66,5 +67,112 @@ def test_a_text_that_another_agent_has_read_is_composed(runtime: Runtime) -> Non
     assert memory(end)["prefilled_tokens"] == end.usage["prompt_tokens"] - put - cached(end) < 40
     told = runtime.explain("judge", "new")
     assert (told["reuse"], told["composed_tokens"]) == ("composed", put)
-    assert f"{len(new.encode())} tokens of a user message composed from {ENOUGH} anchors" in told["composition"][0]
+    assert (
+        f"{len(new.encode())} tokens of a user message composed from {ENOUGH} anchors"
+        in told["composition"][0]
+    )
     check(runtime)
+
+
+def test_what_was_taught_survives_a_restart(tmp_path: Path) -> None:
+    runtime = open_runtime(tmp_path)
+    taught(runtime)
+    before = runtime._call(lambda: held(runtime))
+    runtime.close()
+    runtime = open_runtime(tmp_path)
+    end = read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH], "new").end()
+    assert memory(end)["composed_tokens"] >= len(DOCUMENTS[ENOUGH].encode()) - 1
+    assert before <= runtime._call(lambda: held(runtime))
+    check(runtime)
+    runtime.close()
+
+
+def test_a_text_that_was_read_in_its_very_place_gives_the_answer_of_a_dense_run(runtime: Runtime) -> None:
+    """Its anchor is its own: what it went through there stands for itself. Its exact state is gone."""
+    taught(runtime, ENOUGH)
+    want = read(runtime, "judge", JUDGE, DOCUMENTS[0], "dense", reuse="off", max_tokens=24).end()
+    drop_exact_state(runtime)
+    again = read(runtime, "judge", JUDGE, DOCUMENTS[0], "again", max_tokens=24).end()
+    assert cached(again) < 64
+    assert memory(again)["composed_tokens"] >= len(DOCUMENTS[0].encode()) - 1
+    assert "composed from 1 anchor" in runtime.explain("judge", "again")["composition"][0]
+    assert again.text == want.text
+
+
+def test_exact_requests_take_no_notice(runtime: Runtime) -> None:
+    """The bits of a reply do not depend on what is composed around it, and nothing is taken down of it."""
+    exact = read(runtime, "plain", JUDGE, DOCUMENTS[ENOUGH], "a", reuse="exact", namespace="other").end()
+    assert runtime._engine.composing.made is None
+    assert not runtime._settings.paths.composed.exists()
+    taught(runtime)
+    known = runtime._call(lambda: held(runtime))
+    again = read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH], "b", reuse="exact").end()
+    assert (again.text, memory(again)["composed_tokens"]) == (exact.text, 0)
+    assert runtime._call(lambda: held(runtime)) == known
+    assert "composition" not in runtime.explain("judge", "b")
+
+
+def test_what_an_agent_read_is_forgotten_with_it(tmp_path: Path) -> None:
+    """Also on disk, and by a daemon that has composed nothing since it started."""
+    ids = np.frombuffer(DOCUMENTS[0].encode(), np.uint8).astype("<i4").tobytes()
+
+    def on_disk() -> bool:
+        return any(ids in p.read_bytes() for p in (tmp_path / "composed").rglob("*") if p.is_file())
+
+    runtime = open_runtime(tmp_path)
+    taught(runtime)
+    runtime.close()
+    assert on_disk()
+    runtime = open_runtime(tmp_path)
+    runtime.forget("solver")
+    runtime.forget("judge")
+    assert runtime._call(lambda: held(runtime)) == set()
+    runtime.close()
+    assert not on_disk()
+    assert not list((tmp_path / "composed" / "items").iterdir())
+
+
+def test_agents_that_are_encrypted_or_off_the_disk_stay_apart(runtime: Runtime) -> None:
+    runtime.create("sealed", {"encrypt": "file", "reuse": "composed"})
+    for agent, options in (("sealed", {"reuse": None}), ("ghost", {"persist": False})):
+        end = read(runtime, agent, JUDGE, DOCUMENTS[0], "s", **options).end()
+        assert memory(end)["composed_tokens"] == 0
+        assert "encrypted, or kept off the disk" in runtime.explain(agent, "s")["composition"][0]
+    assert runtime._engine.composing.made is None
+
+
+def test_namespaces_teach_each_other_nothing(runtime: Runtime) -> None:
+    taught(runtime)
+    for n, text in enumerate(DOCUMENTS[:ENOUGH]):
+        read(runtime, "judge", JUDGE, text, f"s{n}", namespace="other").end()
+    end = read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH], "new", namespace="other").end()
+    assert memory(end)["composed_tokens"] == 0
+
+
+def test_memory_that_is_too_small_for_it_leaves_the_prompt_dense(tmp_path: Path) -> None:
+    runtime = open_runtime(tmp_path, compose_budget=1 << 40)
+    end = read(runtime, "judge", JUDGE, DOCUMENTS[0], "a").end()
+    assert memory(end)["composed_tokens"] == 0
+    assert runtime.explain("judge")["composition"] == [
+        "not composed: memory_limit has no room for compose_budget"
+    ]
+    runtime.close()
+
+
+def held(runtime: Runtime) -> set[tuple[str, bytes]]:
+    """The texts that the library has, by namespace. Engine thread."""
+    composer = runtime._engine.composing.composer
+    assert not isinstance(composer, str)
+    return {(name, text) for name, space in composer.library.spaces.items() for text in space.segments}
+
+
+def drop_exact_state(runtime: Runtime) -> None:
+    """As if it had been too old to keep."""
+    runtime.prune(0.0)
+
+    def fill() -> None:
+        pool = runtime._pool
+        pool.release(pool.take(pool.slots.count))
+        runtime._memory.journal.bury()
+
+    runtime._call(fill)
