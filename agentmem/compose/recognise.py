@@ -77,12 +77,23 @@ class Match:
         return Span(self.start, self.stop, self.kind, self.at, self.short)
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A text to look for. `middle` and `total`: sums of its middle and of all but its first and last token; 0 for short texts."""
+
+    text: bytes
+    ids: np.ndarray
+    kind: str
+    middle: int = 0
+    total: int = 0
+
+
 class Texts:
     """Known texts, found anywhere in a prompt but for a token at either end, which may have merged with its neighbour."""
 
     def __init__(self) -> None:
-        self._texts: dict[bytes, tuple[np.ndarray, str, int]] = {}
-        self._middles: dict[int, list[bytes]] = defaultdict(list)
+        self._texts: dict[bytes, _Known] = {}
+        self._middles: dict[int, list[_Known]] = defaultdict(list)
         self._sorted: np.ndarray | None = None
 
     def __contains__(self, text: bytes) -> bool:
@@ -90,70 +101,90 @@ class Texts:
 
     def kind(self, text: bytes) -> str | None:
         known = self._texts.get(text)
-        return None if known is None else known[1]
+        return None if known is None else known.kind
 
     def add(self, text: bytes, ids: np.ndarray, kind: str) -> None:
         """`text` is the hash of `ids`; those that are too short are known as a whole only."""
         if text in self._texts:
             return
-        total = _Sums(ids[1:-1]).of(0, len(ids) - 2) if len(ids) >= SHORTEST else 0
-        self._texts[text] = (ids, kind, total)
-        if len(ids) >= SHORTEST:
-            self._middles[_middle(ids)].append(text)
-            self._sorted = None
+        if len(ids) < SHORTEST:
+            self._texts[text] = _Known(text, ids, kind)
+            return
+        total = _Sums(ids[1:-1]).of(0, len(ids) - 2)
+        known = self._texts[text] = _Known(text, ids, kind, _middle(ids), total)
+        self._middles[known.middle].append(known)
+        self._sorted = None
 
     def remove(self, text: bytes) -> None:
-        ids, _, _ = self._texts.pop(text, (np.empty(0, np.int32), "", 0))
-        if len(ids) >= SHORTEST:
-            middle = _middle(ids)
-            self._middles[middle].remove(text)
-            if not self._middles[middle]:
-                del self._middles[middle]
-            self._sorted = None
+        known = self._texts.pop(text, None)
+        if known is None or len(known.ids) < SHORTEST:
+            return
+        self._middles[known.middle] = [k for k in self._middles[known.middle] if k.text != text]
+        if not self._middles[known.middle]:
+            del self._middles[known.middle]
+        self._sorted = None
 
     def find(self, ids: np.ndarray, within: Sequence[Span]) -> list[Match]:
         """The texts that lie in one of these spans each, none across another, the longest first chosen; in order."""
         if not self._middles or len(ids) < SHORTEST:
             return []
-        starts = np.array([s.start for s in within], dtype=np.int64)
-        found = []
-        for match in self._candidates(ids):
-            number = int(np.searchsorted(starts, match.start, side="right")) - 1
-            if number >= 0 and match.stop <= within[number].stop:
-                found.append(match)
-        found.sort(key=lambda m: (m.start - m.stop, m.start))
-        taken = np.zeros(len(ids), dtype=bool)
-        chosen = []
-        for match in found:
-            if not taken[match.start : match.stop].any() and self._holds(match, ids):
-                taken[match.start : match.stop] = True
-                chosen.append(match)
-        return sorted(chosen, key=lambda m: m.start)
-
-    def _candidates(self, ids: np.ndarray) -> Iterator[Match]:
-        """Where sums say that a text is; longer ones overlap shorter ones."""
         if self._sorted is None:
             self._sorted = np.array(sorted(self._middles), dtype=np.uint64)
-        sums = _Sums(ids)
-        windows = sums.windows(_SHINGLE)
-        places = np.searchsorted(self._sorted, windows)
-        hits = np.flatnonzero(self._sorted[np.minimum(places, len(self._sorted) - 1)] == windows)
-        for hit in hits.tolist():
-            for text in self._middles[int(windows[hit])][-TRIES:]:
-                known, kind, total = self._texts[text]
-                first, inner = hit - _offset(len(known)), len(known) - 2
-                if first < 0 or first + inner > len(ids) or sums.of(first, inner) != total:
-                    continue
-                head = int(first == 0 or ids[first - 1] != known[0])
-                end = first + inner
-                short = int(end == len(ids) or ids[end] != known[-1])
-                yield Match(first - 1 + head, end + 1 - short, text, kind, head, short)
+        search = _Search(ids, within)
+        seen = search.middles_of(self._sorted)
+        found = [known for middle in seen for known in self._middles[middle][-TRIES:]]
+        for known in sorted(found, key=lambda k: -len(k.ids)):
+            search.take(known)
+        return sorted(search.matches, key=lambda m: m.start)
 
-    def _holds(self, match: Match, ids: np.ndarray) -> bool:
-        """A sum is a hint, ids are the truth."""
-        known = self._texts[match.text][0]
-        stop = match.at + match.stop - match.start
-        return np.array_equal(ids[match.start : match.stop], known[match.at : stop])
+
+class _Search:
+    """One prompt that is looked through. `limit`: for each token the end of the span that it is in, or 0."""
+
+    def __init__(self, ids: np.ndarray, within: Sequence[Span]) -> None:
+        self.ids, self.matches = ids, list[Match]()
+        self._sums = _Sums(ids)
+        self._windows = self._sums.windows(_SHINGLE)
+        self._limit = np.zeros(len(ids) + 1, dtype=np.int64)
+        for span in within:
+            self._limit[span.start : span.stop] = span.stop
+        self._taken = np.zeros(len(ids), dtype=bool)
+
+    def middles_of(self, known: np.ndarray) -> list[int]:
+        """Which of these sums of middles, sorted, are in the prompt."""
+        places = np.minimum(np.searchsorted(known, self._windows), len(known) - 1)
+        self._hits = np.flatnonzero(known[places] == self._windows)
+        return [int(m) for m in np.unique(self._windows[self._hits])]
+
+    def take(self, known: _Known) -> None:
+        """Match this text from left to right wherever nothing longer is."""
+        starts, stops, heads, shorts = self._places(known)
+        number = 0
+        while number < len(starts):
+            start, stop, head = int(starts[number]), int(stops[number]), int(heads[number])
+            # A sum is a hint, ids are the truth.
+            if np.array_equal(self.ids[start:stop], known.ids[head : head + stop - start]):
+                match = Match(start, stop, known.text, known.kind, head, int(shorts[number]))
+                self.matches.append(match)
+                self._taken[start:stop] = True
+                number = int(np.searchsorted(starts, stop))
+            else:
+                number += 1
+
+    def _places(self, known: _Known) -> tuple[np.ndarray, ...]:
+        """Where sums say that the text is: first and last token of each place, and how many of its own miss at either end."""
+        n, inner = len(self.ids), len(known.ids) - 2
+        first = self._hits[self._windows[self._hits] == known.middle] - _offset(len(known.ids))
+        first = first[(first >= 0) & (first + inner <= n)]
+        first = first[self._sums.each(first, inner) == np.uint64(known.total)]
+        limit, end = self._limit[first], first + inner
+        before, behind = np.maximum(first - 1, 0), np.minimum(end, n - 1)
+        head = (first == 0) | (self.ids[before] != known.ids[0]) | (self._limit[before] != limit)
+        short = (end == n) | (self.ids[behind] != known.ids[-1]) | (self._limit[behind] != limit)
+        start, stop = first - 1 + head, end + 1 - short
+        taken = np.concatenate([[0], np.cumsum(self._taken)])
+        free = (limit >= stop) & (taken[start] == taken[stop])
+        return start[free], stop[free], head[free], short[free]
 
 
 class _Sums:
@@ -170,6 +201,10 @@ class _Sums:
     def of(self, start: int, length: int) -> int:
         apart = int(self._total[start + length]) - int(self._total[start])
         return apart * int(self._back[start]) & _MASK
+
+    def each(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The same from each of these tokens on: uint64 [k]."""
+        return (self._total[starts + length] - self._total[starts]) * self._back[starts]
 
     def windows(self, length: int) -> np.ndarray:
         """Of every stretch of this length: uint64 [n - length + 1]."""
