@@ -196,7 +196,7 @@ class Keep:
 
     def _row(self, kept: Kept) -> tuple[Any, ...]:
         state = json.dumps(kept.state, separators=(",", ":"), sort_keys=True)
-        columns = (kept.key, kept.name, self.fingerprint, kept.bytes, kept.score, state)
+        columns = (kept.key, kept.name, self.fingerprint, kept.bytes, float(kept.score), state)
         return (*columns, _sum(*columns))
 
     def _unlink(self, names: set[str]) -> None:

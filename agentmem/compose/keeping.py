@@ -78,7 +78,7 @@ class Keeping:
         self.library.adopt_anchor(found.about["slot"], frozen.thawed_anchor(found, state), source)
 
     def _restore_notes(self) -> None:
-        self._notes = self.keep.notes()
+        self._notes, entries = self.keep.notes(), {}
         for key, data in self._notes.items():
             kind, value = key.partition("/")[0], json.loads(data)
             if kind == "document":
@@ -87,7 +87,8 @@ class Keeping:
                 self.library.declare(value["namespace"], value["name"], value["text"])
             elif kind == "ledger":
                 template = bytes.fromhex(value["template"])
-                self.ledger.entries[value["namespace"], template] = Entry.of_json(value["entry"])
+                entries[value["namespace"], template] = Entry.of_json(value["entry"])
+        self.ledger.adopt(entries)
 
     def flush(self, everything: bool = False) -> None:
         """Hand what changed to the writer. `everything`: counters that change with every prompt too."""

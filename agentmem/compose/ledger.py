@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -66,9 +66,13 @@ Case = tuple[bytes, ...]
 
 @dataclass(slots=True)
 class Entry:
-    """A template: ids of its `fixed` text, who has prompts of it, what planners do to it, and its last prompts."""
+    """A template: ids of its `fixed` text, who has prompts of it, what planners do to it, and its last prompts.
+
+    seen: the ledger's count of prompts when it was seen last.
+    """
 
     fixed: tuple[tuple[int, ...], ...]
+    seen: int = 0
     owners: set[str] = field(default_factory=set)
     records: dict[str, Record] = field(default_factory=dict)
     cases: OrderedDict[Case, None] = field(default_factory=OrderedDict)
@@ -76,6 +80,7 @@ class Entry:
     def json(self) -> dict[str, Any]:
         return {
             "fixed": [list(ids) for ids in self.fixed],
+            "seen": self.seen,
             "owners": sorted(self.owners),
             "records": {
                 planner: {
@@ -99,7 +104,8 @@ class Entry:
             for planner, r in data["records"].items()
         }
         cases = OrderedDict.fromkeys(tuple(bytes.fromhex(t) for t in case) for case in data["cases"])
-        return cls(tuple(tuple(ids) for ids in data["fixed"]), set(data["owners"]), records, cases)
+        fixed = tuple(tuple(ids) for ids in data["fixed"])
+        return cls(fixed, data["seen"], set(data["owners"]), records, cases)
 
 
 Key = tuple[str, bytes]
@@ -116,6 +122,12 @@ class Ledger:
         self.bounds = bounds or Bounds()
         self.entries: OrderedDict[Key, Entry] = OrderedDict()
         self.changed: set[Key] = set()
+        self._seen = 0
+
+    def adopt(self, entries: Mapping[Key, Entry]) -> None:
+        """Take in what was kept."""
+        self.entries = OrderedDict(sorted(entries.items(), key=lambda item: item[1].seen))
+        self._seen = max((e.seen for e in entries.values()), default=0)
 
     def saw(
         self, namespace: str, template: bytes, fixed: Iterable[tuple[int, ...]], case: Case, agent: str
@@ -124,6 +136,8 @@ class Ledger:
         key = (namespace, template)
         entry = self.entries.setdefault(key, Entry(tuple(fixed)))
         self.entries.move_to_end(key)
+        self._seen += 1
+        entry.seen = self._seen
         entry.owners.add(agent)
         entry.cases[case] = None
         entry.cases.move_to_end(case)
