@@ -1,7 +1,7 @@
 // The entries of one sequence and query head, merged by their log-sum-exp. A group of WARPS warps.
 
-#define WARPS 8
-#define AT_ONCE 256  // entries whose weights are held: one for each thread
+#define WARPS 16
+#define AT_ONCE 512  // entries whose weights are held: one for each thread
 #define LOG2_E 1.44269504f
 
 // starts [sequences + 1], order: the entries of each sequence. sinks [heads], where there are any.

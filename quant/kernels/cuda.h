@@ -9,10 +9,10 @@
 #define PRIVATE
 #define SHARED_ARGUMENT
 #define UNROLL _Pragma("unroll")
+#define ONE_BY_ONE _Pragma("unroll 1")
 #define UNROLL_FOUR _Pragma("unroll 4")
 #define BARRIER __syncthreads()
 #define WARP_BARRIER __syncwarp()
-#define ROW_OTHER(x, bit) __shfl_xor_sync(0xffffffffu, x, 4 * (bit))
 #define LANE_OTHER(x, bit) __shfl_xor_sync(0xffffffffu, x, bit)
 #define ANY(x) __any_sync(0xffffffffu, x)
 #define AS_FLOAT(x) __uint_as_float(x)
@@ -54,6 +54,10 @@ FN float FROM_HALF(unsigned x) { return __half2float(__ushort_as_half((unsigned 
 FN unsigned PACK_HALF(float x, float y) {
   const __half2 pair = __floats2half2_rn(x, y);
   return *(const unsigned*)&pair;
+}
+FN unsigned SCALED(unsigned pair, float by) {
+  const __half2 x = __hmul2(*(const __half2*)&pair, __float2half2_rn(by));
+  return *(const unsigned*)&x;
 }
 FN float EXP2(float x) {
   float y;

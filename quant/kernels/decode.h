@@ -1,7 +1,7 @@
 // Flash-decoding over stored rows: one body for every device.
 //
-// A warp takes one KV head of one item. An item is a stretch of runs (rows that lie one behind the other) and the sequences
-// that read it. The columns of the products, 8 or 16, are (sequence, query head of this KV head). Codes enter the products as
+// A warp takes one KV head of one item. An item is a stretch of runs (rows that lie one behind the other), packed or not, and
+// the sequences that read it. The columns of the products, 8 or 16, are (sequence, query head of this KV head). Codes enter the products as
 // small integers; scales and biases join behind them, on the scores and on the weights, so that no element is dequantised.
 //
 // A lane is (row, col) = (0..7, 0..3). product(c, a0, a1, a2, a3, b0, b1): c[16 x 8] += a[16 x 16] b[16 x 8], where
@@ -22,7 +22,6 @@ template <class S> struct Result {
   Four out[S::COLUMNS][S::OUTS];
   float bias[S::COLUMNS][2][S::V_GROUPS];
   float top[S::COLUMNS][2], sum[S::COLUMNS][2]; // `sum` and `bias` of this lane's tokens only
-  bool packed;                                  // whether `out` is in the units of codes
 };
 
 template <class S> struct Keys {                // a lane's part of 16 rows
@@ -40,18 +39,24 @@ struct Places {
 
 template <class S> FN Places places_of(const GLOBAL unsigned* run, unsigned head, unsigned row, unsigned col) {
   Places p;
-  p.pairs = run + row * S::ROW_WORDS;
-  p.keys = p.pairs + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
+  p.pairs = run + row * S::ROW_WORDS + S::K_PAIRS_AT + head * S::K_GROUPS;
+  p.keys = run + row * S::ROW_WORDS + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
   p.values = run + 2 * col * S::ROW_WORDS + S::V_CODES_AT;
   if (S::V_BITS == 32) p.values += (head * S::DV + row * S::V_DIMS) * S::VB / 32;
   return p;
 }
 
-// 16 rows from `first` on, of which those behind the run's end may be anything that the slot still holds
+template <class S> FN void advance(PRIVATE Places& p) {
+  p.keys += 16 * S::ROW_WORDS;
+  p.pairs += 16 * S::ROW_WORDS;
+  p.values += 16 * S::ROW_WORDS;
+}
+
+// 16 rows from these places on, of which those behind the run's end may be anything that the slot still holds
 template <class S>
-FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned first, unsigned head, unsigned col) {
+FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned head, unsigned col) {
   UNROLL for (int x = 0; x < 2; x++) {
-    const unsigned at = (first + 8 * x) * S::ROW_WORDS;
+    const int at = 8 * x * S::ROW_WORDS;
     UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
       if (S::KB == 3) {
         const unsigned bit = (head * S::DK + kg * S::KG + col * (S::KG / 4)) * 3;
@@ -62,18 +67,18 @@ FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned first, unsigned h
         words_at<S::K_WORDS, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, p.keys + at + kg * (S::KG * S::KB / 32));
       }
     }
-    words_at<S::K_GROUPS, S::K_PAIRS_EVEN>(t.pairs[x], p.pairs + at + S::K_PAIRS_AT + head * S::K_GROUPS);
+    words_at<S::K_GROUPS, S::K_PAIRS_EVEN>(t.pairs[x], p.pairs + at);
   }
 }
 
 template <class S>
-FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned first, unsigned head, unsigned row) {
+FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned head, unsigned row) {
+  const GLOBAL unsigned* values = p.pairs + (S::V_PAIRS_AT - S::K_PAIRS_AT) + head * (S::V_GROUPS - S::K_GROUPS);
   UNROLL for (int x = 0; x < 2; x++) {
-    const unsigned at = (first + 8 * x) * S::ROW_WORDS + S::V_PAIRS_AT;
-    words_at<S::V_GROUPS, S::V_PAIRS_EVEN>(t.pairs[x], p.pairs + at + head * S::V_GROUPS);
+    words_at<S::V_GROUPS, S::V_PAIRS_EVEN>(t.pairs[x], values + 8 * x * S::ROW_WORDS);
   }
   UNROLL for (int i = 0; i < 4; i++) {
-    const GLOBAL unsigned* codes = p.values + (first + 8 * (i / 2) + i % 2) * S::ROW_WORDS;
+    const GLOBAL unsigned* codes = p.values + (8 * (i / 2) + i % 2) * S::ROW_WORDS;
     UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
       UNROLL for (int w = 0; w < S::V_WORDS; w++) {
         if (S::V_BITS == 32) {
@@ -90,7 +95,8 @@ FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned first, unsign
 // -- one tile ---------------------------------------------------------------------------------------------------------------
 
 template <class S>
-FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, const PRIVATE Query<S>& q) {
+FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, const PRIVATE Query<S>& q,
+                      const SHARED_ARGUMENT float* sums) {
   UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
   UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
     Four sum[S::COLUMNS];
@@ -110,7 +116,7 @@ FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, c
       const float scale = wide<S::BF>(t.pairs[x][kg]) * CODE_UNIT, bias = wide<S::BF>(t.pairs[x][kg] >> 16);
       UNROLL for (int c = 0; c < S::COLUMNS; c++) {
         UNROLL for (int j = 0; j < 2; j++) {
-          s[c].x[2 * x + j] += sum[c].x[2 * x + j] * scale + bias * q.sums[c][j][kg];
+          s[c].x[2 * x + j] += sum[c].x[2 * x + j] * scale + bias * sums[column_of(c, j, 0) * S::K_GROUPS + kg];
         }
       }
     }
@@ -145,14 +151,14 @@ template <class S> FN void raise(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S
 
 // From scores to weights. Those of rows that do not count, or that a column does not see, are nothing.
 template <class S>
-FN void soften(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S>& r, const PRIVATE unsigned (&lows)[S::COLUMNS][2],
+FN void soften(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S>& r, const SHARED_ARGUMENT unsigned* lows,
                unsigned pos, unsigned first, unsigned rows, unsigned row) {
   bool edge = first + 16 > rows, grew = false;
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) edge = edge || pos + first < lows[c][0] || pos + first < lows[c][1];
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) edge = edge || pos + first < max(lows[8 * c], lows[8 * c + 1]);
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int i = 0; i < 4; i++) {
       const unsigned token = first + 8 * (i / 2) + row;
-      if (edge && (token >= rows || pos + token < lows[c][i % 2])) s[c].x[i] = 2 * NOTHING;
+      if (edge && (token >= rows || pos + token < lows[8 * c + i % 2])) s[c].x[i] = 2 * NOTHING;
       grew = grew || s[c].x[i] > r.top[c][i % 2] + SLACK;
     }
   }
@@ -255,18 +261,15 @@ FN void raw_values(PRIVATE Result<S>& r, const PRIVATE Four (&s)[S::COLUMNS], co
 
 // -- one item ---------------------------------------------------------------------------------------------------------------
 
-// `out` in the units of codes and weights, or in plain ones
-template <class S> FN void turn_to(PRIVATE Result<S>& r, bool packed) {
-  if (r.packed == packed) return;
+// `out` from the units of codes and weights to plain ones
+template <class S> FN void decode_units(PRIVATE Result<S>& r) {
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int n = 0; n < S::OUTS; n++) {
       UNROLL for (int i = 0; i < 4; i++) {
-        const float factor = OUT_UNIT / unit<S::VB>((2 * n + i / 2) % S::V_DIMS % Half<S::VB>::VALUES);
-        r.out[c][n].x[i] *= packed ? 1.0f / factor : factor;
+        r.out[c][n].x[i] *= OUT_UNIT / unit<S::VB>((2 * n + i / 2) % S::V_DIMS % Half<S::VB>::VALUES);
       }
     }
   }
-  r.packed = packed;
 }
 
 template <class S>
@@ -295,22 +298,24 @@ FN void store(const PRIVATE Result<S>& r, GLOBAL float* partial, GLOBAL float* s
 }
 
 template <class S>
-FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL unsigned* run,
-                   const PRIVATE unsigned (&lows)[S::COLUMNS][2], unsigned pos, unsigned rows, unsigned head,
+FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const SHARED_ARGUMENT float* sums,
+                   const GLOBAL unsigned* run,
+                   const SHARED_ARGUMENT unsigned* lows, unsigned pos, unsigned rows, unsigned head,
                    unsigned row, unsigned col) {
-  const Places places = places_of<S>(run, head, row, col);
+  Places next = places_of<S>(run, head, row, col);
   Keys<S> keys;
   Values<S> values;
-  load_keys<S>(keys, places, 0, head, col);
-  load_values<S>(values, places, 0, head, row);
+  load_keys<S>(keys, next, head, col);
+  load_values<S>(values, next, head, row);
   for (unsigned first = 0; first < rows; first += 16) {
     Four s[S::COLUMNS];
-    packed_scores<S>(s, keys, q);
-    if (first + 16 < rows) load_keys<S>(keys, places, first + 16, head, col);
+    packed_scores<S>(s, keys, q, sums);
+    advance<S>(next);
+    if (first + 16 < rows) load_keys<S>(keys, next, head, col);
     soften<S>(s, r, lows, pos, first, rows, row);
     if (first + 16 > rows) blank<S>(values, rows - first, row);
     packed_values<S>(r, values, s);
-    if (first + 16 < rows) load_values<S>(values, places, first + 16, head, row);
+    if (first + 16 < rows) load_values<S>(values, next, head, row);
   }
 }
 
@@ -318,67 +323,63 @@ FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const GLOBAL
 // runs [n, 2]: first word, rows | kind << 30; of tails: first row | most rows << 15 | kind << 30, because how many there are
 // changes with every step. state [sequences, 2]: rows of its tail, first position that it sees.
 // keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows_out` is how they are stored.
-// map: see query.h.
+// map: see query.h. held: HELD words of the warp's own.
 // settings: the bits of the scale, the word at which the layer's tails begin.
 template <class S, class T, class Items, class Entries, class Runs, class State, class Settings>
 FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values,
                      const GLOBAL float* map, const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, Items items, Entries entries, Runs runs,
                      State state, Settings settings, unsigned count, GLOBAL float* partial, GLOBAL float* stats,
-                     GLOBAL unsigned* rows_out, unsigned warp, unsigned lane, unsigned row, unsigned col) {
+                     GLOBAL unsigned* rows_out, SHARED_ARGUMENT unsigned* held, unsigned warp, unsigned lane, unsigned row,
+                     unsigned col) {
   const unsigned item = warp / S::H, head = warp % S::H;
   if (item >= count) return;
-  const unsigned first_run = items[5 * item], end_run = items[5 * item + 1];
+  const unsigned first_run = items[5 * item];
   const unsigned entry = items[5 * item + 2], used = (items[5 * item + 3] - entry) * S::R;
   unsigned pos = items[5 * item + 4];
+  hold_queries<S, T>(held, queries, map, entries + entry, state, used, head, AS_FLOAT(settings[0]), lane);
   Query<S> q;
   Result<S> r;
-  unsigned lows[S::COLUMNS][2];
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int j = 0; j < 2; j++) {
-      const unsigned n = column_of(c, j, col);
-      lows[c][j] = n < used ? state[2 * entries[entry + n / S::R] + 1] : 0u;
       r.top[c][j] = NOTHING;
       r.sum[c][j] = 0;
       UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[c][j][g] = 0;
     }
     UNROLL for (int n = 0; n < S::OUTS; n++) r.out[c][n] = Four{{0, 0, 0, 0}};
   }
-  r.packed = false;
-  bool loaded = false, packed = false;
-  for (unsigned i = first_run; i < end_run; i++) {
+  const bool packed = S::PACKS && runs[2 * first_run + 1] >> 30 == PACKED;
+  load_query<S>(q, held, packed, row, col);
+  for (unsigned i = first_run; i < items[5 * item + 1]; i++) {
     const unsigned kind = runs[2 * i + 1] >> 30, field = runs[2 * i + 1] & 0x3fffffffu;
     const GLOBAL unsigned* run = arena + runs[2 * i];
+    if (packed) {
+      packed_run<S>(r, q, sums_of<S>(held, col), run, lows_of<S>(held, col), pos, field, head, row, col);
+      pos += field;
+      continue;
+    }
     unsigned rows = field;
     bool own = false;
     if (kind == TAIL) {
-      const unsigned held = state[2 * entries[entry]], begin = field & 0x7fffu, end = min(held, begin + (field >> 15));
+      const unsigned there = state[2 * entries[entry]], begin = field & 0x7fffu, end = min(there, begin + (field >> 15));
       run = tails + settings[1] + runs[2 * i] + begin * S::RAW_WORDS;
       rows = end > begin ? end - begin : 0u;
-      own = end == held;
+      own = end == there;
     }
     if (rows == 0) continue;
-    if (!loaded || packed != (kind == PACKED)) {
-      packed = kind == PACKED;
-      load_query<S, T>(q, queries, map, entries + entry, used, head, AS_FLOAT(settings[0]), packed, row, col);
-      turn_to<S>(r, packed);
-      loaded = true;
-    }
-    if (S::PACKS && packed) {
-      packed_run<S>(r, q, run, lows, pos, rows, head, row, col);
-    } else {
-      const unsigned sequence = entries[entry], token = sequence * S::H + head;
-      GLOBAL unsigned* fresh = rows_out + sequence * S::RAW_WORDS;
-      if (own) keep<S, T>(fresh, keys + token * S::DK, values + token * S::DV, map, head, lane);
-      const RawRun raw = {run, own ? fresh : run + (rows - 1) * S::RAW_WORDS, rows};
-      for (unsigned first = 0; first < rows; first += 16) {
-        Four s[S::COLUMNS];
-        raw_scores<S>(s, q, raw, first, head, row, col);
-        soften<S>(s, r, lows, pos, first, rows, row);
-        raw_values<S>(r, s, raw, first, head, row, col);
-      }
+    const unsigned sequence = entries[entry], token = sequence * S::H + head;
+    GLOBAL unsigned* fresh = rows_out + sequence * S::RAW_WORDS;
+    if (own) keep<S, T>(fresh, keys + token * S::DK, values + token * S::DV, map, head, lane);
+    const RawRun raw = {run, own ? fresh : run + (rows - 1) * S::RAW_WORDS, rows};
+    for (unsigned first = 0; first < rows; first += 16) {
+      Four s[S::COLUMNS];
+      raw_scores<S>(s, q, raw, first, head, row, col);
+      soften<S>(s, r, lows_of<S>(held, col), pos, first, rows, row);
+      raw_values<S>(r, s, raw, first, head, row, col);
     }
     pos += rows;
   }
-  turn_to<S>(r, false);
-  store<S>(r, partial, stats, entry, used, head, row, col);
+  if (packed) decode_units<S>(r);
+  // Read again: what is kept over the loop costs registers, and of those 128 are what two groups of a sub-core leave each other.
+  const unsigned start = items[5 * item + 2], members = items[5 * item + 3] - start;
+  store<S>(r, partial, stats, start, members * S::R, head, row, col);
 }

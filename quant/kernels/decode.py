@@ -20,8 +20,9 @@ from agentmem.quant.kernels.source import Kernel, kernel
 from agentmem.quant.rows import RowCodec
 
 LOG2_E = 1.4426950408889634
-THREADS = 128
-MERGE_THREADS = 256  # as many warps as combine.h has
+MERGE_THREADS = 512  # as many warps as combine.h has
+SHARED_WORDS = 8192
+"""Of a group of warps: as much as a Metal device has."""
 ROOM = 64  # entries: memory of a size that a step has given back is had again at once, of another it is not
 BITS = (3, 4, 8)
 
@@ -41,13 +42,15 @@ _INPUTS = (
 FILES = ("shape.h", "query.h", "decode.h")
 _PARTIAL = [mx.float32, mx.float32, mx.uint32]
 _BODY = """
-  flash_decode<DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE, MAPS>, T>(
+  using S = DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE, MAPS>;
+  SHARED unsigned held[GROUP * S::HELD];
+  flash_decode<S, T>(
       queries, keys, values, map, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
-      group * (threads / 32) + tid / 32, lane, row, col);
+      held + tid / 32 * S::HELD, group * GROUP + tid / 32, lane, row, col);
 """
 _COMBINE = """
-  SHARED float weights[AT_ONCE], parts[WARPS * (DV + 1)], tops[WARPS];
-  SHARED unsigned places[AT_ONCE];
+  SHARED float weights[GROUP], parts[WARPS * (DV + 1)], tops[WARPS];
+  SHARED unsigned places[GROUP];
   combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, weights, places, parts, tops, group, tid, lane);
 """
 
@@ -75,13 +78,20 @@ def template(codec: RowCodec, query_heads: int, wide: bool, mapped: bool) -> dic
     }  # fmt: skip
 
 
+def _group(codec: RowCodec, wide: bool) -> int:
+    """Warps of a group: of 4, or fewer where their queries take too much shared memory."""
+    pairs, dim = (8 if wide else 4), codec.shape.key_dim
+    return 4 if 4 * pairs * (dim + dim // 16) <= SHARED_WORDS else 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Launch:
     """What both launches are for one codec, whatever the token: made once for every plan."""
 
     codec: RowCodec
     layout: Layout
-    threads: int
+    threads: tuple[int, int]
+    """In all, and of a group."""
     decode: Kernel
     template: list[tuple[str, Any]]
     merge: Kernel
@@ -95,11 +105,11 @@ def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bo
     if made is None:
         layout, dim = batch.layout(codec), codec.shape.value_dim
         entries = -(-batch.entries.size // ROOM) * ROOM
-        warps = layout.items.shape[0] * codec.shape.heads
+        warps, group = layout.items.shape[0] * codec.shape.heads, _group(codec, batch.wide)
         made = batch.launches[key] = _Launch(
-            codec, layout, -(-warps * 32 // THREADS) * THREADS,
+            codec, layout, (-(-warps // group) * group * 32, group * 32),
             kernel("agentmem_flash_decode", FILES, _BODY, _INPUTS, ("partial", "stats", "rows")),
-            [("T", dtype), *template(codec, heads, batch.wide, mapped).items()],
+            [("T", dtype), ("GROUP", group), *template(codec, heads, batch.wide, mapped).items()],
             kernel("agentmem_combine", ("combine.h",), _COMBINE, ("partial", "stats", "starts", "order", "sinks"), ("out",)),
             [("T", dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sunk)],
             [(entries, heads, dim), (entries, heads, 2), (len(batch.reaches), codec.raw_words)],
@@ -142,8 +152,8 @@ def flash_decode(
             batch.entries, launch.layout.runs, batch.state, _settings(scale, tails[1]),
         ],
         template=launch.template,
-        grid=(launch.threads, 1, 1),
-        threadgroup=(THREADS, 1, 1),
+        grid=(launch.threads[0], 1, 1),
+        threadgroup=(launch.threads[1], 1, 1),
         output_shapes=launch.shapes,
         output_dtypes=_PARTIAL,
     )  # fmt: skip

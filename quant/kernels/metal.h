@@ -9,9 +9,10 @@
 #define PRIVATE thread
 #define SHARED_ARGUMENT threadgroup
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define ONE_BY_ONE _Pragma("clang loop unroll(disable)")
 #define UNROLL_FOUR _Pragma("clang loop unroll_count(4)")
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
-#define WARP_BARRIER simdgroup_barrier(mem_flags::mem_device)
+#define WARP_BARRIER simdgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup)
 #define ANY(x) simd_any(x)
 #define AS_FLOAT(x) as_type<float>(x)
 #define AS_UINT(x) as_type<unsigned>(x)
@@ -42,10 +43,11 @@ FN void LOAD_FOUR(thread float* to, const device float* from) {
 FN float FROM_HALF(unsigned x) { return float(as_type<half>(ushort(x))); }
 FN unsigned PACK_HALF(float x, float y) { return as_type<unsigned>(half2(half(x), half(y))); }
 
+FN unsigned SCALED(unsigned pair, float by) { return as_type<unsigned>(as_type<half2>(pair) * half2(half(by))); }
+
 // Lanes lie in an 8 x 8 matrix of a simdgroup so that bits 0 and 3 of a lane are its column pair, the others its row.
 FN unsigned row_of(unsigned lane) { return (lane / 2) % 4 + (lane / 16) * 4; }
 FN unsigned col_of(unsigned lane) { return lane % 2 + (lane / 8) % 2 * 2; }
-FN float ROW_OTHER(float x, int bit) { return simd_shuffle_xor(x, bit == 4 ? 16 : 2 * bit); }
 FN float LANE_OTHER(float x, int bit) { return simd_shuffle_xor(x, bit); }
 FN float ROW_SUM(float x) {
   x += simd_shuffle_xor(x, 2);

@@ -5,6 +5,8 @@ struct DecodeShape {
   enum {
     H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_, PACKS = PACKS_, BF = BF_, MAPS = MAPS_,
     COLUMNS = WIDE_ ? 2 : 1,                  // of products, in eights
+    PAIRS = 4 * COLUMNS,
+    EACH = DK / 32,                           // dims of a vector that a lane has
     K_GROUPS = DK / KG, V_GROUPS = DV / VG,
     K_CHUNKS = KG / 32,                       // of 8 dims, per lane and group
     CHUNKS = DK / 32,
@@ -19,6 +21,7 @@ struct DecodeShape {
     V_PAIRS_AT = V_CODES_AT + H * DV * VB / 32,
     RAW_WORDS = H * (DK + DV) / 2,
     ROW_WORDS = PACKS ? V_PAIRS_AT + H * V_GROUPS : RAW_WORDS,
+    HELD = PAIRS * (DK + 2 * K_GROUPS + 2),   // words of a warp's shared memory
     // Where two words may be read at once
     K_EVEN = KB != 3 && ROW_WORDS % 2 == 0 && DK * KB / 32 % 2 == 0 && K_WORDS % 2 == 0,
     K_PAIRS_EVEN = ROW_WORDS % 2 == 0 && K_PAIRS_AT % 2 == 0 && K_GROUPS % 2 == 0,

@@ -13,6 +13,7 @@
 #define PRIVATE
 #define SHARED_ARGUMENT
 #define UNROLL
+#define ONE_BY_ONE
 #define UNROLL_FOUR
 #define NOTHING -1e30f
 #define BARRIER meet(true)
@@ -22,6 +23,7 @@
 #define WEIGHT_UNIT 4.0f
 #define OUT_UNIT 4194304.0f
 #define OPERAND(x) (x)
+using std::max;
 using std::min;
 
 struct Lane {
@@ -82,6 +84,7 @@ FN unsigned AS_UINT(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
 FN float FROM_HALF(unsigned x) { uint16_t h = x; _Float16 y; std::memcpy(&y, &h, 2); return (float)y; }
 FN unsigned half_of(float x) { _Float16 y = x; uint16_t h; std::memcpy(&h, &y, 2); return h; }
 FN unsigned PACK_HALF(float x, float y) { return half_of(x) | half_of(y) << 16; }
+FN unsigned SCALED(unsigned x, float by) { return PACK_HALF(FROM_HALF(x & 0xffff) * by, FROM_HALF(x >> 16) * by); }
 FN float EXP2(float x) { return std::exp2(x); }
 FN unsigned LOAD(const unsigned* p) { return *p; }
 FN void LOAD_TWO(unsigned* to, const unsigned* from) { to[0] = from[0]; to[1] = from[1]; }
@@ -97,7 +100,6 @@ FN unsigned swapped(unsigned x, unsigned mask) {
   meet();
   return y;
 }
-FN float ROW_OTHER(float x, unsigned bit) { return AS_FLOAT(swapped(AS_UINT(x), 4 * bit)); }
 FN float LANE_OTHER(float x, unsigned bit) { return AS_FLOAT(swapped(AS_UINT(x), bit)); }
 FN float ROW_SUM(float x) {
   for (unsigned mask = 4; mask < 32; mask *= 2) x += AS_FLOAT(swapped(AS_UINT(x), mask));

@@ -24,9 +24,10 @@ extern "C" void run_decode(const float* queries, const float* keys, const float*
                            const unsigned* tails, const unsigned* items, const unsigned* entries, const unsigned* runs, const unsigned* state,
                            const unsigned* settings, unsigned count, float* partial, float* stats, unsigned* rows) {
   for (unsigned warp = 0; warp < count * S::H; warp++) {
+    std::vector<unsigned> held(S::HELD);
     run_group(32, [&](unsigned lane) {
       flash_decode<S, float>(queries, keys, values, map, arena, tails, constant(items), constant(entries), constant(runs),
-                             constant(state), constant(settings), count, partial, stats, rows, warp, lane, lane / 4,
+                             constant(state), constant(settings), count, partial, stats, rows, held.data(), warp, lane, lane / 4,
                              lane % 4);
     });
   }
