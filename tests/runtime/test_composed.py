@@ -29,20 +29,24 @@ def read(runtime: Runtime, agent: str, system: str, text: str, session: str, **o
     return Running(runtime, ChatRequest(agent, messages, session=session, **fields))
 
 
-def taught(runtime: Runtime, known: int = ENOUGH + 1) -> None:
-    """The solver has read `known` documents, and the judge as many as it takes."""
-    for n, text in enumerate(DOCUMENTS[:known]):
-        read(runtime, "solver", SOLVER, text, f"s{n}").end()
-    for n, text in enumerate(DOCUMENTS[:ENOUGH]):
-        read(runtime, "judge", JUDGE, text, f"s{n}").end()
+def taught(runtime: Runtime, known: int = ENOUGH + 1) -> list[tuple[str, str, str]]:
+    """The solver has read `known` documents, and the judge as many as it takes: system prompts, documents and replies."""
+    done = []
+    for agent, system, texts in (("solver", SOLVER, DOCUMENTS[:known]), ("judge", JUDGE, DOCUMENTS[:ENOUGH])):
+        for n, text in enumerate(texts):
+            done.append((system, text, read(runtime, agent, system, text, f"s{n}").end().text))
+    return done
 
 
 def check(runtime: Runtime) -> None:
-    runtime._call(runtime._pool.check)
-    assert runtime._call(lambda: runtime._pool.tails.used) == 0
-    composer = runtime._engine.composing.composer
-    assert not isinstance(composer, str)
-    runtime._call(composer.library.check_integrity)
+    def integrity() -> None:
+        runtime._pool.check()
+        assert runtime._pool.tails.used == 0
+        composer = runtime._engine.composing.composer
+        assert not isinstance(composer, str)
+        composer.library.check_integrity()
+
+    runtime._call(integrity)
 
 
 @pytest.fixture
