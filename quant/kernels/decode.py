@@ -49,8 +49,8 @@ _BODY = """
       held + tid / 32 * S::HELD, group * GROUP + tid / 32, lane, row, col);
 """
 _COMBINE = """
-  SHARED float weights[GROUP], parts[WARPS * (DV + 1)], tops[WARPS];
-  SHARED unsigned places[GROUP];
+  SHARED float weights[AT_ONCE], parts[WARPS * (DV + 1)], tops[WARPS];
+  SHARED unsigned places[AT_ONCE];
   combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, weights, places, parts, tops, group, tid, lane);
 """
 

@@ -114,7 +114,7 @@ class Batch:
         return np.append(starts, starts[-1] + self._part * np.arange(1, self._parts))
 
     def _cut(self, costs: np.ndarray, s: _Stretch, least: int) -> list[tuple[int, int]]:
-        """Items of a stretch that cost `least` or a little more, and whose runs are of one kind; a part of a tail is one by itself."""
+        """Items of a stretch that cost `least` or a little more, of runs of one kind; a part of a tail is one by itself."""
         runs, raw = len(costs) - self._parts, self.reaches[s.members[0]].raw
         cuts, first, cost = list[tuple[int, int]](), s.first, 0
         for i in range(s.first, s.end):
