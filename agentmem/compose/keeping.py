@@ -74,7 +74,8 @@ class Keeping:
 
     def _restore_anchor(self, kept: Kept, found: Keepsake) -> None:
         state = kept.state
-        source = Source(set(state["owners"]), set(state["seen_by"]), state["made"], state["used"])
+        segment = bytes.fromhex(state["segment"])
+        source = Source(segment, set(state["owners"]), set(state["seen_by"]), state["made"], state["used"])
         self.library.adopt_anchor(found.about["slot"], frozen.thawed_anchor(found, state), source)
 
     def _restore_notes(self) -> None:
@@ -172,6 +173,7 @@ def _live(held: Held, freeze: Callable[[], Keepsake]) -> Live:
 
 def _live_anchor(anchor: Anchor, source: Source, freeze: Callable[[], Keepsake]) -> Live:
     state = {
+        "segment": source.segment.hex(),
         "owners": sorted(source.owners),
         "seen_by": sorted(source.seen_by),
         "made": source.made,

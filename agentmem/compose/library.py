@@ -49,8 +49,12 @@ class Space:
 
 @dataclass(slots=True)
 class Source:
-    """Whose text an anchor is made of, and in whose prompts it was seen. made: its number; used: the clock at that time."""
+    """Which segment an anchor is made of, whose text it is, and in whose prompts it was seen.
 
+    made: its number; used: the clock at that time.
+    """
+
+    segment: bytes
     owners: set[str]
     seen_by: set[str]
     made: int = 0
@@ -147,7 +151,7 @@ class Library:
         name = slot(namespace, key)
         self.pool.observe(name, text, base, CONSUMER, offset, after)
         self.made += 1
-        self.sources[name, text] = Source(set(segment.owners), {agent}, self.made, self.clock)
+        self.sources[name, text] = Source(segment.text, set(segment.owners), {agent}, self.made, self.clock)
         self._forget_lost_anchors()
 
     def adopt(self, namespace: str, held: Segment | Fixed, key: bytes = b"") -> None:
@@ -174,6 +178,14 @@ class Library:
     def anchor(self, namespace: str, key: bytes, text: bytes) -> Anchor | None:
         """The anchor that was made of this very text."""
         return next((a for a in self.pool.of_slot(slot(namespace, key)) if a.text == text), None)
+
+    def made_of(self, namespace: str, segment: bytes) -> frozenset[bytes]:
+        """What anchors call a segment, or parts of it."""
+        return frozenset(
+            text
+            for (name, text), source in self.sources.items()
+            if source.segment == segment and name.rpartition("/")[0] == namespace
+        )
 
     def register(self, namespace: str, name: str, ids: Iterable[int]) -> None:
         """Look for this text in prompts from now on, under a name; it replaces what had the name."""

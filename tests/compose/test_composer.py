@@ -7,6 +7,7 @@ import random
 import pytest
 
 from agentmem.compose import planners
+from agentmem.compose.anchors import Eviction
 from agentmem.compose.composer import EXACT, Composer, Composition, Policy, Provenance, Reuse, Span
 from agentmem.compose.ledger import Pair
 from agentmem.compose.library import Library
@@ -84,6 +85,9 @@ def test_the_same_text_serves_every_consumer_from_one_base(rounds: Round) -> Non
     assert owners == {"solver", "analyst", "judge"}
     names = {name for name, _ in rounds.library.pool.items()}
     assert len(names) == 2 + 3, "a slot of a template each: the analyst's two and the judge's three"
+    made_of = rounds.library.made_of("home", text_hash(_ids(rounds, QUESTIONS[0])))
+    assert len(made_of) == 1, "one text, one state, in two slots"
+    assert sum(anchor.text in made_of for _, anchor in rounds.library.pool.items()) == 2
 
 
 def _ids(rounds: Round, text: str) -> list[int]:
@@ -106,7 +110,9 @@ def test_what_explains_a_composition(rounds: Round) -> None:
 @pytest.mark.parametrize(
     "planner", [PLANNERS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PLANNERS[1:])]
 )
-def test_every_planner_makes_the_prompt(rounds: Round, world: Stage, planner: str) -> None:
+def test_every_planner_makes_the_prompt(world: Stage, planner: str) -> None:
+    eviction = Eviction.PAPER if planner == "paper" else Eviction.DECAYED
+    rounds = Round(world, Library(ROOM, ROOM, eviction=eviction))
     for question in QUESTIONS[:4]:
         chain(rounds, question)
     rounds.policy = Policy(Reuse.COMPOSED, planner, minimum=2)
