@@ -86,10 +86,13 @@ class Keep:
     def kept(self) -> list[Kept]:
         """Every keepsake, those of the greatest score first."""
         with self._lock:
-            return sorted(self._kept.values(), key=lambda k: -k.score)
+            return sorted(self._kept.values(), key=lambda k: (-k.score, k.key))
 
     def read(self, key: str) -> Keepsake | None:
-        """One keepsake, checked; None where it is not there. A damaged one is put aside and forgotten. Raises OSError."""
+        """One keepsake, checked; None where it is not there. A damaged one is put aside and forgotten. Any thread.
+
+        Raises OSError.
+        """
         kept = self._kept.get(key)
         if kept is None:
             return None
@@ -100,8 +103,8 @@ class Keep:
             return found
         except (KeepsakeDamaged, FileNotFoundError) as e:
             log.warning("a keepsake is put aside: %s: %s", kept.name[:12], e)
-        self.damaged += 1
         with self._lock:
+            self.damaged += 1
             self._put_aside(kept)
         return None
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,11 @@ from agentmem.compose.anchors import Anchor
 from agentmem.compose.ledger import Entry, Ledger
 from agentmem.compose.library import HALF_LIFE, Library, Source
 from agentmem.compose.segment import Held, Segment
+from agentmem.errors import BadRequest
 
 log = logging.getLogger(__name__)
 
+READERS = 4
 Job = Callable[[], None]
 Live = tuple[object, Callable[[], Keepsake], float, dict[str, Any]]
 """What tells a kept thing from an older one of its key, how it is frozen, its score, and what may change of it."""
@@ -38,17 +41,13 @@ class Keeping:
 
     def restore(self) -> None:
         """Fill an empty library with what was kept, the most useful first; what has no room leaves the disk too."""
-        anchors = []
-        for kept in self.keep.kept():
-            try:
-                found = self.keep.read(kept.key)
-            except OSError as e:
-                log.warning("a kept segment cannot be read: %s", e)
-                continue
-            if found is not None and kept.key.startswith("anchor/"):
-                anchors.append((kept, found))
-            elif found is not None:
-                self._restore(self._restore_held, kept, found)
+        anchors, all_kept = [], self.keep.kept()
+        with ThreadPoolExecutor(READERS, thread_name_prefix="keep") as readers:
+            for kept, found in zip(all_kept, readers.map(self._read, all_kept), strict=True):
+                if found is not None and kept.key.startswith("anchor/"):
+                    anchors.append((kept, found))
+                elif found is not None:
+                    self._restore(self._restore_held, kept, found)
         for kept, found in sorted(anchors, key=lambda pair: pair[0].state.get("made", 0)):
             self._restore(self._restore_anchor, kept, found)
         self._restore_notes()
@@ -56,6 +55,13 @@ class Keeping:
         self._kept = {k.key: live[k.key][0] if k.key in live else None for k in self.keep.kept()}
         self._states = {k.key: k.state for k in self.keep.kept()}
         self.flush()
+
+    def _read(self, kept: Kept) -> Keepsake | None:
+        try:
+            return self.keep.read(kept.key)
+        except OSError as e:
+            log.warning("a kept segment cannot be read: %s", e)
+            return None
 
     def _restore(self, how: Callable[[Kept, Keepsake], None], kept: Kept, found: Keepsake) -> None:
         """A keepsake whose bytes are right may still be of another release."""
@@ -79,17 +85,23 @@ class Keeping:
         self.library.adopt_anchor(found.about["slot"], frozen.thawed_anchor(found, state), source)
 
     def _restore_notes(self) -> None:
-        self._notes, entries = self.keep.notes(), {}
+        self._notes, entries = self.keep.notes(), dict[tuple[str, bytes], Entry]()
         for key, data in self._notes.items():
-            kind, value = key.partition("/")[0], json.loads(data)
-            if kind == "document":
-                self.library.register(value["namespace"], value["name"], value["ids"])
-            elif kind == "template":
-                self.library.declare(value["namespace"], value["name"], value["text"])
-            elif kind == "ledger":
-                template = bytes.fromhex(value["template"])
-                entries[value["namespace"], template] = Entry.of_json(value["entry"])
+            try:
+                self._restore_note(key.partition("/")[0], json.loads(data), entries)
+            except (KeyError, TypeError, ValueError, BadRequest) as e:
+                log.warning("a note of composed reuse is not used: %s", e)
         self.ledger.adopt(entries)
+
+    def _restore_note(
+        self, kind: str, value: dict[str, Any], entries: dict[tuple[str, bytes], Entry]
+    ) -> None:
+        if kind == "document":
+            self.library.register(value["namespace"], value["name"], value["ids"])
+        elif kind == "template":
+            self.library.declare(value["namespace"], value["name"], value["text"])
+        elif kind == "ledger":
+            entries[value["namespace"], bytes.fromhex(value["template"])] = Entry.of_json(value["entry"])
 
     def flush(self, everything: bool = False) -> None:
         """Hand what changed to the writer. `everything`: counters that change with every prompt too."""

@@ -39,15 +39,17 @@ class Lesson:
     def teach(self) -> None:
         slots = [(n, p) for n, p in enumerate(self.layout.parts) if p.is_slot]
         known = {n: found for n, p in slots if (found := self._known(p))}
+        heard = set[str]()
         for number, part in slots:
             with suppress(NotThere):
-                if number not in known:
-                    self._keep_segment(number, part)
+                kept = known[number][0] if number in known else self._keep_segment(number, part)
+                owners = kept.owners if kept is not None else {self.agent}
+                heard = heard & owners if heard else set(owners)
             with suppress(NotThere):
                 behind = self.layout.behind(number)
                 fixed = self._keep_fixed(behind) if behind is not None else None
                 if number in known and behind is not None:
-                    self._observe(number, behind, *known[number], fixed)
+                    self._observe(number, behind, *known[number], fixed, heard)
 
     def _known(self, part: Part) -> tuple[Segment, int] | None:
         """The segment in a slot and its first token there, if it is worth an anchor: offsets are from exact state."""
@@ -67,12 +69,13 @@ class Lesson:
                 raise NotThere from e
         return self._seen[at]
 
-    def _keep_segment(self, number: int, part: Part) -> None:
+    def _keep_segment(self, number: int, part: Part) -> Segment | None:
         base = PackedState.of(self._state(part), BASE_BITS)
         ids = self.layout.ids[part.start : part.stop].copy()
         segment = Segment(ids, base, kind=part.kind, home=self.layout.keys[number])
         kept = self.library.put(self.layout.namespace, segment, self.agent)
         self.in_use += [kept] if kept is not None else []
+        return kept
 
     def _keep_fixed(self, number: int) -> Fixed | None:
         part, key = self.layout.parts[number], self.layout.keys[number]
@@ -86,8 +89,13 @@ class Lesson:
         self.in_use += [fixed] if fixed is not None else []
         return fixed
 
-    def _observe(self, number: int, behind: int, segment: Segment, at: int, fixed: Fixed | None) -> None:
-        """Make an anchor, unless there is one. State of this very slot says nothing of how others change in it."""
+    def _observe(
+        self, number: int, behind: int, segment: Segment, at: int, fixed: Fixed | None, heard: set[str]
+    ) -> None:
+        """Make an anchor, unless there is one. State of this very slot says nothing of how others change in it.
+
+        heard: the agents that have all that the slot hears, and its text.
+        """
         part, key = self.layout.parts[number], self.layout.keys[behind]
         text = segment.piece_text(at, at + len(part))
         if segment.home == self.layout.keys[number] or self.library.anchor(self.layout.namespace, key, text):
@@ -97,4 +105,6 @@ class Lesson:
         after = State(mx.zeros((1, base.rows.shape[1])), base.shapes)
         if fixed is not None:
             after = self._state(self.layout.parts[behind]) - fixed.base.unpacked()
-        self.library.observe(self.layout.namespace, key, segment, text, base, offset, after, self.agent)
+        self.library.observe(
+            self.layout.namespace, key, segment, text, base, offset, after, self.agent, heard
+        )

@@ -49,7 +49,7 @@ class Space:
 
 @dataclass(slots=True)
 class Source:
-    """Which segment an anchor is made of, whose text it is, and in whose prompts it was seen.
+    """Which segment an anchor is made of, who has all the texts that went into it, and in whose prompts it was seen.
 
     made: its number; used: the clock at that time.
     """
@@ -144,14 +144,17 @@ class Library:
 
     def observe(
         self, namespace: str, key: bytes, segment: Segment, text: bytes, base: State, offset: State, after: State,
-        agent: str,
+        agent: str, owners: set[str],
     ) -> None:  # fmt: skip
-        """Make an anchor of what a segment, known to anchors as `text`, went through in the slot `key`."""
+        """Make an anchor of what a segment, known to anchors as `text`, went through in the slot `key`.
+
+        owners: the agents that have all the texts that it was made of.
+        """
         assert segment.provenance.exact
         name = slot(namespace, key)
         self.pool.observe(name, text, base, CONSUMER, offset, after)
         self.made += 1
-        self.sources[name, text] = Source(segment.text, set(segment.owners), {agent}, self.made, self.clock)
+        self.sources[name, text] = Source(segment.text, set(owners), {agent}, self.made, self.clock)
         self._forget_lost_anchors()
 
     def adopt(self, namespace: str, held: Segment | Fixed, key: bytes = b"") -> None:

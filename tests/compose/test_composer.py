@@ -243,6 +243,27 @@ def test_state_that_is_not_there_teaches_nothing(world: Stage) -> None:
     assert rounds.library.segment("home", text_hash(world.ids(QUESTIONS[1]))) is not None
 
 
+def test_what_forgotten_agents_said_goes_with_the_anchors_that_heard_it(rounds: Round) -> None:
+    """An anchor knows its own text, and what stood in front of it."""
+    for question in QUESTIONS[:2]:
+        chain(rounds, question)
+    rounds.turn("stranger", JUDGE, QUESTIONS[0])
+    rounds.turn("poet", "You speak in verse.", f"{QUESTIONS[5]} is the first; {QUESTIONS[0]} is the next.")
+    said = f"{QUESTIONS[0]}, and {QUESTIONS[1]}"
+    for agent in ("poet", "critic"):
+        rounds.turn(agent, "You know them all.", said)
+    rounds.composer.forget("home", "poet")
+    sources = rounds.library.sources.values()
+    assert all("poet" not in s.owners | s.seen_by for s in sources)
+    assert all(s.owners for s in sources)
+    before = len(sources)
+    for agent in ("solver", "analyst", "judge"):
+        rounds.composer.forget("home", agent)
+    rounds.library.check_integrity()
+    assert 0 < len(rounds.library.sources) < before
+    assert all(s.owners <= {"critic", "stranger"} for s in rounds.library.sources.values())
+
+
 def test_namespaces_know_nothing_of_each_other(rounds: Round) -> None:
     for question in QUESTIONS[:4]:
         chain(rounds, question)

@@ -158,7 +158,7 @@ def filled(folder: Path, count: int = 6) -> Keeping:
     library.put_fixed("home", b"k" * 16, Fixed(np.arange(3), PackedState.of(drawn(3, 90), 8)), "a")
     segment = next(iter(library.space("home").segments.values()))
     text = segment.piece_text(0, 20)
-    library.observe("home", b"k" * 16, segment, text, drawn(20, 0), drawn(20, 91), drawn(3, 92), "a")
+    library.observe("home", b"k" * 16, segment, text, drawn(20, 0), drawn(20, 91), drawn(3, 92), "a", {"a"})
     kept = keeping(folder, library)
     kept.flush()
     return kept
