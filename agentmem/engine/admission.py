@@ -26,6 +26,9 @@ to 2048 tokens, formats of all kinds) on a CPU: within 15 % of what a pass adds.
 """
 SCORES = 0.9
 """The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
+AHEAD = 3.0
+"""Layers of a pass whose arrays a GPU has not given back yet, because MLX asks for those to come while it is at them. A layer of
+a prompt's chunk takes it milliseconds: more would not be faster, and `hold` keeps MLX to it."""
 AT_ONCE = 2
 """Decode steps on their way: one is built while the device is at the one before."""
 COMPOSING = 8.0
@@ -96,6 +99,8 @@ class Admission:
         self._size, self._geometry = size, geometry
         self._chunk, self._fused, self._splits = chunk_tokens, fused, splits
         self._backend = backend()
+        self._ahead = 1.0 if self._backend == "cpu" else AHEAD
+        self._held, self._besides = limit, 0  # bytes of this process that are not ours
 
     def start(self) -> None:
         """Hold MLX to the limit too. Raises ModelUnavailable when not even a short prompt fits."""
@@ -106,10 +111,18 @@ class Admission:
                 "Lower ram_budget or chunk_tokens, or raise memory_limit."
             )
         mx.set_memory_limit(self.limit)
+        self._held, self._besides = self.limit, max(0, mx.get_active_memory() - self.standing)
         cache = self.limit - self.standing
         before = mx.set_cache_limit(cache)
         if before < cache:
             mx.set_cache_limit(before)
+
+    def hold(self, requests: Sequence[int], composing: int = 0) -> None:
+        """Let MLX have no more memory at once than these requests are said to take: a GPU's runs far ahead of what is freed."""
+        need = min(self.limit, self.peak(requests, composing) + self._besides)
+        if self._backend != "cpu" and need != self._held:
+            mx.set_memory_limit(need)
+            self._held = need
 
     def set_aside(self, size: int) -> bool:
         """Count `size` more bytes as standing, if a short prompt fits beside them."""
@@ -162,21 +175,25 @@ class Admission:
         widest = max(c.shape.heads * (c.shape.key_dim + c.shape.value_dim) for c in self._geometry.codecs)
         return HISTORY * widest * tokens * self._size.itemsize
 
-    def _activations(self, tokens: int, logits: int) -> float:
+    def _layer(self, tokens: int) -> float:
+        """What one layer makes of `tokens`, but for attention."""
         s = self._size
-        widths = INTERMEDIATE * s.intermediate + HIDDEN * s.hidden + QUERIES * s.queries
+        return s.itemsize * tokens * (INTERMEDIATE * s.intermediate + HIDDEN * s.hidden + QUERIES * s.queries)
+
+    def _results(self, tokens: int, logits: int) -> float:
+        """What a pass has made at its end: the rows of `tokens` in all layers, and logits."""
         return (
-            s.itemsize * (tokens * widths + LOGITS * logits * s.vocab) + ROWS * tokens * self._geometry.raw_row_bytes
-        )  # fmt: skip
+            ROWS * tokens * self._geometry.raw_row_bytes
+            + LOGITS * logits * self._size.vocab * self._size.itemsize
+        )
 
     def _prefill(self, requests: Sequence[int]) -> float:
         """A pass at the end of the prompts, whose last tokens get logits; all of them where the model's head is not its own."""
         pieces = len(requests)
         tokens = min(self._chunk, sum(requests)) + (pieces - 1) * ROW
         logits = pieces if self._splits else tokens
-        return (
-            self._activations(tokens, logits) + self._scores(tokens, max(requests)) + self._row(sum(requests))
-        )
+        layer = self._layer(tokens) + self._scores(tokens, max(requests)) + self._row(sum(requests))
+        return self._ahead * layer + self._results(tokens, logits)
 
     def _scores(self, tokens: int, keys: int) -> float:
         """What attention makes of `tokens` queries beside its output; Metal's keeps nothing."""
@@ -188,4 +205,4 @@ class Admission:
     def _decode(self, requests: Sequence[int]) -> float:
         """A token each. The fused path reads packed rows; without it, each sequence's rows of one layer are unpacked."""
         unpacked = 0.0 if self._fused else self._row(sum(requests))
-        return self._activations(len(requests), len(requests)) + unpacked
+        return self._layer(len(requests)) + self._results(len(requests), len(requests)) + unpacked

@@ -53,7 +53,9 @@ FN void hold_queries(SHARED_ARGUMENT unsigned* held, const GLOBAL T* queries, co
     held[S::PAIRS * S::DK + 2 * S::PAIRS * S::K_GROUPS + lane] =
         lane < used ? state[2 * entries[lane / S::R] + 1] : 0u;
   }
-  ONE_BY_ONE for (unsigned pair = 0; pair < S::PAIRS; pair++) {
+  for (unsigned i = lane; i < S::PAIRS * (S::DK + 2 * S::K_GROUPS); i += 32) held[i] = 0;
+  WARP_BARRIER;
+  ONE_BY_ONE for (unsigned pair = 0; 2 * pair < used; pair++) {
     float x[2][S::EACH];
     UNROLL for (int j = 0; j < 2; j++) {
       const unsigned n = 2 * pair + j, m = n < used ? n : 0;
