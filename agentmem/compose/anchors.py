@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.offsets import Observed
+from agentmem.compose.offsets import Gram, Kriging, Observed, traits
 from agentmem.compose.state import PackedState, State, key_width
 
-BASE_BITS, DELTA_BITS = 8, 4
-"""An error of 4 bits is relative to what is packed: for an offset, a tenth of a key, it is small; for a base it is not."""
+BASE_BITS, DELTA_BITS = 8, 2
+"""An error is relative to what is packed: for an offset, a tenth of a key and weighted with hundreds of others, that of 2 bits
+is small; for a base it is not."""
 MINIMUM = 5
 """Anchors below which offsets are not used: one alone is worse than none."""
-PER_SLOT = 12
+PER_SLOT = 20
 PAPER_WINDOW, PAPER_GAMMA, PAPER_TOP = 5, 0.3, 0.9
 
 
@@ -29,7 +31,11 @@ class Eviction(StrEnum):
 
 @dataclass(slots=True)
 class Anchor:
-    """One text of a slot. `offsets`: for each consumer, what the slot and the fixed text behind it went through."""
+    """One text of a slot.
+
+    base: what it is compared by with others, its traits; all of it alone, in the paper's pool. offsets: for each consumer, what
+    the slot and the fixed text behind it went through.
+    """
 
     text: bytes
     base: PackedState
@@ -62,13 +68,35 @@ class Pool:
         self.budget, self.per_slot, self.eviction = budget, per_slot, eviction
         self._fade = 0.5 ** (1 / half_life)
         self._slots: dict[str, OrderedDict[bytes, Anchor]] = {}
+        self._grams: dict[str, tuple[Kriging, Gram]] = {}
+
+    @property
+    def whole(self) -> bool:
+        """Whether anchors have all of their text's state, which only the paper's weights and gate ask for."""
+        return self.eviction is Eviction.PAPER
 
     def __len__(self) -> int:
         return sum(map(len, self._slots.values()))
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for anchors in self._slots.values() for a in anchors.values())
+        """With what is kept to make use of anchors faster."""
+        return self.anchor_bytes + sum(gram.nbytes for _, gram in self._grams.values())
+
+    @property
+    def anchor_bytes(self) -> int:
+        return sum(a.nbytes for _, a in self.items())
+
+    def gram(self, slot: str, anchors: Sequence[Anchor], others: Sequence[State], offsets: Kriging) -> Gram:
+        """What `offsets` needs of these anchors, whose traits are `others`; kept until they are other ones, if there is room."""
+        texts = tuple(a.text for a in anchors)
+        by, found = self._grams.get(slot, (offsets, None))
+        if found is None or (by, found.texts) != (offsets, texts):
+            self._grams.pop(slot, None)
+            found = offsets.gram(texts, others)
+            if self.nbytes + found.nbytes <= self.budget:
+                self._grams[slot] = offsets, found
+        return found
 
     def of_slot(self, slot: str) -> list[Anchor]:
         return list(self._slots.get(slot, {}).values())
@@ -82,10 +110,12 @@ class Pool:
         anchors = self._slots.setdefault(slot, OrderedDict())
         self._make_room(anchors)
         anchors[anchor.text] = anchor
+        self._grams.pop(slot, None)
         self._shrink(keep=anchor)
 
     def drop(self, slot: str, text: bytes | None = None) -> None:
         """Forget one anchor of a slot, or all of them."""
+        self._grams.pop(slot, None)
         if text is None:
             self._slots.pop(slot, None)
         elif slot in self._slots:
@@ -102,11 +132,24 @@ class Pool:
         anchors = self._slots.setdefault(slot, OrderedDict())
         if text not in anchors:
             self._make_room(anchors)
-            anchors[text] = Anchor(text, PackedState.of(base, BASE_BITS))
+            anchors[text] = Anchor(text, PackedState.of(base if self.whole else traits(base), BASE_BITS))
         anchors[text].offsets[consumer] = (
             PackedState.of(offset, DELTA_BITS), PackedState.of(after, DELTA_BITS)
         )  # fmt: skip
         self._shrink(keep=anchors[text])
+
+    @contextmanager
+    def without(self, texts: Collection[bytes]) -> Iterator[None]:
+        """As if nothing were known of these texts. Nothing may be observed meanwhile."""
+        whole = self._slots
+        self._slots = {
+            slot: OrderedDict((t, a) for t, a in anchors.items() if t not in texts)
+            for slot, anchors in whole.items()
+        }
+        try:
+            yield
+        finally:
+            self._slots = whole
 
     def count(self, used: Sequence[Anchor]) -> None:
         """These anchors served a request; what others served long ago counts less and less."""
@@ -121,6 +164,8 @@ class Pool:
             del anchors[victim.text]
 
     def _shrink(self, keep: Anchor) -> None:
+        if self.nbytes > self.budget:
+            self._grams.clear()
         while self.nbytes > self.budget:
             victims = [
                 (victim, anchors)

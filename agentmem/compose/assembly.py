@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from agentmem.compose.library import Library, slot
-from agentmem.compose.planners import Piece, Put, Read, Steps, merged
+from agentmem.compose.planners import Piece, Put, Read, Steps, merged, reading_the_end
 from agentmem.compose.policy import Policy
 from agentmem.compose.recognise import BORDER, FIXED, SHORTEST, Part, chain
 from agentmem.compose.segment import Segment, text_hash
@@ -86,7 +86,8 @@ class Assembly:
             at = part.stop
         assert at == len(self.layout.ids)
         steps = merged(steps)
-        return _ending_in_a_read(_smooth(steps) if self.way.smooth else steps)
+        steps = _ending_in_a_read(_smooth(steps) if self.way.smooth else steps)
+        return reading_the_end(steps, known=self.known) if self.way.tail else steps
 
     def _slot(self, number: int, part: Part) -> tuple[Steps, State | None]:
         ids = self.layout.tokens(part)

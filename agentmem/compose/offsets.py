@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.state import State, above_first, key_width
+from agentmem.compose.state import PackedState, State, above_first, weighed
+from agentmem.quant.format import LayerShape
+
+TRAITS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +46,95 @@ class Interpolation(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Gram:
+    """What of a Gaussian process depends on the anchors of a slot alone.
+
+    texts: which anchors. at: for each, the places of its tokens that count, all or some evenly spread. inverse float32 [m, m].
+    """
+
+    texts: tuple[bytes, ...]
+    at: tuple[np.ndarray, ...]
+    inverse: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.inverse.nbytes) + sum(a.nbytes for a in self.at)
+
+
+@dataclass(frozen=True, slots=True)
 class Kriging:
     """Offsets of all tokens of all anchors, weighted by a Gaussian process over tokens.
 
-    Two tokens are alike as exp(-d / reach - p / span): d the distance of their values, all layers and heads as one vector of
-    length 1; p the difference of the logarithms of their places in the text, since how much a token hears of what stands before
-    the slot fades with its place. `noise` is what two tokens may differ by though alike. The rest goes to the mean.
+    Two tokens are alike as exp(-d / reach - p / span): d the distance of their traits; p the difference of the logarithms of
+    their places in the text, since how much a token hears of what stands before the slot fades with its place. `noise` is
+    what two tokens may differ by though alike. The rest goes to the mean. `most`: tokens of a slot's anchors that count.
     """
 
     reach: float = 1.0
-    span: float = 2.0
+    span: float = 4.0
     noise: float = 0.1
+    most: int = 1024
 
     @property
     def aligned(self) -> bool:
         return False
 
     def __call__(self, base: State, anchors: Sequence[Observed]) -> tuple[State, State]:
-        weights = mx.array(self.weights(base, [a.base for a in anchors]))
+        others = [traits(a.base) for a in anchors]
+        gram = self.gram([b"" for _ in anchors], others)
+        weights = self.weights(traits(base), others, gram)
         deep = above_first(base.shapes)
-        slot = weights @ mx.concatenate([a.slot.rows for a in anchors])
+        rows = [a.slot.rows[mx.array(at)] for a, at in zip(anchors, gram.at, strict=True)]
         after = mx.stack([a.after.rows for a in anchors]).mean(axis=0)
-        return State(slot * deep, base.shapes), State(after * deep, base.shapes)
+        return State(weights @ mx.concatenate(rows) * deep, base.shapes), State(after * deep, base.shapes)
 
-    def weights(self, text: State, anchors: Sequence[State]) -> np.ndarray:
-        """What each token of a text of n takes of all m tokens of the anchors: float32 [n, m]; rows sum to 1."""
-        own, others = _directions(text), mx.concatenate([_directions(a) for a in anchors])
-        places = np.concatenate([np.arange(len(a)) for a in anchors])
-        near = self._alike(own, others, np.arange(len(text)), places)
-        among = self._alike(others, others, places, places)
-        found = np.linalg.solve(among + self.noise * np.eye(len(places)), near.T).T
-        return (found + (1 - found.sum(axis=1, keepdims=True)) / len(places)).astype(np.float32)
+    def packed(
+        self, base: State, anchors: Sequence[tuple[PackedState, PackedState]], others: Sequence[State], gram: Gram
+    ) -> tuple[State, State]:  # fmt: skip
+        """The same of anchors' packed offsets (slot, after), without unpacking them all at once. others: the anchors' traits."""
+        weights = self.weights(traits(base), others, gram)
+        deep = above_first(base.shapes)
+        chosen = [
+            slot if len(at) == len(slot) else slot[at] for (slot, _), at in zip(anchors, gram.at, strict=True)
+        ]
+        behind = [after for _, after in anchors]
+        same = mx.tile(mx.eye(len(behind[0])), (1, len(behind))) / len(behind)
+        return State(weighed(weights, chosen) * deep, base.shapes), State(
+            weighed(same, behind) * deep, base.shapes
+        )
+
+    def gram(self, texts: Sequence[bytes], others: Sequence[State]) -> Gram:
+        """others: the traits of the anchors."""
+        total = sum(map(len, others))
+        at = [
+            np.arange(n)
+            if total <= self.most
+            else np.linspace(0, n - 1, max(1, n * self.most // total)).astype(int)
+            for n in map(len, others)
+        ]
+        rows, places = (
+            mx.concatenate([o.rows[mx.array(a)] for o, a in zip(others, at, strict=True)]),
+            np.concatenate(at),
+        )
+        among = self._alike(rows, rows, places, places).astype(np.float64)
+        inverse = np.linalg.inv(among + self.noise * np.eye(len(places)))
+        return Gram(tuple(texts), tuple(at), mx.array(inverse.astype(np.float32)))
+
+    def weights(self, text: State, others: Sequence[State], gram: Gram) -> mx.array:
+        """What each token of a text of n takes of the m tokens of the anchors that count: float32 [n, m]; rows sum to 1.
+
+        text, others: traits.
+        """
+        rows = mx.concatenate([o.rows[mx.array(a)] for o, a in zip(others, gram.at, strict=True)])
+        near = self._alike(text.rows, rows, np.arange(len(text)), np.concatenate(gram.at))
+        found = mx.array(near) @ gram.inverse
+        return found + (1 - found.sum(axis=1, keepdims=True)) / len(rows)
 
     def _alike(self, a: mx.array, b: mx.array, at: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Unit vectors float32 [n, width] and [m, width], their places -> float64 [n, m]."""
-        distance = np.sqrt(np.maximum(2 - 2 * np.array(a @ b.T, dtype=np.float64), 0))
-        apart = np.abs(np.log1p(at)[:, None] - np.log1p(other)[None])
+        """Traits [n, width] and [m, width], their places -> float32 [n, m]."""
+        distance = np.sqrt(np.maximum(2 - 2 * np.array(a @ b.T), 0))
+        places, others = np.log1p(at).astype(np.float32), np.log1p(other).astype(np.float32)
+        apart = np.abs(places[:, None] - others[None])
         return np.exp(-distance / self.reach - apart / self.span)
 
 
@@ -119,10 +176,34 @@ class Paper:
         return out
 
 
-def _directions(state: State) -> mx.array:
-    """The values of all layers of each token, as one vector of length 1: float32 [n, width]."""
-    values = state.rows[:, key_width(state.shapes) :]
-    return values / mx.maximum(mx.linalg.norm(values, axis=1, keepdims=True), 1e-20)
+def traits(state: State) -> State:
+    """What tokens are told apart by: the values of all layers, each of length 1, shortened to 512 numbers, of length 1 again.
+
+    Those of a small model stay as they are. Traits are their own traits.
+    """
+    if state.shapes[0].key_dim == 0:
+        return state
+    n = len(state)
+    layers = [v.transpose(1, 0, 2).reshape(n, -1) for v in state.values]
+    rows = mx.concatenate([_unit(v) for v in layers], axis=1)
+    if rows.shape[1] > TRAITS:
+        signs, order = _shuffle(rows.shape[1])
+        pad = -rows.shape[1] % TRAITS
+        rows = mx.pad((rows * signs)[:, order], [(0, 0), (0, pad)]).reshape(n, -1, TRAITS).sum(axis=1)
+    return State(_unit(rows), (LayerShape(1, 0, rows.shape[1]),))
+
+
+def _unit(rows: mx.array) -> mx.array:
+    return rows / mx.maximum(mx.linalg.norm(rows, axis=1, keepdims=True), 1e-20)
+
+
+@cache
+def _shuffle(width: int) -> tuple[mx.array, mx.array]:
+    """Signs float32 and an order int32 [width], always the same: sums of what is shuffled so keep distances, about."""
+    rng = np.random.default_rng(0)
+    return mx.array(rng.choice([-1.0, 1.0], width).astype(np.float32)), mx.array(
+        rng.permutation(width).astype(np.int32)
+    )
 
 
 def _mean_difference(base: Sequence[mx.array], anchor: Sequence[mx.array]) -> mx.array:

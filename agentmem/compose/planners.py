@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from agentmem.compose.anchors import MINIMUM, Anchor, Pool
-from agentmem.compose.offsets import Interpolation, Kriging
+from agentmem.compose.offsets import Kriging, Paper, traits
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.state import State
 
@@ -49,6 +49,9 @@ class Read:
 
 
 Steps = list[Put | Read]
+
+READ_SHARE = 0.08
+"""Of a prompt's tokens, that may be read where its end is read."""
 
 
 def run(prompt: Prompt, steps: Steps) -> mx.array:
@@ -104,18 +107,20 @@ def lego(pieces: Sequence[Piece], first: int = 8) -> Steps:
 class Kvcomm:
     """KVCOMM (arXiv 2510.12872) for one consumer: slots, and the fixed text behind each, moved and set off by anchors.
 
-    read_tail: the last fixed text is read instead. `minimum` anchors must be eligible for every slot, or one of the very text:
-    what that went through stands for itself.
+    read_tail: the end is read instead, the last fixed text in any case. `minimum` anchors must be eligible for every slot, or
+    one of the very text: what that went through stands for itself.
     """
 
     pool: Pool
     consumer: str
     read_tail: bool = True
     minimum: int = MINIMUM
-    offsets: Interpolation = field(default_factory=Kriging)
+    offsets: Kriging | Paper = field(default_factory=Kriging)
 
     def anchors(self, pieces: Sequence[Piece]) -> list[list[Anchor]] | None:
         """The eligible anchors of each slot in turn; None if a slot has too few."""
+        if self.offsets.aligned and not self.pool.whole:
+            return None
         found = []
         for piece in pieces:
             if piece.slot is None:
@@ -144,14 +149,21 @@ class Kvcomm:
                 steps.append(Put(piece.ids, piece.base + offset))
         if self.read_tail and pieces[-1].slot is None:
             steps[-1] = Read(pieces[-1].ids)
+            steps = reading_the_end(steps)
         return _but_last(steps)
 
     def shift(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
         """What a slot's text, and the fixed text behind it, go through, by anchors that `anchors` found."""
-        observed = [a.observed(self.consumer) for a in anchors]
-        if not self.offsets.aligned and anchors[0].text == piece.text:
-            return observed[0].slot, observed[0].after
-        return self.offsets(piece.base, observed)
+        if not isinstance(self.offsets, Kriging):
+            return self.offsets(piece.base, [a.observed(self.consumer) for a in anchors])
+        packed = [a.offsets[self.consumer] for a in anchors]
+        if anchors[0].text == piece.text:
+            slot, after = packed[0]
+            return slot.unpacked(), after.unpacked()
+        assert piece.slot is not None
+        others = [traits(a.base.unpacked()) for a in anchors]
+        gram = self.pool.gram(piece.slot, anchors, others, self.offsets)
+        return self.offsets.packed(piece.base, packed, others, gram)
 
 
 def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) -> None:
@@ -166,6 +178,26 @@ def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) 
     for number, piece in enumerate(pieces):
         if piece.slot is not None:
             pool.observe(piece.slot, piece.text, piece.base, consumer, offset(number), offset(number + 1))
+
+
+def reading_the_end(steps: Steps, share: float = READ_SHARE, known: int = 0) -> Steps:
+    """The last Read grows to the left until `share` of all tokens is read; `known`: tokens in front of the steps.
+
+    What the answer attends to most stands there, and one pass reads it all.
+    """
+    total = known + sum(len(s.ids) for s in steps)
+    more = int(share * total) - sum(len(s.ids) for s in steps if isinstance(s, Read))
+    out = list(steps)
+    end = len(out) - 1
+    while more > 0 and end > 0 and isinstance(before := out[end - 1], Put):
+        n = max(0, len(before.ids) - more)
+        more -= len(before.ids) - n
+        last = out[end]
+        out[end - 1 : end + 1] = [Put(before.ids[:n], before.state[:n]), Read(before.ids[n:] + last.ids)]
+        if n == 0:
+            del out[end - 1]
+            end -= 1
+    return out
 
 
 def _put(piece: Piece) -> Put:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.compose.anchors import PAPER_WINDOW, Eviction, Pool
+from agentmem.compose.offsets import Gram, Kriging, traits
 from agentmem.compose.state import State
-from tests.compose.prompts import states_apart
 from tests.compose.test_offsets import drawn
 
 ROOM = 1 << 30
@@ -24,21 +25,48 @@ def put(pool: Pool, number: int, *, slot: str = "question", tokens: int = 6, con
 
 
 def test_an_anchor_is_what_was_observed() -> None:
-    pool = Pool(ROOM)
-    put(pool, 4)
-    (anchor,) = pool.eligible("question", "judge", 6)
-    seen = anchor.observed("judge")
-    for got, want, bound in (
-        (seen.base, drawn(6, 4), 0.03),
-        (seen.slot, drawn(6, 5), 0.4),
-        (seen.after, drawn(3, 6), 0.4),
+    for eviction, base, share in (
+        (Eviction.DECAYED, traits(drawn(6, 4)), 0.1),
+        (Eviction.PAPER, drawn(6, 4), 0.2),
     ):
-        assert 0 < states_apart(got, want) < bound
-    assert anchor.nbytes == pool.nbytes < 0.6 * _bytes(drawn(6, 4), drawn(6, 5), drawn(3, 6))
+        pool = Pool(ROOM, eviction=eviction)
+        put(pool, 4)
+        (anchor,) = pool.eligible("question", "judge", 6)
+        seen = anchor.observed("judge")
+        assert 0 < _lost(seen.base, base) < 0.01
+        assert 0 < _lost(seen.slot, drawn(6, 5)) < 0.4
+        assert 0 < _lost(seen.after, drawn(3, 6)) < 0.4
+        whole = sum(s.nbytes for s in (drawn(6, 4), drawn(6, 5), drawn(3, 6)))
+        assert anchor.nbytes == pool.nbytes == pool.anchor_bytes < share * whole
 
 
-def _bytes(*states: State) -> int:
-    return sum(s.nbytes for s in states)
+def test_what_is_kept_beside_anchors_is_within_the_budget_and_goes_first() -> None:
+    pool, kriging = Pool(ROOM), Kriging()
+
+    def gram() -> Gram:
+        anchors = pool.of_slot("question")
+        return pool.gram("question", anchors, [a.base.unpacked() for a in anchors], kriging)
+
+    put(pool, 1, tokens=40)
+    one = pool.anchor_bytes
+    first = gram()
+    assert gram() is first
+    assert pool.nbytes == one + first.nbytes
+    put(pool, 2, tokens=40)
+    second = gram()
+    assert second.texts == (name(1), name(2))
+    assert gram() is second
+    pool.budget = 3 * one + second.nbytes // 2
+    put(pool, 3, tokens=40)
+    assert len(pool) == 3
+    assert pool.nbytes == pool.anchor_bytes
+    assert gram() is not gram(), "there is no room for it"
+    assert pool.nbytes <= pool.budget
+
+
+def _lost(got: State, want: State) -> float:
+    """What is lost of a state, in parts of its length."""
+    return (mx.linalg.norm(got.rows - want.rows) / mx.linalg.norm(want.rows)).item()
 
 
 def test_an_anchor_that_is_shorter_than_the_text_is_not_used() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agentmem.compose import planners
-from agentmem.compose.anchors import Pool
+from agentmem.compose.anchors import Eviction, Pool
 from agentmem.compose.blend import Rows, blend, selected
 from agentmem.compose.offsets import Paper
 from agentmem.compose.planners import Kvcomm, Piece, Put, Read
@@ -41,13 +41,17 @@ def asked(world: Stage) -> list[Piece]:
     return world.pieces(*ASKED)
 
 
-@pytest.fixture(scope="module")
-def pool(world: Stage) -> Pool:
-    pool = Pool(1 << 30)
+def taught(world: Stage, eviction: Eviction = Eviction.DECAYED) -> Pool:
+    pool = Pool(1 << 30, eviction=eviction)
     for question, answer in TEXTS:
         pieces = world.pieces(question, answer)
         planners.observe(pool, pieces, world.read(pieces)[0], "judge")
     return pool
+
+
+@pytest.fixture(scope="module")
+def pool(world: Stage) -> Pool:
+    return taught(world)
 
 
 def tokens(pieces: list[Piece]) -> list[int]:
@@ -90,7 +94,10 @@ def test_too_few_anchors_are_no_plan(world: Stage, asked: list[Piece], pool: Poo
     assert Kvcomm(pool, "judge", minimum=len(TEXTS) + 1).plan(asked) is None
     assert Kvcomm(pool, "a stranger").plan(asked) is None
     longer = world.pieces(ASKED[0] * 3, ASKED[1])
-    aligned = Kvcomm(pool, "judge", minimum=1, offsets=Paper())
+    assert Kvcomm(pool, "judge", minimum=1, offsets=Paper()).plan(asked) is None, (
+        "traits are too little for it"
+    )
+    aligned = Kvcomm(taught(world, Eviction.PAPER), "judge", minimum=1, offsets=Paper())
     assert aligned.plan(longer) is None, "no anchor is as long as its question"
     assert aligned.plan(asked) is not None
     assert Kvcomm(pool, "judge", minimum=1).plan(longer) is not None
@@ -103,7 +110,23 @@ def test_a_text_that_is_its_own_anchor_needs_no_other(world: Stage, asked: list[
     plan = Kvcomm(pool, "judge", read_tail=False).plan(asked)
     assert plan is not None
     moved = divergence(logits, world.follow(planners.repositioned(asked))[1])
-    assert divergence(logits, world.follow(plan)[1]) < 0.02 * moved, "its own offset, but for the packing"
+    assert divergence(logits, world.follow(plan)[1]) < 0.1 * moved, "its own offset, but for the packing"
+
+
+def test_the_end_is_read_up_to_a_share(asked: list[Piece]) -> None:
+    steps = [*planners.repositioned(asked)[:-2], Read(asked[-1].ids)]
+    n, tail = len(tokens(asked)), len(asked[-1].ids)
+    assert planners.reading_the_end(steps, 0.0) == steps
+    for read in (tail + 1, tail + len(asked[-2].ids), tail + len(asked[-2].ids) + 3, n):
+        longer = planners.reading_the_end(steps, (read + 0.5) / n)
+        assert [i for s in longer for i in s.ids] == tokens(asked)
+        *others, last = longer
+        assert len(last.ids) == read
+        assert all(isinstance(s, Put) and s.ids for s in others)
+    known = planners.reading_the_end(steps[1:], (tail + 2.5) / n, known=len(asked[0].ids))
+    assert len(known[-1].ids) == tail + 2
+    stop = [*steps[:1], Read(asked[1].ids), *steps[2:]]
+    assert planners.reading_the_end(stop, 1.0)[1] == stop[1], "two reads are left for `merged`"
 
 
 def test_kvcomm_reads_the_last_text_or_one_token(asked: list[Piece], pool: Pool) -> None:
@@ -128,7 +151,7 @@ def test_an_offset_that_all_anchors_share_is_taken_off(world: Stage, asked: list
     assert plan is not None
     ours = divergence(logits, world.follow(plan)[1])
     moved = divergence(logits, world.follow(planners.repositioned(asked))[1])
-    assert ours < 0.05 * moved
+    assert ours < 0.1 * moved
 
 
 @pytest.mark.parametrize("check", [1, 2])

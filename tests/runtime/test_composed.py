@@ -65,7 +65,7 @@ def test_a_text_that_another_agent_has_read_is_composed(runtime: Runtime) -> Non
     started = running.events[0]
     assert isinstance(started, Started)
     put = memory(end)["composed_tokens"]
-    assert len(new.encode()) - 1 <= put < len(new.encode()) + 40
+    assert 0.9 * len(new.encode()) <= put < len(new.encode()) + 40, "all but the end of the prompt"
     assert started.composed_tokens == put
     assert cached(end) == memory(end)["exact_tokens"] == started.cached_tokens > len(JUDGE)
     assert memory(end)["prefilled_tokens"] == end.usage["prompt_tokens"] - put - cached(end) < 40
@@ -85,7 +85,7 @@ def test_what_was_taught_survives_a_restart(tmp_path: Path) -> None:
     runtime.close()
     runtime = open_runtime(tmp_path)
     end = read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH], "new").end()
-    assert memory(end)["composed_tokens"] >= len(DOCUMENTS[ENOUGH].encode()) - 1
+    assert memory(end)["composed_tokens"] >= 0.9 * len(DOCUMENTS[ENOUGH].encode())
     assert before <= runtime._call(lambda: held(runtime))
     check(runtime)
     runtime.close()
