@@ -27,9 +27,11 @@ from agentmem.wire import (
     explain_call,
     fork_call,
     http_options,
+    named_call,
     policy_call,
     prune_call,
     result_of,
+    text_call,
     transport_error,
 )
 
@@ -220,6 +222,26 @@ class AsyncAgentMemClient:
     async def verify(self, *, deep: bool = False, rebuild: bool = False) -> dict[str, Any]:
         """Whether all that is kept is as it was written (`ok`), and what is not. `rebuild`: a new index at the next start."""
         return await self._ask(Call("POST", "/v1/store/verify", {"deep": deep, "rebuild": rebuild}))
+
+    async def verify_composed(self, namespace: str | None = None) -> dict[str, Any]:
+        """See `AgentMemClient.verify_composed`."""
+        return await self._ask(Call("POST", "/v1/compose/verify", {"namespace": namespace}))
+
+    async def declare_template(self, name: str, text: str) -> dict[str, Any]:
+        """Say where the slots of prompts are: `text` with {{slots}}. Raises BadRequest for one without."""
+        return await self._ask(text_call("templates", name, self.namespace, text))
+
+    async def withdraw_template(self, name: str) -> dict[str, Any]:
+        """Raises NotFound."""
+        return await self._ask(named_call("DELETE", "templates", name, self.namespace))
+
+    async def register_document(self, name: str, text: str) -> dict[str, Any]:
+        """Look for `text` in prompts, under a name."""
+        return await self._ask(text_call("documents", name, self.namespace, text))
+
+    async def unregister_document(self, name: str) -> dict[str, Any]:
+        """Raises NotFound."""
+        return await self._ask(named_call("DELETE", "documents", name, self.namespace))
 
     async def repair(self, *, purge: bool = False) -> dict[str, Any]:
         """Put damaged extents aside, so that their tokens are read anew; `purge` empties the quarantine."""

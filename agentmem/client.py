@@ -29,9 +29,11 @@ from agentmem.wire import (
     explain_call,
     fork_call,
     http_options,
+    named_call,
     policy_call,
     prune_call,
     result_of,
+    text_call,
     transport_error,
 )
 
@@ -239,6 +241,29 @@ class AgentMemClient:
     def verify(self, *, deep: bool = False, rebuild: bool = False) -> dict[str, Any]:
         """Whether all that is kept is as it was written (`ok`), and what is not. `rebuild`: a new index at the next start."""
         return self._ask(Call("POST", "/v1/store/verify", {"deep": deep, "rebuild": rebuild}))
+
+    def verify_composed(self, namespace: str | None = None) -> dict[str, Any]:
+        """How well prompts are composed: the last of each template, of all namespaces by default, against dense runs.
+
+        Takes long, and waits while somebody else is there. `auto` goes by what is found.
+        """
+        return self._ask(Call("POST", "/v1/compose/verify", {"namespace": namespace}))
+
+    def declare_template(self, name: str, text: str) -> dict[str, Any]:
+        """Say where the slots of prompts are: `text` with {{slots}}. Raises BadRequest for one without."""
+        return self._ask(text_call("templates", name, self.namespace, text))
+
+    def withdraw_template(self, name: str) -> dict[str, Any]:
+        """Raises NotFound."""
+        return self._ask(named_call("DELETE", "templates", name, self.namespace))
+
+    def register_document(self, name: str, text: str) -> dict[str, Any]:
+        """Look for `text` in prompts, under a name."""
+        return self._ask(text_call("documents", name, self.namespace, text))
+
+    def unregister_document(self, name: str) -> dict[str, Any]:
+        """Raises NotFound."""
+        return self._ask(named_call("DELETE", "documents", name, self.namespace))
 
     def repair(self, *, purge: bool = False) -> dict[str, Any]:
         """Put damaged extents aside, so that their tokens are read anew; `purge` empties the quarantine."""

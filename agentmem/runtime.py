@@ -27,6 +27,7 @@ from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
 from agentmem.engine.composing import Composing
+from agentmem.engine.compositions import Compositions
 from agentmem.engine.engine import Engine
 from agentmem.engine.layout import layout
 from agentmem.engine.lobby import Lobby
@@ -39,6 +40,7 @@ from agentmem.engine.runner import Runner
 from agentmem.engine.scheduler import Scheduler
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.transfer import Transfer
+from agentmem.engine.trial import Bench
 from agentmem.engine.upkeep import Upkeep
 from agentmem.errors import AgentMemError, ModelUnavailable, StoreError
 from agentmem.model.identity import text_identity
@@ -203,7 +205,7 @@ class Runtime(Roster):
         )  # fmt: skip
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, planner, chosen(self._self_test),
-            scheduler, lobby, self._composing(model), max_batch=settings.max_batch,
+            scheduler, lobby, self._composing(model, runner), max_batch=settings.max_batch,
             wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
@@ -211,12 +213,13 @@ class Runtime(Roster):
         )
         self._budget = Budget(self._memory, self._pool, self._store, limits(settings))
         self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
+        self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
         recall = self._engine.recall
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
-    def _composing(self, model: LoadedModel) -> Composing:
-        kept = self._settings.paths.composed
-        return Composing(model, self._make_composer, kept.exists)
+    def _composing(self, model: LoadedModel, runner: Runner) -> Composing:
+        bench = Bench(model, runner.network, self._pool, chosen(self._self_test), self._admission)
+        return Composing(bench, self._make_composer, self._settings.paths.composed.exists)
 
     def _make_composer(self) -> Composer | str:
         """On the engine thread, when somebody first asks for composed reuse."""

@@ -167,6 +167,15 @@ def prune_call(older_s: float, dry_run: bool, namespace: str | None) -> Call:
     return Call("POST", "/v1/store/prune", {"older_s": older_s, "dry_run": dry_run, "namespace": namespace})
 
 
+def named_call(method: str, kind: str, name: str, namespace: str) -> Call:
+    """A template or a document."""
+    return Call(method, f"/v1/{kind}/{quote(name, safe='')}", None, {"namespace": namespace})
+
+
+def text_call(kind: str, name: str, namespace: str, text: str) -> Call:
+    return named_call("PUT", kind, name, namespace)._replace(body={"text": text})
+
+
 def explain_call(agent: str, namespace: str, session: str | None) -> Call:
     return agent_call(
         "GET", agent, namespace, "explain", **({"session": session} if session is not None else {})

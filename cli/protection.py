@@ -27,7 +27,7 @@ def check_protection(home: Home, health: dict[str, Any]) -> Iterator[Check]:
 
 def check_modes(home: Home) -> Check:
     """Nobody else may read what lies in the home, wherever the home itself is moved to."""
-    private = (home.store, home.keys, home.log.parent)
+    private = (home.store, home.composed, home.keys, home.log.parent)
     paths = (p for folder in private for p in (folder, *folder.rglob("*")) if folder.exists())
     loose = [p for p in islice(paths, MOST_FILES) if _mode(p) & 0o077]
     if loose:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
+from agentmem.cli.calibration import tell_composed
 from agentmem.cli.exits import Exit
 from agentmem.cli.output import console, format_bytes, format_count, json_option, print_json
 from agentmem.client import AgentMemClient
@@ -25,9 +26,21 @@ PATIENCE_S = 86400.0  # a large store takes long to read
 @click.option(
     "--rebuild", is_flag=True, help="Make a new index from the files: at once, or at the daemon's next start."
 )
+@click.option(
+    "--composed",
+    is_flag=True,
+    help="Measure composed prompts against dense ones instead; for `--reuse auto`.",
+)
 @json_option
-def verify(deep: bool, rebuild: bool, as_json: bool) -> int:
+def verify(deep: bool, rebuild: bool, composed: bool, as_json: bool) -> int:
     """Check the index and the extents, with a running daemon or without. Exit code 6 when something is damaged."""
+    if composed:
+        if deep or rebuild:
+            raise click.UsageError("--composed goes alone")
+        with AgentMemClient(timeout=PATIENCE_S) as client, console(stderr=True).status("comparing prompts"):
+            found = client.verify_composed()
+        tell_composed(found, as_json)
+        return 0
     home = Home(default_home())
     with console(stderr=True).status("reading what is kept"):
         if running_daemon(home) is not None:

@@ -6,6 +6,7 @@ A composed table is private: it never becomes pages. What was exact in front of 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -15,8 +16,9 @@ from agentmem.compose.rotation import Rotation, rotations
 from agentmem.engine.course import Course
 from agentmem.engine.lessons import Lessons, read_from_its_beginning
 from agentmem.engine.sequence import Sequence
+from agentmem.engine.trial import Bench, Prompt
+from agentmem.engine.trials import Trials
 from agentmem.errors import ModelUnavailable
-from agentmem.model.loaded import LoadedModel
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +29,11 @@ class Composing:
     """
 
     def __init__(
-        self, model: LoadedModel, make: Callable[[], Composer | str], kept: Callable[[], bool] = lambda: False
+        self, bench: Bench, make: Callable[[], Composer | str], kept: Callable[[], bool] = lambda: False
     ) -> None:
-        self._model, self._make, self._kept = model, make, kept
-        self.lessons = Lessons()
+        self.bench, self._model, self._make, self._kept = bench, bench.model, make, kept
+        self.lessons, self.trials = Lessons(), Trials(bench)
+        self._random = random.Random()
 
     @cached_property
     def rotations(self) -> list[Rotation]:
@@ -103,19 +106,37 @@ class Composing:
 
     def gather(self, sequence: Sequence) -> None:
         """The turn is over, and its table soon: keep what may be learned of it."""
-        if sequence.may_compose and self.made is not None:
-            self.lessons.gather(sequence, self.rotations)
+        if not sequence.may_compose or self.made is None:
+            return
+        if sequence.course is not None and sequence.prompt_done and self.made.audits(self._random):
+            assert sequence.agent is not None
+            row = sequence.agent.row
+            self.trials.audit(self.made, Prompt(row.namespace, row.name, sequence.ids, sequence.content))
+        self.lessons.gather(sequence, self.rotations)
 
-    def learn(self) -> bool:
-        """Nobody waits for a token: learn from the turns that are over. Returns whether there were any."""
-        if self.made is None or not self.lessons.teach(self.made):
+    def rest(self, alone: bool) -> bool:
+        """Nobody waits for a token: learn from the turns that are over; when nobody is there at all, go on with a trial.
+
+        Returns whether there was anything to do.
+        """
+        if self.made is None:
             return False
-        self.flush()
-        return True
+        worked = self.lessons.teach(self.made) or (
+            alone and self.trials.advance(self.made, self.rotations) and not self.trials.running
+        )
+        if worked:
+            self.flush()
+        return worked or self.trials.running
+
+    def let_go(self) -> None:
+        """Somebody is there: hold nothing."""
+        self.trials.let_go()
 
     def forget(self, namespace: str, agent: str) -> None:
         """Forget what no other agent has: in RAM at once, on disk before anything that is written later."""
         if (self.made is not None or self._kept()) and isinstance(self.composer, Composer):
+            self.lessons.drop(namespace, agent)
+            self.trials.drop(lambda p: (p.namespace, p.agent) == (namespace, agent))
             self.composer.forget(namespace, agent)
             self.flush()
 
@@ -126,5 +147,6 @@ class Composing:
 
     def close(self) -> None:
         """Precondition: nothing is written any more."""
+        self.trials.drop()
         if self.made is not None and self.made.keeping is not None:
             self.made.keeping.keep.close()

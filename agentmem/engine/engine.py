@@ -103,6 +103,7 @@ class Engine:
                 self._check()
                 self._wake.wait(timeout=RETRY_S if self._again else IDLE_S)
             self._wake.clear()
+        self._drain()  # who posted something before the end waits for it
         for sequence in [*self.active, *self.waiting]:
             sequence.ticket.cancel()
         deadline = time.monotonic() + 30
@@ -131,6 +132,8 @@ class Engine:
     def step(self) -> bool:
         """One step of every running sequence; returns whether anything was done."""
         drained = self._drain() | self.pool.arena.advance()
+        if self.active or self.waiting:
+            self.composing.let_go()
         start = time.perf_counter()
         work = self.plan()
         outcomes = self.run(work)
@@ -138,10 +141,8 @@ class Engine:
         self.settle(outcomes)
         if work.decoding and outcomes:
             self.pace.stepped(1e3 * (time.perf_counter() - start))
-        learned = not self.active and self.composing.learn()
-        return (
-            drained or learned or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
-        )
+        rested = not self.active and self.composing.rest(alone=not self.waiting)
+        return drained or rested or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
 
     def _drain(self) -> bool:
         """Run what was posted, what the store has completed, and what waits for slots, each once."""

@@ -61,6 +61,11 @@ class Lessons:
         ids = [*sequence.ids, *said]
         self._waiting.append(Lesson(agent.row.namespace, agent.row.name, ids, spans, capture, provenance))
 
+    def drop(self, namespace: str, agent: str) -> None:
+        """Learn nothing of what this agent has said."""
+        kept = [x for x in self._waiting if (x.namespace, x.agent) != (namespace, agent)]
+        self._waiting = deque(kept)
+
     def teach(self, composer: Composer) -> bool:
         """Learn from all that wait; returns whether any did."""
         any_waited = bool(self._waiting)

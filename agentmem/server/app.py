@@ -17,6 +17,7 @@ from agentmem.engine.request import check_name
 from agentmem.server.agents import agents_router
 from agentmem.server.bodies import PruneBody
 from agentmem.server.completions import completions_router
+from agentmem.server.compose import compose_router
 from agentmem.server.errors import ErrorBody, install_handlers
 from agentmem.server.metrics import Metrics
 from agentmem.server.security import Bodies, Gate, Lock
@@ -40,6 +41,7 @@ def create_app(service: Service, token: str) -> FastAPI:
     app.include_router(transfer_router(service))
     app.include_router(agents_router(service))
     app.include_router(upkeep_router(service))
+    app.include_router(compose_router(service))
     app.include_router(daemon_router(service))
     # The last one added is the first to see a request.
     app.add_middleware(Bodies, settings=settings)

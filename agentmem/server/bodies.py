@@ -220,6 +220,18 @@ class VerifyBody(Body):
     rebuild: StrictBool = False
 
 
+class TextBody(Body):
+    """`PUT /v1/templates/{name}` and `/v1/documents/{name}`."""
+
+    text: Annotated[Text, Field(min_length=1)]
+
+
+class CalibrateBody(Body):
+    """`POST /v1/compose/verify`: templates of one namespace, or of all."""
+
+    namespace: str | None = None
+
+
 class RepairBody(Body):
     """`POST /v1/store/repair`: empty the quarantine folder, too."""
 

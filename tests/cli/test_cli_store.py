@@ -72,3 +72,15 @@ def test_what_goes_wrong_is_said(home: Home, command: str, tmp_path: Path) -> No
     result = invoke(command)
     assert result.exit_code == Exit.INTEGRITY
     assert "could not be looked over" in result.stderr
+
+
+def test_composed_prompts_are_measured(daemon: Home) -> None:
+    """Two prompts of one agent teach its template, which is not measured by so few."""
+    invoke("create", "measured", "--reuse", "composed")
+    invoke("run", "measured", "Tell me of the lighthouse and of its keeper.", "--max-tokens", "2")
+    told = invoke("verify", "--composed")
+    assert told.exit_code == 0
+    row = next(line for line in told.stdout.splitlines() if "measured" in line)
+    assert "this template is not calibrated" in row
+    assert parse(invoke("verify", "--composed", "--json"))["bounds"]["pairs"] == 20
+    assert invoke("verify", "--composed", "--deep").exit_code == 2

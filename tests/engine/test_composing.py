@@ -67,7 +67,7 @@ class Dictated(Composer):
 def dictated(home: Path, **options: Any) -> tuple[Runtime, Dictated]:
     runtime = open_runtime(home, **options)
     composer = Dictated(runtime)
-    runtime._engine.composing = Composing(runtime._engine.model, lambda: composer)
+    runtime._engine.composing = Composing(runtime._engine.composing.bench, lambda: composer)
     return runtime, composer
 
 
