@@ -14,7 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.state import PackedState, State, above_first, weighed
+from agentmem.compose.state import PackedState, State, above_first, key_width, stacked, weighed
 from agentmem.quant.format import LayerShape
 
 TRAITS = 512
@@ -89,19 +89,18 @@ class Kriging:
         return State(weights @ mx.concatenate(rows) * deep, base.shapes), State(after * deep, base.shapes)
 
     def packed(
-        self, base: State, anchors: Sequence[tuple[PackedState, PackedState]], others: Sequence[State], gram: Gram
-    ) -> tuple[State, State]:  # fmt: skip
-        """The same of anchors' packed offsets (slot, after), without unpacking them all at once. others: the anchors' traits."""
+        self, base: State, slots: Sequence[PackedState], others: Sequence[State], gram: Gram
+    ) -> State:  # fmt: skip
+        """The slot's offsets out of the anchors' packed ones, without unpacking them all at once. others: the anchors' traits."""
         weights = self.weights(traits(base), others, gram)
-        deep = above_first(base.shapes)
-        chosen = [
-            slot if len(at) == len(slot) else slot[at] for (slot, _), at in zip(anchors, gram.at, strict=True)
-        ]
-        behind = [after for _, after in anchors]
-        same = mx.tile(mx.eye(len(behind[0])), (1, len(behind))) / len(behind)
-        return State(weighed(weights, chosen) * deep, base.shapes), State(
-            weighed(same, behind) * deep, base.shapes
-        )
+        chosen = [slot if len(at) == len(slot) else slot[at] for slot, at in zip(slots, gram.at, strict=True)]
+        return State(weighed(weights, chosen) * above_first(base.shapes), base.shapes)
+
+    def packed_after(self, afters: Sequence[PackedState]) -> State:
+        """The same of the fixed text behind the slot."""
+        rows = stacked(afters).unpacked().rows
+        mean = rows.reshape(len(afters), -1, rows.shape[1]).mean(axis=0)
+        return State(mean * above_first(afters[0].shapes), afters[0].shapes)
 
     def gram(self, texts: Sequence[bytes], others: Sequence[State]) -> Gram:
         """others: the traits of the anchors."""
@@ -183,9 +182,12 @@ def traits(state: State) -> State:
     """
     if state.shapes[0].key_dim == 0:
         return state
-    n = len(state)
-    layers = [v.transpose(1, 0, 2).reshape(n, -1) for v in state.values]
-    rows = mx.concatenate([_unit(v) for v in layers], axis=1)
+    n, widths = len(state), {s.heads * s.value_dim for s in state.shapes}
+    values = state.rows[:, key_width(state.shapes) :]
+    if len(widths) == 1:
+        rows = _unit(values.reshape(n, len(state.shapes), -1)).reshape(n, -1)
+    else:
+        rows = mx.concatenate([_unit(v.transpose(1, 0, 2).reshape(n, -1)) for v in state.values], axis=1)
     if rows.shape[1] > TRAITS:
         signs, order = _shuffle(rows.shape[1])
         pad = -rows.shape[1] % TRAITS
@@ -194,7 +196,7 @@ def traits(state: State) -> State:
 
 
 def _unit(rows: mx.array) -> mx.array:
-    return rows / mx.maximum(mx.linalg.norm(rows, axis=1, keepdims=True), 1e-20)
+    return rows / mx.maximum(mx.linalg.norm(rows, axis=-1, keepdims=True), 1e-20)
 
 
 @cache

@@ -13,7 +13,7 @@ import mlx.core as mx
 from agentmem.compose.anchors import MINIMUM, Anchor, Pool
 from agentmem.compose.offsets import Kriging, Paper, traits
 from agentmem.compose.prompt import Prompt
-from agentmem.compose.state import State
+from agentmem.compose.state import State, joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,15 @@ READ_SHARE = 0.08
 def run(prompt: Prompt, steps: Steps) -> mx.array:
     """Follow a plan; returns the logits [vocab] behind the last token."""
     logits = None
-    for step in merged(steps):
+    put: list[Put] = []
+    for step in [*merged(steps), Read(())]:
         if isinstance(step, Put):
-            prompt.put(step.ids, step.state)
-        else:
+            put.append(step)
+            continue
+        if put:
+            prompt.put([i for p in put for i in p.ids], joined([p.state for p in put]))
+            put = []
+        if step.ids:
             logits = prompt.read(step.ids)
     assert logits is not None
     assert isinstance(steps[-1], Read)
@@ -141,29 +146,37 @@ class Kvcomm:
         steps: Steps = [_put(pieces[0])]
         after: State | None = None
         slots = iter(found)
-        for piece in pieces[1:]:
-            if piece.slot is None:
-                steps.append(Put(piece.ids, piece.base + after) if after is not None else Read(piece.ids))
-            else:
-                offset, after = self.shift(piece, next(slots))
+        for number, piece in enumerate(pieces[1:], start=1):
+            last = number == len(pieces) - 1
+            if piece.slot is not None:
+                anchors = next(slots)
+                offset, after = self.shift(piece, anchors)
                 steps.append(Put(piece.ids, piece.base + offset))
-        if self.read_tail and pieces[-1].slot is None:
-            steps[-1] = Read(pieces[-1].ids)
-            steps = reading_the_end(steps)
-        return _but_last(steps)
+            elif after is None or (last and self.read_tail):
+                steps.append(Read(piece.ids))
+            else:
+                steps.append(Put(piece.ids, piece.base + after))
+        return _but_last(reading_the_end(steps) if self.read_tail else steps)
 
     def shift(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
         """What a slot's text, and the fixed text behind it, go through, by anchors that `anchors` found."""
         if not isinstance(self.offsets, Kriging):
             return self.offsets(piece.base, [a.observed(self.consumer) for a in anchors])
-        packed = [a.offsets[self.consumer] for a in anchors]
+        return self._slot(piece, anchors, self.offsets), self._after(piece, anchors, self.offsets)
+
+    def _slot(self, piece: Piece, anchors: Sequence[Anchor], offsets: Kriging) -> State:
+        packed = [a.offsets[self.consumer][0] for a in anchors]
         if anchors[0].text == piece.text:
-            slot, after = packed[0]
-            return slot.unpacked(), after.unpacked()
+            return packed[0].unpacked()
         assert piece.slot is not None
         others = [traits(a.base.unpacked()) for a in anchors]
-        gram = self.pool.gram(piece.slot, anchors, others, self.offsets)
-        return self.offsets.packed(piece.base, packed, others, gram)
+        return offsets.packed(
+            piece.base, packed, others, self.pool.gram(piece.slot, anchors, others, offsets)
+        )
+
+    def _after(self, piece: Piece, anchors: Sequence[Anchor], offsets: Kriging) -> State:
+        packed = [a.offsets[self.consumer][1] for a in anchors]
+        return packed[0].unpacked() if anchors[0].text == piece.text else offsets.packed_after(packed)
 
 
 def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) -> None:

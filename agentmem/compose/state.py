@@ -160,13 +160,21 @@ class PackedState:
         return int(self.codes.nbytes + self.scales.nbytes + self.biases.nbytes)
 
 
+def stacked(states: Sequence[PackedState]) -> PackedState:
+    """Packed states of the same kind one behind the other."""
+    codes, scales, biases = (
+        mx.concatenate([getattr(s, part) for s in states]) for part in ("codes", "scales", "biases")
+    )
+    return PackedState(codes, scales, biases, states[0].bits, states[0].shapes)
+
+
 def weighed(weights: mx.array, states: Sequence[PackedState]) -> mx.array:
     """The rows of all states, weighted: float32 [n, m], m the tokens of all states -> [n, width].
 
     On a CPU one state after the other, so that what is unpacked stays in the processor's cache.
     """
     if backend() != "cpu":
-        return weights @ mx.concatenate([s.unpacked().rows for s in states])
+        return weights @ stacked(states).unpacked().rows
     out, at = mx.zeros((weights.shape[0], 1)), 0
     for state in states:
         out = out + weights[:, at : at + len(state)] @ state.unpacked().rows
