@@ -332,6 +332,10 @@ class Runtime(Roster):
                 "exceeded": self._budget.exceeded,
                 "compactions": self._memory.journal.compactions,
             },
+            "composed": {
+                "budget_bytes": int(self._settings.compose_budget),
+                **self._engine.composing.figures,
+            },
             "row_bytes": {"packed": pool.geometry.packed_row_bytes, "fp16": pool.geometry.raw_row_bytes},
             "page_tokens": pool.geometry.page_tokens,
         }

@@ -34,6 +34,7 @@ class Composing:
         self.bench, self._model, self._make, self._kept = bench, bench.model, make, kept
         self.lessons, self.trials = Lessons(), Trials(bench)
         self._random = random.Random()
+        self.figures: dict[str, int] = {}
 
     @cached_property
     def rotations(self) -> list[Rotation]:
@@ -142,8 +143,21 @@ class Composing:
 
     def flush(self, everything: bool = False) -> None:
         """Hand what has changed to the writer; with `everything`, counters too."""
+        if self.made is not None:
+            self.figures = self._figures(self.made)
         if self.made is not None and self.made.keeping is not None:
             self.made.keeping.flush(everything)
+
+    def _figures(self, composer: Composer) -> dict[str, int]:
+        """What is kept in RAM, for any thread."""
+        library = composer.library
+        return {
+            "segment_bytes": library.nbytes,
+            "segments": sum(len(space.segments) for space in library.spaces.values()),
+            "anchor_bytes": library.pool.nbytes,
+            "anchors": len(library.pool),
+            "dropped_turns": self.lessons.dropped,
+        }
 
     def close(self) -> None:
         """Precondition: nothing is written any more."""

@@ -58,6 +58,7 @@ class Followers:
         assert leader.table is not None
         table = leader.table.fork()
         table.cut(self._alike(sequence, leader))
+        table.keeps = sequence.table.keeps
         sequence.table.release()
         sequence.table, sequence.reused, sequence.state_before = table, len(table), "hot"
 

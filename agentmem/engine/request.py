@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from agentmem.errors import AgentMemError, BadRequest
 
@@ -85,6 +85,8 @@ class ChatRequest:
             raise BadRequest("messages is empty; send at least one message", param="messages")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", param="max_tokens")
+        if self.reuse is not None and self.reuse not in get_args(Reuse):
+            raise BadRequest(f"reuse is one of {', '.join(get_args(Reuse))}", param="reuse")
         if not 1 <= self.n <= MAX_CHOICES:
             raise BadRequest(f"n must be 1 to {MAX_CHOICES}", param="n")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

@@ -22,6 +22,10 @@ PAIRS = 24
 """Prompts of a template that it is calibrated on at most."""
 
 
+Case = tuple[Prompt, frozenset[bytes]]
+"""A prompt, and what anchors call its texts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A prompt, and what becomes of its trial: `done(None)` where there was none. own: with anchors of its own texts."""
@@ -115,46 +119,45 @@ class Trials:
     ) -> None:
         """Try the last prompts of every template, each without the anchors of its own texts; `done` hears what was found."""
         keys = [key for key in composer.ledger.entries if namespace in (None, key[0])]
-        rows: list[dict[str, Any]] = []
+        planner, rows = Policy(Reuse.COMPOSED).planner, list[dict[str, Any]]()
 
-        def following() -> None:
-            if keys:
-                self._calibrate(composer, keys.pop(0), one)
-            else:
-                done(rows)
+        def go_on() -> None:
+            while keys:
+                key = keys.pop(0)
+                jobs = self._cases(composer, key)
+                if jobs:
+                    self._calibrate(composer, key, planner, jobs, found)
+                    return
+                rows.append(_row(composer, key, planner, []))
+            done(rows)
 
-        def one(row: dict[str, Any]) -> None:
+        def found(row: dict[str, Any]) -> None:
             rows.append(row)
-            following()
+            go_on()
 
-        following()
+        go_on()
 
-    def _calibrate(self, composer: Composer, key: Key, done: Callable[[dict[str, Any]], None]) -> None:
-        planner, pairs = Policy(Reuse.COMPOSED).planner, list[Pair]()
-        jobs = self._cases(composer, key)
-        left = len(jobs)
+    def _calibrate(
+        self, composer: Composer, key: Key, planner: str, cases: list[Case], done: Callable[[dict[str, Any]], None]
+    ) -> None:  # fmt: skip
+        pairs, left = list[Pair](), len(cases)
 
         def one(trial: Trial | None) -> None:
             nonlocal left
             left -= 1
             if trial is not None and trial.pair is not None and trial.composition.planner == planner:
                 pairs.append(trial.pair)
-            if left <= 0:
-                finish()
-
-        def finish() -> None:
+            if left:
+                return
             if pairs and key in composer.ledger.entries:
                 composer.ledger.calibrate(*key, planner, pairs)
             done(_row(composer, key, planner, pairs))
 
-        if not jobs:
-            finish()
-        for prompt, texts in jobs:
-            self._jobs.append(Job(prompt, one, own=False, texts=texts))
+        self._jobs += [Job(prompt, one, own=False, texts=texts) for prompt, texts in cases]
 
     @staticmethod
-    def _cases(composer: Composer, key: Key) -> list[tuple[Prompt, frozenset[bytes]]]:
-        """The last prompts of a template, and what anchors call their texts."""
+    def _cases(composer: Composer, key: Key) -> list[Case]:
+        """The last prompts of a template."""
         found = []
         for case in composer.ledger.cases(*key)[-PAIRS:]:
             rebuilt = composer.rebuilt(*key, case)

@@ -18,7 +18,7 @@ from agentmem.compose.rotation import rotations
 from agentmem.compose.state import State
 from agentmem.engine.composing import Composing
 from agentmem.engine.request import ChatRequest, Delta, Finished, Started
-from agentmem.errors import AgentMemError
+from agentmem.errors import AgentMemError, BadRequest
 from agentmem.model.network import Network
 from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, Running, ask, cached, memory, open_runtime, turn
@@ -284,3 +284,27 @@ def test_a_planner_that_fails_costs_the_plan_not_the_turn(
     done = Running(runtime, composed("b")).end()
     assert (done.text, memory(done)["composed_tokens"]) == (want, 0)
     assert runtime.explain("b")["composition"] == ["not composed: see the daemon's log"]
+
+
+def test_a_course_that_fails_on_its_way_fails_alone(
+    pair: tuple[Runtime, Dictated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, composer = pair
+    good = composer.plan
+
+    def of_another_model(*args: Any) -> Composition | None:
+        made = good(*args)
+        assert made is not None
+        first, put, last = made.steps
+        assert isinstance(put, Put)
+        short = State(put.state.rows[:, :256], put.state.shapes[:1])
+        return Composition([first, Put(put.ids, short), last], b"", made.lines, provenance=made.provenance)
+
+    monkeypatch.setattr(composer, "plan", of_another_model)
+    with pytest.raises(AgentMemError):
+        Running(runtime, composed("c")).end()
+    check(runtime)
+    monkeypatch.setattr(composer, "plan", good)
+    assert Running(runtime, composed("c")).end().text
+    with pytest.raises(BadRequest, match="reuse is one of"):
+        composed("c", reuse="always")
