@@ -342,6 +342,7 @@ class Engine:
             self._report(sequence, 0, False)
 
     def _report(self, sequence: Sequence, written: int, committed: bool) -> None:
+        sequence.reported = True
         sequence.sink(sequence.finished(written, committed))
 
     def _fail(self, sequence: Sequence, error: AgentMemError) -> None:

@@ -24,6 +24,7 @@ PENDING = 4
 class Lesson:
     """A turn that is over: its ids with those of the reply, and what was computed of them."""
 
+    turn: Sequence
     namespace: str
     agent: str
     ids: list[int]
@@ -59,7 +60,8 @@ class Lessons:
             self._waiting.popleft()
             self.dropped += 1
         ids = [*sequence.ids, *said]
-        self._waiting.append(Lesson(agent.row.namespace, agent.row.name, ids, spans, capture, provenance))
+        row = agent.row
+        self._waiting.append(Lesson(sequence, row.namespace, row.name, ids, spans, capture, provenance))
 
     def drop(self, namespace: str, agent: str) -> None:
         """Learn nothing of what this agent has said."""
@@ -67,17 +69,17 @@ class Lessons:
         self._waiting = deque(kept)
 
     def teach(self, composer: Composer) -> bool:
-        """Learn from all that wait; returns whether any did."""
-        any_waited = bool(self._waiting)
-        while self._waiting:
-            lesson = self._waiting.popleft()
+        """Learn from all turns whose clients have had the end; returns whether there were any."""
+        over = [lesson for lesson in self._waiting if lesson.turn.reported]
+        self._waiting = deque(lesson for lesson in self._waiting if not lesson.turn.reported)
+        for lesson in over:
             try:
                 composer.learn(
                     lesson.namespace, lesson.ids, lesson.spans, lesson.capture.state, lesson.provenance, lesson.agent
                 )  # fmt: skip
             except Exception:
                 log.exception("nothing could be learned from a turn")
-        return any_waited
+        return bool(over)
 
 
 def read_from_its_beginning(sequence: Sequence, table: Table) -> None:

@@ -71,6 +71,7 @@ class Sequence:
     state_before: State = "cold"
     lost: bool = False
     announced: bool = False
+    reported: bool = False
     submitted: float = field(default_factory=time.perf_counter)
     planned: float = 0.0
     restore_ms: float = 0.0

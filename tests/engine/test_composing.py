@@ -86,6 +86,11 @@ def taken(runtime: Runtime, state: Look, start: int, stop: int) -> np.ndarray:
     return runtime._call(lambda: np.array(state(start, stop).rows))
 
 
+def heard(runtime: Runtime, composer: Dictated) -> list[tuple[list[int], list[Span], Look, Provenance]]:
+    """What it was taught by the turns that are over."""
+    return runtime._call(lambda: composer.heard)
+
+
 def check(runtime: Runtime) -> None:
     """Nothing is held by nobody, and no turn holds a place for its tail."""
     runtime._call(runtime._pool.check)
@@ -217,7 +222,7 @@ def test_what_a_dense_turn_computes_is_taken_down_before_it_is_packed(tmp_path: 
     runtime, composer = dictated(tmp_path, kv_format=kv_format, page_tokens=32)
     composer.plans = False
     Running(runtime, composed("c", max_tokens=90)).end()
-    ((ids, spans, state, provenance),) = composer.heard
+    ((ids, spans, state, provenance),) = heard(runtime, composer)
     assert provenance == EXACT
     assert [s.kind for s in spans] == ["user", "assistant"]
     assert bytes(ids[spans[0].start : spans[0].stop]).decode() == LONG
@@ -242,7 +247,7 @@ def test_an_exact_prefix_teaches_only_what_lies_in_16_bits(tmp_path: Path) -> No
     done = Running(runtime, composed("c", LONG + " and more of it")).end()
     reused = cached(done)
     assert reused > 64
-    _, _, state, _ = composer.heard[0]
+    _, _, state, _ = heard(runtime, composer)[0]
     assert len(runtime._call(lambda: state(0, 32))) == 32
     assert len(runtime._call(lambda: state(reused, reused + 10))) == 10
     with pytest.raises(LookupError):
@@ -253,7 +258,7 @@ def test_an_exact_prefix_teaches_only_what_lies_in_16_bits(tmp_path: Path) -> No
 def test_a_composed_turn_teaches_its_reply_only(pair: tuple[Runtime, Dictated]) -> None:
     runtime, composer = pair
     done = Running(runtime, composed("c", max_tokens=80)).end()
-    ((ids, spans, state, provenance),) = composer.heard
+    ((ids, spans, state, provenance),) = heard(runtime, composer)
     prompt = done.usage["prompt_tokens"]
     assert provenance.hops == 1
     assert (spans[-1].start, spans[-1].stop) == (prompt, len(ids))
@@ -266,7 +271,7 @@ def test_exact_turns_and_agents_that_stay_off_the_disk_teach_nothing(pair: tuple
     runtime, composer = pair
     turn(runtime, "a", LONG)
     Running(runtime, composed("b", persist=False)).end()
-    assert not composer.heard
+    assert not heard(runtime, composer)
     assert cached(Running(runtime, ask("off", LONG, reuse="off")).end()) == 0
     assert cached(turn(runtime, "on", LONG)) > 0
 
