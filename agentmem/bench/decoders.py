@@ -85,6 +85,7 @@ class Paged:
         mx.synchronize()
 
     def close(self) -> None:
+        self._runner.rest()  # the step ahead holds the pool
         for sequence in self._sequences:
             assert sequence.table is not None
             sequence.table.release()

@@ -51,7 +51,6 @@ class Planner:
         composing = sum(s.composing for s in (sequence, *active))
         if totals and not self._admission.fits([*sequence.totals, *totals], composing):
             return False
-        self._admission.hold([*sequence.totals, *totals], composing)
         session.busy = True
         sequence.planned = time.perf_counter()
         self.replan(sequence)
