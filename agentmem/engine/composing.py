@@ -48,6 +48,9 @@ class Composing:
             return self._make() if self.rotations else "the model has no layers"
         except ModelUnavailable as error:
             return error.message
+        except Exception:
+            log.exception("what composed reuse keeps could not be opened")
+            return "see the daemon's log"
 
     @property
     def made(self) -> Composer | None:
@@ -68,10 +71,10 @@ class Composing:
             sequence.notes = (f"not composed: {self.composer}",)
             return
         table.keeps = True
-        sequence.content = spans_of(sequence.messages, sequence.ids, self._model.tokenizer)
-        if not sequence.generate or len(sequence.ids) - sequence.reused <= 1:
-            return
         try:
+            sequence.content = spans_of(sequence.messages, sequence.ids, self._model.tokenizer)
+            if not sequence.generate or len(sequence.ids) - sequence.reused <= 1:
+                return
             course = self._course(sequence, self.composer)
         except Exception:
             log.exception("a prompt could not be composed; it is read")
@@ -106,13 +109,18 @@ class Composing:
             table.keeps = True
 
     def gather(self, sequence: Sequence) -> None:
-        """The turn is over, and its table soon: keep what may be learned of it."""
-        if not sequence.may_compose or self.made is None:
+        """The turn is over, and its table soon: keep what may be learned of it. Called again, it does nothing."""
+        table, agent = sequence.table, sequence.agent
+        assert table is not None
+        assert agent is not None
+        if not table.keeps or self.made is None:
             return
-        if sequence.course is not None and sequence.prompt_done and self.made.audits(self._random):
-            assert sequence.agent is not None
-            row = sequence.agent.row
-            self.trials.audit(self.made, Prompt(row.namespace, row.name, sequence.ids, sequence.content))
+        table.keeps = False
+        if not sequence.prompt_done:
+            return
+        if sequence.course is not None and self.made.audits(self._random):
+            prompt = Prompt(agent.row.namespace, agent.row.name, sequence.ids, sequence.content)
+            self.trials.audit(self.made, prompt)
         self.lessons.gather(sequence, self.rotations)
 
     def rest(self, alone: bool) -> bool:

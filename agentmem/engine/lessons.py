@@ -41,15 +41,10 @@ class Lessons:
         self.dropped = 0
 
     def gather(self, sequence: Sequence, rotations: list[Rotation]) -> None:
-        """The turn is over, and its table soon: keep what may be learned of it. Of a composed prompt that is the reply."""
-        table = sequence.table
+        """Take what may be learned of a turn that is over out of its table. Of a composed prompt that is the reply."""
+        table, agent = sequence.table, sequence.agent
+        reply, prompt = sequence.reply, len(sequence.ids)
         assert table is not None
-        if not table.keeps:
-            return
-        table.keeps = False
-        if not sequence.prompt_done:
-            return
-        agent, reply, prompt = sequence.agent, sequence.reply, len(sequence.ids)
         assert agent is not None
         said = reply.tokens[: len(table) - prompt] if reply is not None else []
         spans = [*sequence.content, *([Span(prompt, prompt + len(said), "assistant")] if said else [])]

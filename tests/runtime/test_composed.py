@@ -163,6 +163,15 @@ def test_memory_that_is_too_small_for_it_leaves_the_prompt_dense(tmp_path: Path)
     runtime.close()
 
 
+def test_what_cannot_be_opened_leaves_the_prompt_dense(tmp_path: Path) -> None:
+    runtime = open_runtime(tmp_path)
+    (tmp_path / "composed").write_text("in the way")
+    end = read(runtime, "judge", JUDGE, DOCUMENTS[0], "a").end()
+    assert (memory(end)["composed_tokens"], end.finish_reason) == (0, "length")
+    assert "see the daemon's log" in runtime.explain("judge")["composition"][0]
+    runtime.close()
+
+
 def held(runtime: Runtime) -> set[tuple[str, bytes]]:
     """The texts that the library has, by namespace. Engine thread."""
     composer = runtime._engine.composing.composer
