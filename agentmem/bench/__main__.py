@@ -271,46 +271,102 @@ def batch(
         raise click.UsageError(str(error)) from None
 
 
-def _compose_table(result: dict[str, Any]) -> str:
-    lines = ["planner        read  prefill ms  faster  mean KL      p95    first   top-1"]
+def _compose_table(result: Result) -> str:
+    lines = []
+    for done in result["rounds"]:
+        lines.append(
+            f"{done['round']} of {len(done['agents'])} agents, {done['families']} families of questions"
+        )
+        lines.append(
+            "planner       requests   read  TTFT ms  faster  last's  mean KL      p95    first   top-1  answers"
+        )
+        lines += [
+            f"{r['planner']:13s} {r['requests']:8d}  {r['read']:5.3f} {r['ttft_ms']:8.0f} {r['dense_over_this']:6.1f}x "
+            f"{r['last_dense_over_this']:6.1f}x {r['kl']:8.4f} {r['kl_p95']:8.4f} {r['kl_first']:8.4f} "
+            f"{r['top1']:7.3f} {r['same_answers']:8.3f}"
+            for r in done["rows"]
+        ]
+    return "\n".join([*lines, _checks(result)])
+
+
+def _times_table(result: Result) -> str:
+    lines = ["planner        last's TTFT ms  faster  all from the second ms  faster"]
     lines += [
-        f"{r['planner']:13s} {r['read']:5.3f} {r['prefill_ms']:11.0f} {r['dense_over_this']:6.1f}x "
-        f"{r['kl']:8.4f} {r['kl_p95']:8.4f} {r['kl_first']:8.4f} {r['top1']:7.3f}"
+        f"{r['planner']:13s} {r['last_ttft_ms']:15.0f} {r['last_dense_over_this']:6.1f}x {r['rest_ms']:23.0f} "
+        f"{r['rest_dense_over_this']:6.1f}x"
         for r in result["rows"]
     ]
     return "\n".join([*lines, _checks(result)])
 
 
 @_benchmark(
-    _compose_table,
+    lambda result: _times_table(result) if "rows" in result else _compose_table(result),
     MODEL,
+    SHAPE,
+    BITS,
     click.option(
         "--planner",
         "names",
         multiple=True,
         help="A planner to measure beside dense; repeatable. Default: all.",
     ),
-    click.option("--anchors", default=12, type=click.IntRange(1), help="Questions of a family for anchors."),
     click.option(
-        "--tests", default=8, type=click.IntRange(1), help="Questions of a family that are measured."
+        "--round",
+        "rounds",
+        multiple=True,
+        type=click.Choice(["chain", "round"]),
+        help="Three agents over three families of questions, or five over one; repeatable. Default: both.",
     ),
-    click.option("--answer", default=48, type=click.IntRange(2), help="Tokens of an agent's answer at most."),
-    click.option("--next", "following", default=24, help="Tokens behind a prompt that are predicted."),
+    click.option("--anchors", default=16, type=click.IntRange(1), help="Questions of a family for anchors."),
+    click.option(
+        "--tests", default=7, type=click.IntRange(1), help="Questions of a family that are measured."
+    ),
+    click.option("--answer", default=32, type=click.IntRange(2), help="Tokens of an agent's answer at most."),
     click.option(
         "--format", default=Settings.model_fields["kv_format"].default, help="KV format.", show_default=True
     ),
-    click.option("--megabytes", default=2048, help="Budget of a family's anchors."),
+    click.option("--megabytes", default=2048, help="Budget of a family's anchors, and again of the paper's."),
+    click.option(
+        "--times-only",
+        is_flag=True,
+        help="Only times to the first token, of five agents over random tokens: see --question and --answer.",
+    ),
+    click.option("--question", default=1024, type=click.IntRange(16), help="Tokens of the question then."),
 )
-def compose(model: str, names: tuple[str, ...], **options: Any) -> Result:
-    """Segments of three agents' prompts put together in several ways, against prompts that were read whole."""
-    from agentmem.bench.compose import PLANNERS, run
+def compose(
+    model: str,
+    shape: str | None,
+    bits: str,
+    names: tuple[str, ...],
+    rounds: tuple[str, ...],
+    times_only: bool,
+    question: int,
+    **options: Any,
+) -> Result:
+    """Segments of several agents' prompts put together in several ways, against prompts that were read whole."""
+    from agentmem.bench import compose_times
+    from agentmem.bench.compose import PLANNERS, ROUNDS, run
 
-    if unknown := set(names) - set(PLANNERS):
-        raise click.BadParameter(f"there is no planner {min(unknown)!r}; there are {', '.join(PLANNERS)}")
-    loaded, folder = _loaded(model), Home(default_home()).calibration
-    chosen = tuple(dict.fromkeys(("dense", *names))) if names else PLANNERS
+    known = compose_times.PLANNERS if times_only else PLANNERS
+    if unknown := set(names) - set(known):
+        raise click.BadParameter(f"there is no planner {min(unknown)!r}; there are {', '.join(known)}")
+    if shape and not times_only:
+        raise click.UsageError("random weights say nothing: give --times-only with --shape")
+    loaded = _loaded(model, shape, bits)
+    chosen = tuple(dict.fromkeys(("dense", *names))) if names else known
+    if times_only:
+        return compose_times.run(
+            loaded, chosen, question=question, answer=options["answer"], anchors=options["anchors"], say=_say
+        )
     try:
-        return run(loaded, chosen, **options, calibrations=folder, say=_say)
+        return run(
+            loaded,
+            chosen,
+            rounds or tuple(ROUNDS),
+            **options,
+            calibrations=Home(default_home()).calibration,
+            say=_say,
+        )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
