@@ -108,14 +108,14 @@ class Kriging:
         at = [
             np.arange(n)
             if total <= self.most
-            else np.linspace(0, n - 1, max(1, n * self.most // total)).astype(int)
+            else np.linspace(0, n - 1, min(n, max(1, n * self.most // total))).astype(int)
             for n in map(len, others)
         ]
         rows, places = (
             mx.concatenate([o.rows[mx.array(a)] for o, a in zip(others, at, strict=True)]),
             np.concatenate(at),
         )
-        among = self._alike(rows, rows, places, places).astype(np.float64)
+        among = np.array(self._alike(rows, rows, places, places), dtype=np.float64)
         inverse = np.linalg.inv(among + self.noise * np.eye(len(places)))
         return Gram(tuple(texts), tuple(at), mx.array(inverse.astype(np.float32)))
 
@@ -126,15 +126,15 @@ class Kriging:
         """
         rows = mx.concatenate([o.rows[mx.array(a)] for o, a in zip(others, gram.at, strict=True)])
         near = self._alike(text.rows, rows, np.arange(len(text)), np.concatenate(gram.at))
-        found = mx.array(near) @ gram.inverse
+        found = near @ gram.inverse
         return found + (1 - found.sum(axis=1, keepdims=True)) / len(rows)
 
-    def _alike(self, a: mx.array, b: mx.array, at: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def _alike(self, a: mx.array, b: mx.array, at: np.ndarray, other: np.ndarray) -> mx.array:
         """Traits [n, width] and [m, width], their places -> float32 [n, m]."""
-        distance = np.sqrt(np.maximum(2 - 2 * np.array(a @ b.T), 0))
-        places, others = np.log1p(at).astype(np.float32), np.log1p(other).astype(np.float32)
-        apart = np.abs(places[:, None] - others[None])
-        return np.exp(-distance / self.reach - apart / self.span)
+        distance = mx.sqrt(mx.maximum(2 - 2 * (a @ b.T), 0))
+        places, others = (mx.log1p(mx.array(x.astype(np.float32))) for x in (at, other))
+        apart = mx.abs(places[:, None] - others[None])
+        return mx.exp(-distance / self.reach - apart / self.span)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,20 +93,50 @@ def test_small_batches_are_measured_to_the_end() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_chain_of_agents_is_measured_to_the_end(tiny_model: Path) -> None:
+@pytest.mark.parametrize(("round", "agents", "families"), [("chain", 3, 3), ("round", 5, 1)])
+def test_a_small_round_of_agents_is_measured_to_the_end(
+    tiny_model: Path, round: str, agents: int, families: int
+) -> None:
     """One test prompt per family and agent: too few for the figures, which are not looked at."""
-    small = ("--model", str(tiny_model), "--anchors", "5", "--tests", "1", "--answer", "8", "--next", "4")
+    small = (
+        "--model", str(tiny_model), "--round", round, "--anchors", "5", "--tests", "1", "--answer", "8",
+    )  # fmt: skip
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, "bench", "compose", *small, "--json"],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     report = json.loads(result.stdout)
-    rows = {row["planner"]: row for row in report["rows"]}
+    (done,) = report["rounds"]
+    rows = {row["planner"]: row for row in done["rows"]}
     assert {"dense", "exact", "repositioned", "lego", "blend", "kvcomm", "kvcomm+tail"} <= set(rows)
     for name in ("dense", "exact"):
-        assert rows[name]["requests"] == 6
+        assert rows[name]["requests"] == families * (agents - 1)
+        assert rows[name]["same_answers"] == 1
         assert abs(rows[name]["kl"]) < 0.2 * rows["repositioned"]["kl"]
     assert rows["dense"]["read"] == 1
-    assert 0 < rows["repositioned"]["read"] < rows["kvcomm+tail"]["read"] < rows["lego"]["read"] < 1
-    assert all(5 < pool["anchors"] <= 15 and pool["bytes"] > 0 for pool in report["pools"])
-    assert {check["name"].partition(":")[0] for check in report["checks"]} >= {"kvcomm+tail"}
+    assert 0 < rows["repositioned"]["read"] < rows["kvcomm+tail"]["read"] <= 0.08
+    assert rows["kvcomm+tail"]["bytes"] > sum(p["bytes"] for p in done["pools"]) / families
+    assert all(0 < pool["bytes"] < 0.2 * pool["sixteen_bits"] for pool in done["pools"])
+    assert all(check["name"].startswith(round) for check in report["checks"])
+
+
+@pytest.mark.slow
+def test_times_of_a_small_round_are_measured_to_the_end(tiny_model: Path) -> None:
+    small = (
+        "--model",
+        str(tiny_model),
+        "--times-only",
+        "--question",
+        "32",
+        "--answer",
+        "24",
+        "--anchors",
+        "5",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "bench", "compose", *small, "--json"],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    assert [row["planner"] for row in report["rows"]] == ["dense", "exact", "kvcomm+tail"]
+    assert all(len(row["ttft_ms"]) == 4 and row["last_ttft_ms"] > 0 for row in report["rows"])
