@@ -23,7 +23,7 @@ from agentmem.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SET_UP, TOUR, MEASURED = "Set up", "A tour", "What was measured where"
+SET_UP, TOUR, MEASURED, COMPOSED = "Set up", "A tour", "What was measured where", "Composed reuse"
 PORT = "8377"
 
 
@@ -103,7 +103,7 @@ def run(block: Block, environment: dict[str, str], folder: Path) -> str:
 
 
 def test_every_block_is_run_by_a_test() -> None:
-    assert {block.heading for block in blocks()} == {SET_UP, TOUR, MEASURED}
+    assert {block.heading for block in blocks()} == {SET_UP, TOUR, MEASURED, COMPOSED}
     assert {block.language for block in blocks()} == {"sh", "python"}
     assert len(SET_UP_LINES) == 2
     assert TEXT.count("```") == 2 * len(blocks())
@@ -128,6 +128,16 @@ def test_the_tour_ends_as_it_says(tour: dict[str, str], tmp_path: Path) -> None:
     assert "planner is warm" in shown
     assert re.search(r"^turns +3\s*$", shown, re.MULTILINE)
     assert re.search(r"^planner is forgotten", shown, re.MULTILINE)
+    assert read_record(Home(Path(tour["AGENTMEM_HOME"]))) is None
+
+
+@pytest.mark.slow
+def test_composed_reuse_is_asked_for_and_explained(tour: dict[str, str], tmp_path: Path) -> None:
+    (block,) = (block for block in blocks() if block.heading == COMPOSED)
+    said = run(block, tour, tmp_path)
+    assert "analyst is made: reuse composed" in said
+    assert re.search(r"^reuse +not composed: ", said, re.MULTILINE)
+    assert "VERDICT" in said
     assert read_record(Home(Path(tour["AGENTMEM_HOME"]))) is None
 
 
