@@ -9,7 +9,7 @@ daemon's KV format, over the greedy answer behind that.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class Memory:
     def __init__(self, team: Team, budget: int) -> None:
         self.team = team
         self.ours, self.papers = Pool(budget), Pool(budget, eviction=Eviction.PAPER)
+
+    def pools(self, names: Collection[str]) -> list[Pool]:
+        """Those that these planners ask."""
+        return [self.ours, self.papers] if "kvcomm-paper" in names else [self.ours]
 
     def observe(self, call: Call, pool: Pool) -> None:
         pieces = self.team.pieces(call.agent, call.known)
@@ -176,7 +180,7 @@ def _measured(
     scores, pools = {n: Scores() for n in names}, []
     chosen = families()[: None if name == "chain" else ROUND_FAMILIES]
     for family in chosen:
-        memory = _taught(model, family, agents, setting)
+        memory = _taught(model, family, agents, names, setting)
         pools.append({
             "family": family.name, "anchors": len(memory.ours), "bytes": memory.ours.anchor_bytes,
             "sixteen_bits": memory.sixteen_bits(),
@@ -191,7 +195,9 @@ def _measured(
     return {"round": name, "agents": agents, "families": len(chosen), "pools": pools, "rows": rows}
 
 
-def _taught(model: LoadedModel, family: Family, agents: Sequence[str], setting: Setting) -> Memory:
+def _taught(
+    model: LoadedModel, family: Family, agents: Sequence[str], names: Collection[str], setting: Setting
+) -> Memory:
     if len(family.questions) < setting.anchors + setting.tests:
         raise ValueError(f"there are {len(family.questions)} questions about {family.name}")
     roles = {agent: family.roles[agent] for agent in agents}
@@ -199,7 +205,7 @@ def _taught(model: LoadedModel, family: Family, agents: Sequence[str], setting: 
     memory = Memory(team, setting.budget)
     for calls in team.rounds(family.questions[: setting.anchors], last=False):
         for call in calls:
-            for pool in (memory.ours, memory.papers):
+            for pool in memory.pools(names):
                 memory.observe(call, pool)
     return memory
 
@@ -216,7 +222,7 @@ def _measure(memory: Memory, call: Call, scores: dict[str, Scores]) -> None:
                 memory.observe(call, memory.papers)
             continue
         score.seconds.append((call.agent, time.perf_counter() - begun))
-        got = memory.team.predictions(made, call.answer)
+        got = wanted if name == "dense" else memory.team.predictions(made, call.answer)
         score.divergence.append(np.array((mx.exp(wanted) * (wanted - got)).sum(-1)))
         score.agreement.append(np.array(wanted.argmax(-1) == got.argmax(-1)))
         score.read.append(made.read_tokens / len(made))
