@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from agentmem.engine.request import ChatRequest, Started
+from agentmem.engine.request import ChatRequest, Finished, Started
 from agentmem.runtime import Runtime
 from tests.engine.turns import words
 from tests.runtime.agents import Running, cached, memory, open_runtime
@@ -18,7 +19,7 @@ from tests.runtime.agents import Running, cached, memory, open_runtime
 SOLVER = "You solve what is asked, step by step, and you say what you are sure of."
 JUDGE = "You are strict. You look for what is wrong in what others say, and name it in few words."
 DOCUMENTS = [words(random.Random(n), 24) for n in range(8)]
-ENOUGH = 5
+ENOUGH, MANY = 5, 80
 """Texts that a template has seen from which on it composes another; see `agentmem.compose.anchors.MINIMUM`."""
 
 
@@ -189,3 +190,39 @@ def drop_exact_state(runtime: Runtime) -> None:
         runtime._memory.journal.bury()
 
     runtime._call(fill)
+
+
+@pytest.mark.slow(minutes=0.5)
+def test_many_at_once_hold_nothing_afterwards(tmp_path: Path) -> None:
+    """Composed, exact and cancelled turns of several agents beside each other, in little memory."""
+    runtime = open_runtime(tmp_path, ram_budget=3 << 20, page_tokens=32, chunk_tokens=64, max_batch=6)
+    taught(runtime)
+    texts, composed = [words(random.Random(100 + n), 24) for n in range(MANY // 2)], list[int]()
+    for number, text in enumerate(texts):
+        read(runtime, "solver", SOLVER, text, f"t{number}").end()
+
+    def one(number: int) -> None:
+        rng = random.Random(number)
+        agent, system = rng.choice(
+            [("solver", SOLVER), ("judge", JUDGE), ("judge", JUDGE), ("other", JUDGE + " Be brief.")]
+        )
+        text = rng.choice([texts[number // 2], "Two texts. " + " ".join(rng.sample(texts, 2))])
+        running = read(
+            runtime, agent, system, text, f"m{number}", reuse=rng.choice(["composed", "composed", "exact", "off"]),
+            n=rng.choice([1, 1, 2]), max_tokens=rng.choice([1, 8, 70]),
+        )  # fmt: skip
+        if rng.random() < 0.2:
+            running.ticket.cancel()
+        assert running._over.wait(60)
+        last = running.events[-1]
+        assert isinstance(last, Finished), last
+        composed.append(memory(last)["composed_tokens"])
+
+    with ThreadPoolExecutor(6) as threads:
+        for done in [threads.submit(one, number) for number in range(MANY)]:
+            done.result()
+    assert any(composed)
+    check(runtime)
+    runtime._when_written(lambda: None)
+    assert not runtime._call(lambda: [p for t in runtime._pool.trees() for p in t.pages() if p.pins])
+    runtime.close()
