@@ -34,7 +34,7 @@ class Dictated(Composer):
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        super().__init__(Library(0, 0))
+        super().__init__(Library(0, 0), audit_share=0.0)
         self.read, self.wrong, self.plans = 3, 0.0, True
         self.heard: list[tuple[list[int], list[Span], Look, Provenance]] = []
         self._runtime = runtime

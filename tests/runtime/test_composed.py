@@ -41,6 +41,7 @@ def taught(runtime: Runtime, known: int = ENOUGH + 1) -> list[tuple[str, str, st
 
 def check(runtime: Runtime) -> None:
     def integrity() -> None:
+        runtime._engine.composing.let_go()  # an audit may be on its way
         runtime._pool.check()
         assert runtime._pool.tails.used == 0
         composer = runtime._engine.composing.composer
@@ -186,6 +187,7 @@ def drop_exact_state(runtime: Runtime) -> None:
 
     def fill() -> None:
         pool = runtime._pool
+        runtime._engine.composing.let_go()
         pool.release(pool.take(pool.slots.count))
         runtime._memory.journal.bury()
 
