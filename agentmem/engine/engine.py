@@ -354,4 +354,5 @@ class Engine:
             if one.phase != "done":
                 self._leave(one)
         self.planner.drop(whole)
+        whole.reported = True
         whole.sink(Failed(error))
