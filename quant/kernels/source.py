@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import xxhash
 
 from agentmem.quant.device import backend
 
@@ -43,7 +43,7 @@ def _included(name: str) -> str:
     whole = text(name)
     if not isinstance(path, Path) or '"' in str(path):
         return whole
-    return f'// {xxhash.xxh3_64_hexdigest(whole.encode())}\n#include "{path}"\n'
+    return f'// {hashlib.sha256(whole.encode()).hexdigest()[:16]}\n#include "{path}"\n'
 
 
 def sources(device: str, files: Sequence[str], body: str) -> tuple[str, str]:
