@@ -79,6 +79,9 @@ class Composer:
             self.why_not = f"the policy is {policy.reuse}"
             return None
         assert 0 <= known < len(ids)
+        if policy.planner == "paper" and not self.library.pool.whole:
+            self.why_not = "anchors are kept in another way than the paper's"
+            return None
         layout = self._layout(namespace, ids, spans)
         if policy.reuse is Reuse.AUTO:
             self.why_not = self.ledger.why_not(namespace, layout.template, policy.planner)

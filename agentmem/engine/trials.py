@@ -167,7 +167,9 @@ class Trials:
             # A trial counts as a prompt of somebody who has all of its texts anyway: nobody comes to own more.
             owners = composer.ledger.entries[key].owners.intersection(*(s.owners for s in segments))
             if owners:
-                texts = frozenset(s.piece_text(0, len(s.ids)) for s in segments)
+                texts = frozenset[bytes]().union(
+                    *(composer.library.made_of(key[0], s.text) for s in segments)
+                )
                 found.append((Prompt(key[0], min(owners), *rebuilt), texts))
         return found
 

@@ -130,6 +130,12 @@ def test_every_planner_makes_the_prompt(world: Stage, planner: str) -> None:
     assert len(last.ids) == (len(world.ids(tail)) if planner in ("kvcomm+tail", "lego") else 1)
 
 
+def test_the_paper_s_planner_needs_the_paper_s_anchors(rounds: Round) -> None:
+    chain(rounds, QUESTIONS[0])
+    assert rounds.turn("solver", SOLVER, QUESTIONS[0], policy=Policy(Reuse.COMPOSED, "paper")).made is None
+    assert "the paper's" in rounds.composer.why_not
+
+
 def test_too_few_anchors_fall_back_as_the_policy_says(rounds: Round) -> None:
     chain(rounds, QUESTIONS[0])
     lego = Policy(Reuse.COMPOSED, fallback="lego", minimum=5)
