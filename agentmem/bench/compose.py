@@ -207,6 +207,9 @@ def _taught(
         for call in calls:
             for pool in memory.pools(names):
                 memory.observe(call, pool)
+    for agent, template in team.templates.items():
+        for slot in template.slots:
+            Kvcomm(memory.ours, agent).prepare(slot)
     return memory
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.state import PackedState, State, above_first, key_width, stacked, weighed
+from agentmem.compose.state import PackedState, State, above_first, key_width, weighed
 from agentmem.quant.format import LayerShape
 
 TRAITS = 512
@@ -93,13 +93,11 @@ class Kriging:
     ) -> State:  # fmt: skip
         """The slot's offsets out of the anchors' packed ones, without unpacking them all at once. others: the anchors' traits."""
         weights = self.weights(traits(base), others, gram)
-        chosen = [slot if len(at) == len(slot) else slot[at] for slot, at in zip(slots, gram.at, strict=True)]
-        return State(weighed(weights, chosen) * above_first(base.shapes), base.shapes)
+        return State(weighed(weights, slots, gram.at) * above_first(base.shapes), base.shapes)
 
     def packed_after(self, afters: Sequence[PackedState]) -> State:
         """The same of the fixed text behind the slot."""
-        rows = stacked(afters).unpacked().rows
-        mean = rows.reshape(len(afters), -1, rows.shape[1]).mean(axis=0)
+        mean = mx.stack([a.unpacked().rows for a in afters]).mean(axis=0)
         return State(mean * above_first(afters[0].shapes), afters[0].shapes)
 
     def gram(self, texts: Sequence[bytes], others: Sequence[State]) -> Gram:
@@ -189,9 +187,8 @@ def traits(state: State) -> State:
     else:
         rows = mx.concatenate([_unit(v.transpose(1, 0, 2).reshape(n, -1)) for v in state.values], axis=1)
     if rows.shape[1] > TRAITS:
-        signs, order = _shuffle(rows.shape[1])
         pad = -rows.shape[1] % TRAITS
-        rows = mx.pad((rows * signs)[:, order], [(0, 0), (0, pad)]).reshape(n, -1, TRAITS).sum(axis=1)
+        rows = mx.pad(rows * _signs(rows.shape[1]), [(0, 0), (0, pad)]).reshape(n, -1, TRAITS).sum(axis=1)
     return State(_unit(rows), (LayerShape(1, 0, rows.shape[1]),))
 
 
@@ -200,12 +197,9 @@ def _unit(rows: mx.array) -> mx.array:
 
 
 @cache
-def _shuffle(width: int) -> tuple[mx.array, mx.array]:
-    """Signs float32 and an order int32 [width], always the same: sums of what is shuffled so keep distances, about."""
-    rng = np.random.default_rng(0)
-    return mx.array(rng.choice([-1.0, 1.0], width).astype(np.float32)), mx.array(
-        rng.permutation(width).astype(np.int32)
-    )
+def _signs(width: int) -> mx.array:
+    """1 and -1, float32 [width], always the same: sums of what has them keep distances, about."""
+    return mx.array(np.random.default_rng(0).choice([-1.0, 1.0], width).astype(np.float32))
 
 
 def _mean_difference(base: Sequence[mx.array], anchor: Sequence[mx.array]) -> mx.array:

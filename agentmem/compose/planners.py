@@ -149,14 +149,26 @@ class Kvcomm:
         for number, piece in enumerate(pieces[1:], start=1):
             last = number == len(pieces) - 1
             if piece.slot is not None:
-                anchors = next(slots)
-                offset, after = self.shift(piece, anchors)
-                steps.append(Put(piece.ids, piece.base + offset))
+                put, after = self._shifted(piece, next(slots), self.read_tail and number == len(pieces) - 2)
+                steps.append(put)
             elif after is None or (last and self.read_tail):
                 steps.append(Read(piece.ids))
             else:
                 steps.append(Put(piece.ids, piece.base + after))
         return _but_last(reading_the_end(steps) if self.read_tail else steps)
+
+    def _shifted(self, piece: Piece, anchors: Sequence[Anchor], alone: bool) -> tuple[Put, State | None]:
+        """A slot's text, and what the fixed text behind it goes through; not asked for where the slot is `alone`."""
+        if alone and isinstance(self.offsets, Kriging):
+            return Put(piece.ids, piece.base + self._slot(piece, anchors, self.offsets)), None
+        offset, after = self.shift(piece, anchors)
+        return Put(piece.ids, piece.base + offset), after
+
+    def prepare(self, slot: str) -> None:
+        """Compute now what depends on this slot's anchors alone, rather than with the next prompt."""
+        anchors = self.pool.eligible(slot, self.consumer, 0)
+        if anchors and isinstance(self.offsets, Kriging):
+            self.pool.gram(slot, anchors, [traits(a.base.unpacked()) for a in anchors], self.offsets)
 
     def shift(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
         """What a slot's text, and the fixed text behind it, go through, by anchors that `anchors` found."""

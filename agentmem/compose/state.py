@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -91,15 +90,17 @@ def joined(states: Sequence[State]) -> State:
     return State(mx.concatenate([s.rows for s in states]), states[0].shapes)
 
 
-LEVELS = np.array([-1.5, -0.5, 0.5, 1.5], np.float32)
-"""What the four codes of 2 bits stand for, in steps."""
 STEP = 0.9957
 """Of 2 bits, in standard deviations of a group: so four even levels lose least of a normal distribution, 12 % of its squares."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedState:
-    """A state in 2, 4 or 8 bits: codes uint32, scales and biases float16 [n, groups], in the layout of `mx.quantize`."""
+    """A state in 2, 4 or 8 bits.
+
+    codes uint32 and scales float16 [n, groups] are as `mx.quantize` lays them out, and with 4 and 8 bits biases float16, too.
+    With 2 bits codes mean -1.5, -0.5, 0.5 and 1.5 steps, and biases uint8 [n, m] are spreads of elements, cut into n rows.
+    """
 
     codes: mx.array
     scales: mx.array
@@ -118,27 +119,25 @@ class PackedState:
             raise ValueError(f"heads of {sorted(dims)} dims cannot be packed; multiples of 32 can")
         group = 32 if any(d % 64 for d in dims) else 64
         if bits == 2:
-            codes, scales, biases = _in_four_levels(
-                state.rows, next(g for g in (128, 64, 32) if not state.rows.shape[1] % g)
-            )
+            codes, scales, biases = _in_four_levels(state.rows)
         else:
             codes, scales, biases = mx.quantize(state.rows, group_size=group, bits=bits)
-        packed = cls(codes, scales.astype(mx.float16), biases.astype(mx.float16), bits, state.shapes)
+            biases = biases.astype(mx.float16)
+        packed = cls(codes, scales.astype(mx.float16), biases, bits, state.shapes)
         mx.eval(packed.codes, packed.scales, packed.biases)
         return packed
 
-    def __getitem__(self, span: slice | np.ndarray) -> PackedState:
-        """The same of some of the tokens, packed."""
-        at: Any = span if isinstance(span, slice) else mx.array(span)
-        return PackedState(self.codes[at], self.scales[at], self.biases[at], self.bits, self.shapes)
-
     def unpacked(self) -> State:
         if backend() == "cpu":
-            return State(mx.array(self._on_host()), self.shapes)
-        rows = mx.dequantize(
-            self.codes, self.scales.astype(mx.float32), self.biases.astype(mx.float32),
-            group_size=32 * self.codes.shape[1] // (self.bits * self.scales.shape[1]), bits=self.bits,
-        )  # fmt: skip
+            rows = mx.array(self._on_host())
+        else:
+            scales = self.scales.astype(mx.float32)
+            rows = mx.dequantize(
+                self.codes, scales, -1.5 * scales if self.bits == 2 else self.biases.astype(mx.float32),
+                group_size=32 * self.codes.shape[1] // (self.bits * self.scales.shape[1]), bits=self.bits,
+            )  # fmt: skip
+        if self.bits == 2 and len(self):
+            rows = rows * _spread(self.biases, rows.shape[1])
         return State(rows, self.shapes)
 
     def _on_host(self) -> np.ndarray:
@@ -149,7 +148,8 @@ class PackedState:
         elements = codes.astype(np.float32) if whole else np.take(_of_byte(self.bits), codes).view(np.float32)
         grouped = elements.reshape(n, groups, -1)
         grouped *= np.asarray(self.scales.astype(mx.float32))[:, :, None]
-        grouped += np.asarray(self.biases.astype(mx.float32))[:, :, None]
+        if self.bits != 2:
+            grouped += np.asarray(self.biases.astype(mx.float32))[:, :, None]
         return grouped.reshape(n, -1)
 
     def __len__(self) -> int:
@@ -160,43 +160,56 @@ class PackedState:
         return int(self.codes.nbytes + self.scales.nbytes + self.biases.nbytes)
 
 
-def stacked(states: Sequence[PackedState]) -> PackedState:
-    """Packed states of the same kind one behind the other."""
-    codes, scales, biases = (
-        mx.concatenate([getattr(s, part) for s in states]) for part in ("codes", "scales", "biases")
-    )
-    return PackedState(codes, scales, biases, states[0].bits, states[0].shapes)
-
-
-def weighed(weights: mx.array, states: Sequence[PackedState]) -> mx.array:
-    """The rows of all states, weighted: float32 [n, m], m the tokens of all states -> [n, width].
+def weighed(weights: mx.array, states: Sequence[PackedState], at: Sequence[np.ndarray]) -> mx.array:
+    """Rows `at` of the states, weighted: float32 [n, m], m the rows of all states -> [n, width].
 
     On a CPU one state after the other, so that what is unpacked stays in the processor's cache.
     """
+    rows = (
+        s.unpacked().rows if len(a) == len(s) else s.unpacked().rows[mx.array(a)]
+        for s, a in zip(states, at, strict=True)
+    )
     if backend() != "cpu":
-        return weights @ stacked(states).unpacked().rows
-    out, at = mx.zeros((weights.shape[0], 1)), 0
-    for state in states:
-        out = out + weights[:, at : at + len(state)] @ state.unpacked().rows
+        return weights @ mx.concatenate(list(rows))
+    out, start = mx.zeros((weights.shape[0], 1)), 0
+    for some in rows:
+        out = out + weights[:, start : start + len(some)] @ some
         mx.eval(out)
-        at += len(state)
+        start += len(some)
     return out
 
 
-def _in_four_levels(rows: mx.array, group: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes, scales and biases of 2 bits: `mx.quantize` spreads them over the extremes, which loses twice as much."""
-    grouped = rows.reshape(rows.shape[0], -1, group)
-    middle = grouped.mean(axis=2, keepdims=True)
-    scales = STEP * mx.sqrt(((grouped - middle) ** 2).mean(axis=2, keepdims=True))
-    scales = scales.astype(mx.float16).astype(mx.float32)
-    biases = (middle + float(LEVELS[0]) * scales).astype(mx.float16).astype(mx.float32)
-    codes = mx.clip(mx.round((grouped - biases) / mx.maximum(scales, 1e-12)), 0, 3).astype(mx.uint32)
-    codes = codes.reshape(rows.shape[0], -1, 16) << (2 * mx.arange(16, dtype=mx.uint32))
-    return codes.sum(axis=2), scales[..., 0], biases[..., 0]
+def _in_four_levels(rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and spreads of 2 bits.
+
+    Elements differ in size by far more than tokens do, and `mx.quantize` spreads its levels over the extremes: either would lose
+    twice as much. So elements are divided by what they are in all tokens, about, and then stepped by a group's deviation.
+    """
+    n, width = rows.shape
+    group = next(g for g in (128, 64, 32) if not width % g)
+    size = mx.sqrt((rows**2).mean(axis=0)) if n else mx.zeros((width,))
+    largest = mx.maximum(size.max(), 1e-30)
+    halves = mx.clip(mx.round(15 + 2 * mx.log2(mx.maximum(size / largest, 1e-30))), 0, 15).astype(mx.uint8)
+    spreads = halves[0::2] | (halves[1::2] << 4)
+    spreads = mx.pad(spreads, (0, -len(spreads) % max(n, 1)))
+    biases = spreads.reshape(n, -1) if n else mx.zeros((0, 1), dtype=mx.uint8)
+    grouped = (rows / _spread(biases, width) if n else rows).reshape(n, -1, group)
+    scales = (STEP * mx.sqrt((grouped**2).mean(axis=2))).astype(mx.float16)
+    steps = grouped / mx.maximum(scales.astype(mx.float32), 1e-12)[:, :, None]
+    codes = mx.clip(mx.round(steps + 1.5), 0, 3).astype(mx.uint32).reshape(n, -1, 16)
+    return (codes << (2 * mx.arange(16, dtype=mx.uint32))).sum(axis=2), scales, biases
+
+
+def _spread(spreads: mx.array, width: int) -> mx.array:
+    """What elements are multiplied with, float32 [width]: half octaves below 1, two to a byte."""
+    flat = spreads.reshape(-1)[: width // 2]
+    halves = mx.stack([flat & 15, flat >> 4], axis=1).reshape(-1)
+    return mx.power(2.0, (halves.astype(mx.float32) - 15) / 2)
 
 
 @cache
 def _of_byte(bits: int) -> np.ndarray:
-    """The codes in each possible byte as float32, those of a byte in one element of complex type."""
-    bytes = np.arange(256)[:, None] >> np.arange(0, 8, bits)[None] & ((1 << bits) - 1)
-    return bytes.astype(np.float32).view(np.complex64 if bits == 4 else np.complex128)[:, 0]
+    """What the codes in each possible byte mean, as float32, those of a byte in one element of complex type."""
+    codes = np.arange(256)[:, None] >> np.arange(0, 8, bits)[None] & ((1 << bits) - 1)
+    meant = codes.astype(np.float32) - (1.5 if bits == 2 else 0)
+    return meant.astype(np.float32).view(np.complex64 if bits == 4 else np.complex128)[:, 0]

@@ -26,7 +26,7 @@ def put(pool: Pool, number: int, *, slot: str = "question", tokens: int = 6, con
 
 def test_an_anchor_is_what_was_observed() -> None:
     for eviction, base, share in (
-        (Eviction.DECAYED, traits(drawn(6, 4)), 0.1),
+        (Eviction.DECAYED, traits(drawn(6, 4)), 0.12),
         (Eviction.PAPER, drawn(6, 4), 0.2),
     ):
         pool = Pool(ROOM, eviction=eviction)

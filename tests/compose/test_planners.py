@@ -9,7 +9,7 @@ import pytest
 from agentmem.compose import planners
 from agentmem.compose.anchors import Eviction, Pool
 from agentmem.compose.blend import Rows, blend, selected
-from agentmem.compose.offsets import Paper
+from agentmem.compose.offsets import Kriging, Paper
 from agentmem.compose.planners import Kvcomm, Piece, Put, Read
 from agentmem.errors import ModelUnavailable
 from agentmem.model import seam
@@ -111,6 +111,30 @@ def test_a_text_that_is_its_own_anchor_needs_no_other(world: Stage, asked: list[
     assert plan is not None
     moved = divergence(logits, world.follow(planners.repositioned(asked))[1])
     assert divergence(logits, world.follow(plan)[1]) < 0.1 * moved, "its own offset, but for the packing"
+
+
+def test_what_was_prepared_is_what_the_next_plan_asks_for(
+    world: Stage, asked: list[Piece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = taught(world)
+    planner = Kvcomm(pool, "judge")
+    want, anchors = planner.plan(asked), pool.anchor_bytes
+    assert pool.nbytes > anchors, "the first plan keeps it, too"
+    pool = taught(world)
+    planner = Kvcomm(pool, "judge")
+    for piece in asked:
+        if piece.slot is not None:
+            planner.prepare(piece.slot)
+    held = pool.nbytes
+    planner.prepare("a slot without anchors")
+    monkeypatch.setattr(Kriging, "gram", lambda *_: pytest.fail("computed again"))
+    got = planner.plan(asked)
+    assert pool.nbytes == held > pool.anchor_bytes
+    assert want is not None
+    assert got is not None
+    for a, b in zip(want, got, strict=True):
+        assert a.ids == b.ids
+        assert isinstance(a, Read) or (isinstance(b, Put) and states_apart(a.state, b.state) < 1e-5)
 
 
 def test_the_end_is_read_up_to_a_share(asked: list[Piece]) -> None:
