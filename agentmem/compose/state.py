@@ -146,11 +146,12 @@ class PackedState:
         n, groups = self.scales.shape
         whole = self.bits == 8
         elements = codes.astype(np.float32) if whole else np.take(_of_byte(self.bits), codes).view(np.float32)
-        grouped = elements.reshape(n, groups, -1)
+        width = 32 * self.codes.shape[1] // self.bits
+        grouped = elements.reshape(n, groups, width // groups)
         grouped *= np.asarray(self.scales.astype(mx.float32))[:, :, None]
         if self.bits != 2:
             grouped += np.asarray(self.biases.astype(mx.float32))[:, :, None]
-        return grouped.reshape(n, -1)
+        return grouped.reshape(n, width)
 
     def __len__(self) -> int:
         return int(self.codes.shape[0])
@@ -193,10 +194,10 @@ def _in_four_levels(rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     spreads = halves[0::2] | (halves[1::2] << 4)
     spreads = mx.pad(spreads, (0, -len(spreads) % max(n, 1)))
     biases = spreads.reshape(n, -1) if n else mx.zeros((0, 1), dtype=mx.uint8)
-    grouped = (rows / _spread(biases, width) if n else rows).reshape(n, -1, group)
+    grouped = (rows / _spread(biases, width) if n else rows).reshape(n, width // group, group)
     scales = (STEP * mx.sqrt((grouped**2).mean(axis=2))).astype(mx.float16)
     steps = grouped / mx.maximum(scales.astype(mx.float32), 1e-12)[:, :, None]
-    codes = mx.clip(mx.round(steps + 1.5), 0, 3).astype(mx.uint32).reshape(n, -1, 16)
+    codes = mx.clip(mx.round(steps + 1.5), 0, 3).astype(mx.uint32).reshape(n, width // 16, 16)
     return (codes << (2 * mx.arange(16, dtype=mx.uint32))).sum(axis=2), scales, biases
 
 

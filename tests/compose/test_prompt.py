@@ -156,6 +156,7 @@ def test_packed_states(world: Stage, pieces: list[Piece], monkeypatch: pytest.Mo
     for bits in (2, 4):
         nothing = PackedState.of(state - state, bits).unpacked()
         assert not nothing.rows.any().item()
+    assert len(PackedState.of(state[:0], 2).unpacked()) == 0
 
 
 @pytest.mark.parametrize("text", ["{{a}}behind", "before{{a}} {{b}}behind", "before{{a}}"])
