@@ -90,6 +90,8 @@ def joined(states: Sequence[State]) -> State:
     return State(mx.concatenate([s.rows for s in states]), states[0].shapes)
 
 
+AT_ONCE = 128
+"""Rows that are unpacked together on a CPU."""
 STEP = 0.9957
 """Of 2 bits, in standard deviations of a group: so four even levels lose least of a normal distribution, 12 % of its squares."""
 
@@ -128,30 +130,7 @@ class PackedState:
         return packed
 
     def unpacked(self) -> State:
-        if backend() == "cpu":
-            rows = mx.array(self._on_host())
-        else:
-            scales = self.scales.astype(mx.float32)
-            rows = mx.dequantize(
-                self.codes, scales, -1.5 * scales if self.bits == 2 else self.biases.astype(mx.float32),
-                group_size=32 * self.codes.shape[1] // (self.bits * self.scales.shape[1]), bits=self.bits,
-            )  # fmt: skip
-        if self.bits == 2 and len(self):
-            rows = rows * _spread(self.biases, rows.shape[1])
-        return State(rows, self.shapes)
-
-    def _on_host(self) -> np.ndarray:
-        """The rows, float32. MLX unpacks on a CPU one element after the other, in several times the time."""
-        codes = np.asarray(self.codes).view(np.uint8)
-        n, groups = self.scales.shape
-        whole = self.bits == 8
-        elements = codes.astype(np.float32) if whole else np.take(_of_byte(self.bits), codes).view(np.float32)
-        width = 32 * self.codes.shape[1] // self.bits
-        grouped = elements.reshape(n, groups, width // groups)
-        grouped *= np.asarray(self.scales.astype(mx.float32))[:, :, None]
-        if self.bits != 2:
-            grouped += np.asarray(self.biases.astype(mx.float32))[:, :, None]
-        return grouped.reshape(n, width)
+        return State(unpacked_rows([self]), self.shapes)
 
     def __len__(self) -> int:
         return int(self.codes.shape[0])
@@ -161,23 +140,69 @@ class PackedState:
         return int(self.codes.nbytes + self.scales.nbytes + self.biases.nbytes)
 
 
+def unpacked_rows(states: Sequence[PackedState]) -> mx.array:
+    """The rows of states of one kind, one behind the other, float32."""
+    if backend() == "cpu":
+        return mx.array(_on_host(states))
+    return mx.concatenate([_on_device(s) for s in states])
+
+
 def weighed(weights: mx.array, states: Sequence[PackedState], at: Sequence[np.ndarray]) -> mx.array:
     """Rows `at` of the states, weighted: float32 [n, m], m the rows of all states -> [n, width].
 
-    On a CPU one state after the other, so that what is unpacked stays in the processor's cache.
+    On a CPU some states after others, so that what is unpacked stays in the processor's cache.
     """
-    rows = (
-        s.unpacked().rows if len(a) == len(s) else s.unpacked().rows[mx.array(a)]
-        for s, a in zip(states, at, strict=True)
-    )
-    if backend() != "cpu":
-        return weights @ mx.concatenate(list(rows))
-    out, start = mx.zeros((weights.shape[0], 1)), 0
-    for some in rows:
-        out = out + weights[:, start : start + len(some)] @ some
-        mx.eval(out)
-        start += len(some)
+    out, start, first = mx.zeros((weights.shape[0], 32 * states[0].codes.shape[1] // states[0].bits)), 0, 0
+    while first < len(states):
+        last = first + 1
+        while last < len(states) and (
+            backend() != "cpu" or sum(map(len, states[first : last + 1])) <= AT_ONCE
+        ):
+            last += 1
+        rows, chosen = unpacked_rows(states[first:last]), _places(states[first:last], at[first:last])
+        some = rows if len(chosen) == len(rows) else rows[mx.array(chosen)]
+        out = mx.addmm(out, weights[:, start : start + len(some)], some)
+        if backend() == "cpu":
+            mx.eval(out)
+        start, first = start + len(some), last
     return out
+
+
+def _places(states: Sequence[PackedState], at: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of each state as rows of all."""
+    starts = np.cumsum([0, *map(len, states)])
+    return np.concatenate([a + start for a, start in zip(at, starts, strict=False)])
+
+
+def _on_device(state: PackedState) -> mx.array:
+    scales = state.scales.astype(mx.float32)
+    rows = mx.dequantize(
+        state.codes, scales, -1.5 * scales if state.bits == 2 else state.biases.astype(mx.float32),
+        group_size=32 * state.codes.shape[1] // (state.bits * state.scales.shape[1]), bits=state.bits,
+    )  # fmt: skip
+    return rows * mx.array(_spread(state.biases, rows.shape[1])) if state.bits == 2 else rows
+
+
+def _on_host(states: Sequence[PackedState]) -> np.ndarray:
+    """The rows, float32. MLX unpacks on a CPU one element after the other, in several times the time."""
+    bits = states[0].bits
+    codes = _stacked([s.codes for s in states]).view(np.uint8)
+    scales = _stacked([s.scales for s in states]).astype(np.float32)
+    n, width = len(codes), codes.shape[1] * 8 // bits
+    elements = codes.astype(np.float32) if bits == 8 else np.take(_of_byte(bits), codes).view(np.float32)
+    grouped = elements.reshape(n, scales.shape[1], width // scales.shape[1])
+    grouped *= scales[:, :, None]
+    if bits != 2:
+        grouped += _stacked([s.biases for s in states]).astype(np.float32)[:, :, None]
+    rows, start = grouped.reshape(n, width), 0
+    for state in states if bits == 2 else ():
+        rows[start : start + len(state)] *= _spread(state.biases, width)
+        start += len(state)
+    return rows
+
+
+def _stacked(parts: Sequence[mx.array]) -> np.ndarray:
+    return np.asarray(parts[0]) if len(parts) == 1 else np.concatenate([np.asarray(p) for p in parts])
 
 
 def _in_four_levels(rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -194,18 +219,24 @@ def _in_four_levels(rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     spreads = halves[0::2] | (halves[1::2] << 4)
     spreads = mx.pad(spreads, (0, -len(spreads) % max(n, 1)))
     biases = spreads.reshape(n, -1) if n else mx.zeros((0, 1), dtype=mx.uint8)
-    grouped = (rows / _spread(biases, width) if n else rows).reshape(n, width // group, group)
+    grouped = (rows / mx.array(_spread(biases, width))).reshape(n, width // group, group)
     scales = (STEP * mx.sqrt((grouped**2).mean(axis=2))).astype(mx.float16)
     steps = grouped / mx.maximum(scales.astype(mx.float32), 1e-12)[:, :, None]
     codes = mx.clip(mx.round(steps + 1.5), 0, 3).astype(mx.uint32).reshape(n, width // 16, 16)
     return (codes << (2 * mx.arange(16, dtype=mx.uint32))).sum(axis=2), scales, biases
 
 
-def _spread(spreads: mx.array, width: int) -> mx.array:
+def _spread(spreads: mx.array, width: int) -> np.ndarray:
     """What elements are multiplied with, float32 [width]: half octaves below 1, two to a byte."""
-    flat = spreads.reshape(-1)[: width // 2]
-    halves = mx.stack([flat & 15, flat >> 4], axis=1).reshape(-1)
-    return mx.power(2.0, (halves.astype(mx.float32) - 15) / 2)
+    flat = np.asarray(spreads).reshape(-1)[: width // 2]
+    return np.take(_halves(), flat).view(np.float32) if len(flat) else np.ones(width, np.float32)
+
+
+@cache
+def _halves() -> np.ndarray:
+    """The two numbers that each possible byte stands for, in one element of complex type."""
+    halves = np.arange(256)[:, None] >> np.array([0, 4])[None] & 15
+    return (2.0 ** ((halves - 15) / 2)).astype(np.float32).view(np.complex64)[:, 0]
 
 
 @cache

@@ -189,8 +189,9 @@ def test_packed_offsets_are_weighed_as_unpacked_ones(most: int, monkeypatch: pyt
     gram = kriging.gram([b""] * 3, others)
     assert sum(map(len, gram.at)) == (19 if most > 19 else 7)
     want = kriging(base, seen)
-    for backend in ("cpu", "cuda"):
+    for backend, at_once in (("cpu", 128), ("cpu", 12), ("cpu", 1), ("cuda", 128)):
         monkeypatch.setattr("agentmem.compose.state.backend", lambda name=backend: name)
+        monkeypatch.setattr("agentmem.compose.state.AT_ONCE", at_once)
         assert states_apart(kriging.packed(base, [slot for slot, _ in packed], others, gram), want[0]) < 1e-5
         assert states_apart(kriging.packed_after([after for _, after in packed]), want[1]) < 1e-5
 
