@@ -47,6 +47,7 @@ def contiguous(steps: Steps, ids: list[int], known: int = 0) -> bool:
     return [i for s in steps for i in s.ids] == ids[known:] and isinstance(steps[-1], Read)
 
 
+@pytest.mark.slow
 def test_three_agents_over_thirty_requests(rounds: Round, world: Stage) -> None:
     """Part E.1, "Pipeline": first all is read, then more and more is put; every plan is of its prompt's tokens, end to end."""
     made, apart = [], []

@@ -31,7 +31,7 @@ TEXTS = [
 ASKED = ("How many steps lead up to the lamp?", "One hundred and twelve.")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> Stage:
     return stage(request.param, layers=4)
 

@@ -19,7 +19,7 @@ from tests.compose.prompts import Stage, apart, divergence, stage, states_apart
 QUESTION, ANSWER = "How much oil is left in the tank after the storm?", "Nine barrels, less one that leaked."
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> Stage:
     return stage(request.param)
 
