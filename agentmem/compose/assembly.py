@@ -67,6 +67,7 @@ class Assembly:
     known: int
     agent: str
     lines: list[str] = field(default_factory=list)
+    _told: list[tuple[Part, int]] = field(default_factory=list)
     used: list[Segment] = field(default_factory=list)
 
     def steps(self) -> Steps:
@@ -87,7 +88,17 @@ class Assembly:
         assert at == len(self.layout.ids)
         steps = merged(steps)
         steps = _ending_in_a_read(_smooth(steps) if self.way.smooth else steps)
-        return reading_the_end(steps, known=self.known) if self.way.tail else steps
+        steps = reading_the_end(steps, known=self.known) if self.way.tail else steps
+        self._tell(steps)
+        return steps
+
+    def _tell(self, steps: Steps) -> None:
+        """Say of each part how much of it is put in the end."""
+        kinds = np.repeat([isinstance(s, Put) for s in steps], [len(s.ids) for s in steps])
+        for part, anchors in self._told:
+            put = int(kinds[max(0, part.start - self.known) : part.stop - self.known].sum())
+            if put:
+                self.lines.append(_line(put, part.kind, anchors))
 
     def _slot(self, number: int, part: Part) -> tuple[Steps, State | None]:
         ids = self.layout.tokens(part)
@@ -105,7 +116,7 @@ class Assembly:
         self.library.served(segment, self.agent)
         self.library.pool.count(placed.anchors)
         self.used.append(segment)
-        self.lines.append(_line(len(part), part.kind, len(placed.anchors)))
+        self._told.append((part, len(placed.anchors)))
         return placed.steps, placed.after
 
     def _fixed(self, number: int, part: Part, after: State | None) -> Steps:
@@ -121,7 +132,7 @@ class Assembly:
         if fixed is None:
             return [Read(ids)]
         self.library.served(fixed, self.agent)
-        self.lines.append(f"{len(part)} tokens of fixed text composed")
+        self._told.append((part, 0))
         return [Put(ids, fixed.base.unpacked() + after)]
 
 
@@ -154,6 +165,8 @@ def _ending_in_a_read(steps: Steps) -> Steps:
 
 
 def _line(tokens: int, kind: str, anchors: int) -> str:
+    if kind == FIXED:
+        return f"{tokens} tokens of fixed text composed"
     of = f"{tokens} tokens of {said(kind)}"
     return f"{of} composed from {anchors} anchor{'s' * (anchors != 1)}" if anchors else f"{of} moved"
 
