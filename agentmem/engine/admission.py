@@ -28,7 +28,7 @@ SCORES = 0.9
 """The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
 AHEAD = 9.0
 """Layers of a pass whose arrays MLX has asked for on CUDA while it has not given back the first ones: ten graphs of operations
-may be on their way. Fitted to one run: 8 streams and a prompt of 16,384 tokens, Llama-3.1-8B's shape with 4-bit weights, an H200."""
+may be on their way. Fitted to one run: 8 streams, a prompt of 16,384 tokens, Llama-3.1-8B's shape with 4-bit weights, an H200."""
 AT_ONCE = 2
 """Decode steps on their way: one is built while the device is at the one before."""
 COMPOSING = 8.0

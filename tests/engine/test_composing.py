@@ -100,7 +100,10 @@ def check(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize(
     ("chunk", "kv_format"),
-    [(32, "q4"), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((32, "fp16"), (512, "q4"), (512, "fp16")))],
+    [
+        (32, "q4"),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((32, "fp16"), (512, "q4"), (512, "fp16"))),
+    ],
 )
 def test_state_that_is_put_is_as_good_as_state_that_was_read(
     tmp_path: Path, kv_format: str, chunk: int
