@@ -33,6 +33,8 @@ Say = Callable[[str], None]
 SHORT = 16
 """Tokens of an answer that is compared as a whole."""
 ROUNDS = {"chain": 3, "round": 5}
+NOTHING = 1e-9
+"""Nats that are rounding."""
 ROUND_FAMILIES = 1
 """Families whose questions five agents work on, too."""
 PLANNERS = (
@@ -256,12 +258,12 @@ def checks(done: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     if (moved := found.get("repositioned")) is not None:
         for what, value in (("mean KL", "kl"), ("first", "kl_first")):
-            ratio = ours[value] / moved[value]
+            ratio = ours[value] / max(moved[value], NOTHING)
             made.append(check(f"{name}, kvcomm+tail / repositioned: {what}", ratio, 1.0, "ratio", True))
         more = ours["top1"] - moved["top1"]
         made.append(check(f"{name}, kvcomm+tail - repositioned: top 1", more, 0.0, "ratio", False))
     if (blended := found.get("blend")) is not None:
-        ratio = ours["kl_first"] / blended["kl_first"]
+        ratio = ours["kl_first"] / max(blended["kl_first"], NOTHING)
         made.append(check(f"{name}, kvcomm+tail / blend: first", ratio, 1.0, "ratio", True))
     if name == "round":
         share = sum(p["bytes"] for p in done["pools"]) / sum(p["sixteen_bits"] for p in done["pools"])
