@@ -14,8 +14,8 @@ from agentmem.compose.declared import cut
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Case, Ledger
 from agentmem.compose.lesson import Lesson, Look
-from agentmem.compose.library import Library
-from agentmem.compose.planners import Put, Read, Steps
+from agentmem.compose.library import CONSUMER, Library
+from agentmem.compose.planners import Kvcomm, Put, Read, Steps
 from agentmem.compose.policy import DEFAULT, Policy, Reuse
 from agentmem.compose.recognise import FIXED, SHORTEST, Span, parts_of, spans_of
 from agentmem.compose.segment import EXACT, Provenance, Segment
@@ -128,6 +128,15 @@ class Composer:
             layout = self._layout(namespace, ids, spans)
             Lesson(self.library, layout, state, agent, in_use).teach()
             self._note(layout, agent)
+
+    def prepare(self) -> bool:
+        """Compute now, for one slot with new anchors, what its next prompt asks for; returns whether there was one."""
+        if not self.library.fresh:
+            return False
+        name, planner = self.library.fresh.pop(), Kvcomm(self.library.pool, CONSUMER)
+        if len(self.library.pool.of_slot(name)) >= planner.minimum:
+            planner.prepare(name)
+        return True
 
     def audits(self, rng: random.Random) -> bool:
         """Whether to run this composed prompt densely too, when nobody waits."""

@@ -78,6 +78,7 @@ class Library:
         self.made = 0
         self.spaces: dict[str, Space] = {}
         self.sources: dict[tuple[str, bytes], Source] = {}
+        self.fresh: set[str] = set()  # slots with other anchors than when they were prepared
         self._in_use: list[Held] = []
 
     def space(self, namespace: str) -> Space:
@@ -153,6 +154,7 @@ class Library:
         assert segment.provenance.exact
         name = slot(namespace, key)
         self.pool.observe(name, text, base, CONSUMER, offset, after)
+        self.fresh.add(name)
         self.made += 1
         self.sources[name, text] = Source(segment.text, set(owners), {agent}, self.made, self.clock)
         self._forget_lost_anchors()
@@ -174,6 +176,7 @@ class Library:
 
     def adopt_anchor(self, name: str, anchor: Anchor, source: Source) -> None:
         self.pool.add(name, anchor)
+        self.fresh.add(name)
         self.sources[name, anchor.text] = source
         self.made, self.clock = max(self.made, source.made), max(self.clock, source.used)
         self._forget_lost_anchors()

@@ -131,7 +131,9 @@ class Composing:
         if self.made is None:
             return False
         worked = self.lessons.teach(self.made) or (
-            alone and self.trials.advance(self.made, self.rotations) and not self.trials.running
+            alone
+            and (self.made.prepare() or self.trials.advance(self.made, self.rotations))
+            and not self.trials.running
         )
         if worked:
             self.flush()

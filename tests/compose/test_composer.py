@@ -297,6 +297,23 @@ def test_a_declared_template_teaches_texts_that_were_never_messages(world: Stage
     assert any("of slot 'question' composed" in line for line in made[-1].lines)
 
 
+def test_what_the_next_prompt_asks_for_is_computed_ahead(world: Stage) -> None:
+    rounds = Round(world, policy=Policy(Reuse.COMPOSED, minimum=9))
+    for question in QUESTIONS[:6]:
+        rounds.turn("solver", SOLVER, question)
+        rounds.turn("analyst", ANALYST, question)
+    pool = rounds.library.pool
+    assert pool.nbytes == pool.anchor_bytes
+    assert rounds.composer.prepare()
+    while rounds.composer.prepare():
+        pass
+    ready = pool.nbytes
+    assert ready > pool.anchor_bytes
+    rounds.turn("solver", SOLVER, QUESTIONS[7])
+    assert rounds.turn("analyst", ANALYST, QUESTIONS[7], policy=Policy(Reuse.COMPOSED)).made is not None
+    assert pool.nbytes == ready
+
+
 def test_auto_waits_for_a_calibration(world: Stage) -> None:
     rounds = Round(world)
     for question in QUESTIONS[:4]:
