@@ -18,6 +18,8 @@ from agentmem.errors import BadRequest
 from tests.compose.prompts import Stage, divergence, stage
 from tests.compose.rounds import COMPOSED, ROOM, Round, Turn
 
+pytestmark = pytest.mark.slow
+
 SOLVER, ANALYST, JUDGE = "You solve what is asked.", "You check a draft with care.", "You decide in the end."
 QUESTIONS = [
     f"Lamp number {n} has {n * 7} wicks and burns {n + 2} cans of oil; how long does it burn?"
@@ -47,7 +49,6 @@ def contiguous(steps: Steps, ids: list[int], known: int = 0) -> bool:
     return [i for s in steps for i in s.ids] == ids[known:] and isinstance(steps[-1], Read)
 
 
-@pytest.mark.slow
 def test_three_agents_over_thirty_requests(rounds: Round, world: Stage) -> None:
     """Part E.1, "Pipeline": first all is read, then more and more is put; every plan is of its prompt's tokens, end to end."""
     made, apart = [], []

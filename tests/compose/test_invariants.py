@@ -21,6 +21,8 @@ from agentmem.model.network import Network
 from agentmem.model.random import random_model
 from tests.compose.prompts import Stage, apart, stage, states_apart
 
+pytestmark = pytest.mark.slow
+
 FAR = 57
 WINDOW, PATTERN = 16, 6
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.3}

@@ -200,7 +200,7 @@ def _mark(ids: list[int], state: State, span: Span) -> bytes:
 
 
 TestHome = Home.TestCase
-TestHome.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestHome.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 
 
 @pytest.mark.slow

@@ -98,13 +98,9 @@ def check(runtime: Runtime) -> None:
     assert not runtime._call(lambda: [p for t in runtime._pool.trees() for p in t.pages() if p.pins])
 
 
-@pytest.mark.parametrize(
-    ("chunk", "kv_format"),
-    [
-        (32, "q4"),
-        *(pytest.param(*p, marks=pytest.mark.slow) for p in ((32, "fp16"), (512, "q4"), (512, "fp16"))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_format", ["fp16", "q4"])
+@pytest.mark.parametrize("chunk", [32, 512])
 def test_state_that_is_put_is_as_good_as_state_that_was_read(
     tmp_path: Path, kv_format: str, chunk: int
 ) -> None:

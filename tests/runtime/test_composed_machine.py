@@ -150,15 +150,13 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.root)
 
 
-@pytest.mark.parametrize(
-    ("examples", "steps"), [(2, 8), pytest.param(8, 20, marks=pytest.mark.slow(minutes=0.5))]
-)
-def test_nothing_composed_is_reachable_as_exact(examples: int, steps: int) -> None:
+@pytest.mark.slow(minutes=0.5)
+def test_nothing_composed_is_reachable_as_exact() -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
+            max_examples=8,
+            stateful_step_count=20,
             deadline=None,
             derandomize=True,
             database=None,

@@ -81,6 +81,7 @@ def audited(runtime: Runtime) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 def test_an_audit_learns_and_demotes(runtime: Runtime) -> None:
     """Every composed prompt is audited here; the bound is one that no template keeps."""
     runtime.composed.verify()
