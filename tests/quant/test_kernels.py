@@ -54,7 +54,16 @@ SHAPES = {
     "many heads": (1, 12, 64, 4, 4, 64),
     "16 bits": (2, 4, 64, 0, 0, 0),
 }
-MAPPED = ("4 bits, 64", "3 bits, 64", "8 and 4 bits", "4 and 8 bits, 32", "256", "many heads", "16 bits")
+MAPPED = (
+    "4 bits, 64",
+    "4 bits, 32",
+    "3 bits, 64",
+    "8 and 4 bits",
+    "4 and 8 bits, 32",
+    "256",
+    "many heads",
+    "16 bits",
+)
 
 
 def test_two_sequences() -> None:
@@ -106,9 +115,8 @@ def test_sinks() -> None:
     assert error(StoredBatch(codec(2, 64, 4, 4, 64), 4, [100, 3]), sinks=sinks) < BOUND
 
 
-@pytest.mark.parametrize(
-    "shape", [SHAPES["4 bits, 32"], *(pytest.param(SHAPES[s], marks=pytest.mark.slow) for s in MAPPED)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in MAPPED], ids=MAPPED)
 def test_keys_and_queries_of_the_model_are_mapped(shape: tuple[int, ...]) -> None:
     """What the model gives becomes what the batch has stored and asks for, but for the rounding of the way there and back."""
     heads, query_heads, *rest = shape

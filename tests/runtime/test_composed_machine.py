@@ -165,6 +165,7 @@ def test_nothing_composed_is_reachable_as_exact() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_machine_composes(tmp_path: Path) -> None:
     """Else it would show nothing."""
     machine = Machine()

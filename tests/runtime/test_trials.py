@@ -41,6 +41,7 @@ def of_judge(found: dict[str, Any]) -> dict[str, Any]:
     return next(row for row in found["templates"] if row["agents"] == ["judge"])
 
 
+@pytest.mark.slow
 def test_auto_composes_what_was_measured_and_nothing_else(runtime: Runtime) -> None:
     assert runtime.explain("judge", "more")["composed_tokens"] == 0
     assert "not calibrated" in runtime.explain("judge", "more")["composition"][0]
