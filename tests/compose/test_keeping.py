@@ -251,6 +251,8 @@ import sys, numpy as np
 from pathlib import Path
 from tests.compose.test_keeping import filled, keeping, drawn, Segment, PackedState
 from agentmem.blockpool.failpoint import arm
+
+pytestmark = pytest.mark.slow
 folder = Path(sys.argv[1])
 kept = keeping(folder)
 kept.restore()
@@ -263,7 +265,6 @@ kept.flush()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("point", ["file.synced", "index.changed", "unlink.begin"])
 def test_a_kill_in_mid_write_leaves_the_library_whole(tmp_path: Path, point: str) -> None:
     """What is there afterwards is what one of the flushes left, bit for bit, and no file is there that nobody knows."""

@@ -24,6 +24,8 @@ from agentmem.runtime import Runtime
 from tests.runtime.agents import LONG, Running, ask, cached, memory, open_runtime, turn
 from tests.runtime.test_requests import cancelled
 
+pytestmark = pytest.mark.slow
+
 PUT = 100
 
 
@@ -98,7 +100,6 @@ def check(runtime: Runtime) -> None:
     assert not runtime._call(lambda: [p for t in runtime._pool.trees() for p in t.pages() if p.pins])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", ["fp16", "q4"])
 @pytest.mark.parametrize("chunk", [32, 512])
 def test_state_that_is_put_is_as_good_as_state_that_was_read(
