@@ -29,6 +29,8 @@ from tests.compose.rounds import ROOM, Round
 from tests.compose.test_composer import QUESTIONS, chain
 from tests.compose.test_offsets import drawn
 
+pytestmark = pytest.mark.slow
+
 
 def keeping(
     folder: Path, library: Library | None = None, ledger: Ledger | None = None, budget: int = ROOM
@@ -251,8 +253,6 @@ import sys, numpy as np
 from pathlib import Path
 from tests.compose.test_keeping import filled, keeping, drawn, Segment, PackedState
 from agentmem.blockpool.failpoint import arm
-
-pytestmark = pytest.mark.slow
 folder = Path(sys.argv[1])
 kept = keeping(folder)
 kept.restore()
