@@ -26,6 +26,8 @@ to 2048 tokens, formats of all kinds) on a CPU: within 15 % of what a pass adds.
 """
 SCORES = 0.9
 """The same for scores [heads, tokens, keys], which MLX's CPU attention makes."""
+SHORT = 3.0
+"""The same for the float32 scores of short chunks on CUDA, see `short_attention`."""
 AHEAD = 9.0
 """Layers of a pass whose arrays MLX has asked for on CUDA while it has not given back the first ones: ten graphs of operations
 may be on their way. Fitted to one run: 8 streams, a prompt of 16,384 tokens, Llama-3.1-8B's shape with 4-bit weights, an H200."""
@@ -34,8 +36,6 @@ AT_ONCE = 2
 COMPOSING = 8.0
 """Rows of 16 bits that a token of a prompt stands for while it is composed: its state, base and offset in float32, and the row
 itself. A prompt that is read instead keeps one, for what may be learned of it."""
-SHORT = 3.0
-"""The same for the float32 scores of short chunks on CUDA, see `short_attention`."""
 
 
 @dataclass(frozen=True, slots=True)

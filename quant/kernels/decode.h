@@ -379,7 +379,7 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
     pos += rows;
   }
   if (packed) decode_units<S>(r);
-  // Read again: what is kept over the loop costs registers, and of those 128 are what two groups of a sub-core leave each other.
+  // Read again: what is kept over the loop costs registers, and with more than 128 fewer groups run at once.
   const unsigned start = items[5 * item + 2], members = items[5 * item + 3] - start;
   store<S>(r, partial, stats, start, members * S::R, head, row, col);
 }
