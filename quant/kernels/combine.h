@@ -1,59 +1,49 @@
-// The entries of one sequence and query head, merged by their log-sum-exp. A group of WARPS warps.
+// The entries of one sequence and query head, merged by their log-sum-exp: the work of a warp.
 
-#define WARPS 16
-#define AT_ONCE 512  // entries whose weights are held: one for each thread
 #define LOG2_E 1.44269504f
 
-// starts [sequences + 1], order: the entries of each sequence. sinks [heads], where there are any.
-// shared: `weights` [AT_ONCE], `parts` [WARPS * (DV + 1)], `tops` [WARPS].
-template <int DV, class T, class Stats, class Starts, class Order, class Sinks>
-FN void combine(const GLOBAL float* partial, Stats stats, Starts starts, Order order, Sinks sinks, bool sunk,
-                unsigned heads, GLOBAL T* out, SHARED_ARGUMENT float* weights, SHARED_ARGUMENT unsigned* places,
-                SHARED_ARGUMENT float* parts, SHARED_ARGUMENT float* tops, unsigned group, unsigned tid, unsigned lane) {
-  const unsigned sequence = group / heads, head = group % heads, warp = tid / 32;
-  const unsigned begin = starts[sequence], end = starts[sequence + 1];
+// Words that other groups may have written while this kernel runs: read from where all of them write
+FN void far_two(PRIVATE float* to, const GLOBAL float* from) {
+  to[0] = FAR(from);
+  to[1] = FAR(from + 1);
+}
+
+// order [count]: the entries. sinks [heads], where there are any. out [DV].
+template <int DV, class T, class Sinks>
+FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GLOBAL unsigned* order, unsigned count,
+                Sinks sinks, bool sunk, unsigned heads, unsigned head, GLOBAL T* out, unsigned lane) {
   float top = sunk ? sinks[head] * LOG2_E : NOTHING;
-  for (unsigned i = begin + tid; i < end; i += AT_ONCE) top = fmaxf(top, stats[2 * (order[i] * heads + head)]);
+  for (unsigned i = lane; i < count; i += 32) top = fmaxf(top, FAR(stats + 2 * (order[i] * heads + head)));
   top = WARP_MAX(top);
-  if (lane == 0) tops[warp] = top;
-  BARRIER;
-  for (int w = 0; w < WARPS; w++) top = fmaxf(top, tops[w]);
 
   // A lane holds 4 dims that lie together, of every 128.
   float sum = 0, mine[(DV + 127) / 128][4];
   UNROLL for (int d = 0; d < DV; d += 128) UNROLL for (int i = 0; i < 4; i++) mine[d / 128][i] = 0;
-  for (unsigned first = begin; first < end; first += AT_ONCE) {
-    if (first + tid < end) {
-      const unsigned at = order[first + tid] * heads + head;
-      const float weight = EXP2(stats[2 * at] - top);
-      weights[tid] = weight;
-      places[tid] = at * DV;
-      sum += weight * stats[2 * at + 1];
-    }
-    BARRIER;
-    const unsigned count = min(end - first, (unsigned)AT_ONCE);
-    UNROLL_FOUR for (unsigned i = warp; i < count; i += WARPS) {
-      UNROLL for (int d = 0; d < DV; d += 128) {
-        float x[4] = {0, 0, 0, 0};
-        if (d + 4 * lane < DV) LOAD_FOUR(x, partial + places[i] + d + 4 * lane);
-        UNROLL for (int j = 0; j < 4; j++) mine[d / 128][j] += weights[i] * x[j];
+  for (unsigned first = 0; first < count; first += 32) {
+    // Lanes that have no entry take the first once more, and nothing of it
+    const bool real = first + lane < count;
+    const unsigned at = order[real ? first + lane : 0] * heads + head;
+    float stat[2];
+    far_two(stat, stats + 2 * at);
+    const float weight = real ? EXP2(stat[0] - top) : 0.0f;
+    sum += weight * stat[1];
+    const unsigned here = min(count - first, 32u);
+    for (unsigned eight = 0; eight < here; eight += 8) {
+      UNROLL for (unsigned i = 0; i < 8; i++) {
+        const float w = LANE_AT(weight, eight + i);
+        const GLOBAL float* from = partial + LANE_WORD(at, eight + i) * DV + 4 * lane;
+        UNROLL for (int d = 0; d < DV; d += 128) {
+          float x[4] = {0, 0, 0, 0};
+          if (d + 4 * lane < DV) LOAD_FOUR(x, from + d);
+          UNROLL for (int j = 0; j < 4; j++) mine[d / 128][j] += w * x[j];
+        }
       }
     }
-    BARRIER;
   }
+  const float total = WARP_SUM(sum) + (sunk ? EXP2(sinks[head] * LOG2_E - top) : 0.0f);
   UNROLL for (int d = 0; d < DV; d += 128) {
     UNROLL for (int i = 0; i < 4; i++) {
-      if (d + 4 * lane < DV) parts[warp * (DV + 1) + d + 4 * lane + i] = mine[d / 128][i];
+      if (d + 4 * lane < DV) out[d + 4 * lane + i] = (T)(mine[d / 128][i] / total);
     }
-  }
-  sum = WARP_SUM(sum);
-  if (lane == 0) parts[warp * (DV + 1) + DV] = sum;
-  BARRIER;
-  float total = sunk ? EXP2(sinks[head] * LOG2_E - top) : 0.0f;
-  for (int w = 0; w < WARPS; w++) total += parts[w * (DV + 1) + DV];
-  for (unsigned d = tid; d < DV; d += 32 * WARPS) {
-    float x = 0;
-    for (int w = 0; w < WARPS; w++) x += parts[w * (DV + 1) + d];
-    out[(sequence * heads + head) * DV + d] = (T)(x / total);
   }
 }

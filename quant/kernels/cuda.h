@@ -10,14 +10,20 @@
 #define SHARED_ARGUMENT
 #define UNROLL _Pragma("unroll")
 #define ONE_BY_ONE _Pragma("unroll 1")
-#define UNROLL_FOUR _Pragma("unroll 4")
 #define BARRIER __syncthreads()
 #define WARP_BARRIER __syncwarp()
 #define LANE_OTHER(x, bit) __shfl_xor_sync(0xffffffffu, x, bit)
+#define LANE_AT(x, from) __shfl_sync(0xffffffffu, x, from)
+#define LANE_WORD(x, from) __shfl_sync(0xffffffffu, x, from)
 #define ANY(x) __any_sync(0xffffffffu, x)
 #define AS_FLOAT(x) __uint_as_float(x)
 #define AS_UINT(x) __float_as_uint(x)
 #define LOAD(p) __ldcs(p)
+#define FAR(p) __ldcg(p)
+#define SHOW_OTHERS __threadfence()
+#define SEE_OTHERS __threadfence()
+// Whether this is the last of `count` to arrive here, which leaves the counter as the first had found it
+#define LAST_OF(counter, count) (atomicInc(counter, (count) - 1) == (count) - 1)
 
 // The tensor cores take subnormal numbers as they are: a code is a float16 already, times 2^-24.
 #define CODES(x) (x)
@@ -44,7 +50,7 @@ FN void NEAR_FOUR(unsigned* to, const unsigned* from) {
   to[3] = x.w;
 }
 FN void LOAD_FOUR(float* to, const float* from) {
-  const float4 x = *(const float4*)from;
+  const float4 x = __ldcg((const float4*)from);
   to[0] = x.x;
   to[1] = x.y;
   to[2] = x.z;

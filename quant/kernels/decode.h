@@ -1,263 +1,9 @@
 // Flash-decoding over stored rows: one body for every device.
 //
-// A warp takes one KV head of one item. An item is a stretch of runs (rows that lie one behind the other), packed or not, and
-// the sequences that read it. The columns of the products, 8 or 16, are (sequence, query head of this KV head). Codes enter the products as
-// small integers; scales and biases join behind them, on the scores and on the weights, so that no element is dequantised.
-//
-// A lane is (row, col) = (0..7, 0..3). product(c, a0, a1, a2, a3, b0, b1): c[16 x 8] += a[16 x 16] b[16 x 8], where
-//   a0 = a[row][2col..], a1 = a[row + 8][2col..], a2 = a[row][2col + 8..], a3 = a[row + 8][2col + 8..]
-//   b0, b1 = operand(b[row][2col..]), operand(b[row + 8][2col..]), in the device's own form
-//   c = c[row][2col], c[row][2col + 1], c[row + 8][2col], c[row + 8][2col + 1]
-// Scores are keys x queries, with tokens as rows; their result lies as the second product, values x weights, wants its `b`.
-// The order of dims and tokens inside a product is free, so each lane loads what lies together in memory.
-
-#define PACKED 0u
-#define RAW 1u
-#define TAIL 2u
-#define SLACK 4.0f  // how far (in powers of two) weights may grow before the maximum that they refer to is moved
-
-// -- state of a warp --------------------------------------------------------------------------------------------------------
-
-template <class S> struct Result {
-  Four out[S::COLUMNS][S::OUTS];
-  float bias[S::COLUMNS][2][S::V_GROUPS];
-  float top[S::COLUMNS][2], sum[S::COLUMNS][2]; // `sum` and `bias` of this lane's tokens only
-};
-
-template <class S> struct Keys {                // a lane's part of 16 rows
-  unsigned codes[2][S::K_GROUPS * S::K_WORDS], pairs[2][S::K_GROUPS];
-};
-
-template <class S> struct Values {
-  unsigned codes[4][S::V_GROUPS * S::V_WORDS], pairs[2][S::V_GROUPS];
-};
-
-// Where a lane's part of a packed run begins: one pointer per kind of row it reads, so that all else is a constant offset
-struct Places {
-  const GLOBAL unsigned *keys, *pairs, *values;
-};
-
-template <class S> FN Places places_of(const GLOBAL unsigned* run, unsigned head, unsigned row, unsigned col) {
-  Places p;
-  p.pairs = run + row * S::ROW_WORDS + S::K_PAIRS_AT + head * S::K_GROUPS;
-  p.keys = run + row * S::ROW_WORDS + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
-  p.values = run + 2 * col * S::ROW_WORDS + S::V_CODES_AT;
-  if (S::V_BITS == 32) p.values += (head * S::DV + row * S::V_DIMS) * S::VB / 32;
-  return p;
-}
-
-template <class S> FN void advance(PRIVATE Places& p) {
-  p.keys += 16 * S::ROW_WORDS;
-  p.pairs += 16 * S::ROW_WORDS;
-  p.values += 16 * S::ROW_WORDS;
-}
-
-// 16 rows from these places on, of which those behind the run's end may be anything that the slot still holds
-template <class S>
-FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned head, unsigned col) {
-  UNROLL for (int x = 0; x < 2; x++) {
-    const int at = 8 * x * S::ROW_WORDS;
-    UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-      if (S::KB == 3) {
-        const unsigned bit = (head * S::DK + kg * S::KG + col * (S::KG / 4)) * 3;
-        UNROLL for (int w = 0; w < S::K_WORDS; w++) {
-          t.codes[x][kg * S::K_WORDS + w] = bits_at<24>(p.keys + at, bit + 24 * w);
-        }
-      } else {
-        words_at<S::K_WORDS, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, p.keys + at + kg * (S::KG * S::KB / 32));
-      }
-    }
-    words_at<S::K_GROUPS, S::K_PAIRS_EVEN>(t.pairs[x], p.pairs + at);
-  }
-}
-
-template <class S>
-FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned head, unsigned row) {
-  const GLOBAL unsigned* values = p.pairs + (S::V_PAIRS_AT - S::K_PAIRS_AT) + head * (S::V_GROUPS - S::K_GROUPS);
-  UNROLL for (int x = 0; x < 2; x++) {
-    words_at<S::V_GROUPS, S::V_PAIRS_EVEN>(t.pairs[x], values + 8 * x * S::ROW_WORDS);
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    const GLOBAL unsigned* codes = p.values + (8 * (i / 2) + i % 2) * S::ROW_WORDS;
-    UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-      UNROLL for (int w = 0; w < S::V_WORDS; w++) {
-        if (S::V_BITS == 32) {
-          t.codes[i][vg * S::V_WORDS + w] = LOAD(codes + vg * (S::VG * S::VB / 32) + w);
-        } else {
-          const unsigned bit = (head * S::DV + vg * S::VG + row * S::V_DIMS) * S::VB;
-          t.codes[i][vg * S::V_WORDS + w] = bits_at<S::V_BITS>(codes, bit + S::V_BITS * w);
-        }
-      }
-    }
-  }
-}
-
-// -- one tile ---------------------------------------------------------------------------------------------------------------
-
-template <class S>
-FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, const PRIVATE Query<S>& q,
-                      const SHARED_ARGUMENT float* sums) {
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
-  UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-    Four sum[S::COLUMNS];
-    UNROLL for (int c = 0; c < S::COLUMNS; c++) sum[c] = Four{{0, 0, 0, 0}};
-    UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
-      const int at = kg * S::K_WORDS + ch * (S::K_WORDS / S::K_CHUNKS);
-      UNROLL for (int p = 0; p < 4; p += 2) {
-        const unsigned a0 = chunk_pair<S::KB>(t.codes[0] + at, p), a1 = chunk_pair<S::KB>(t.codes[1] + at, p);
-        const unsigned a2 = chunk_pair<S::KB>(t.codes[0] + at, p + 1), a3 = chunk_pair<S::KB>(t.codes[1] + at, p + 1);
-        UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-          const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
-          product(sum[c].x, a0, a1, a2, a3, b[p], b[p + 1]);
-        }
-      }
-    }
-    UNROLL for (int x = 0; x < 2; x++) {
-      const float scale = wide<S::BF>(t.pairs[x][kg]) * CODE_UNIT, bias = wide<S::BF>(t.pairs[x][kg] >> 16);
-      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-        UNROLL for (int j = 0; j < 2; j++) {
-          s[c].x[2 * x + j] += sum[c].x[2 * x + j] * scale + bias * sums[column_of(c, j, 0) * S::K_GROUPS + kg];
-        }
-      }
-    }
-  }
-}
-
-// Rows behind the run's end weigh nothing; what lies there must not spoil that by being no number
-template <class S> FN void blank(PRIVATE Values<S>& t, unsigned left, unsigned row) {
-  UNROLL for (int x = 0; x < 2; x++) {
-    if (8 * x + row >= left) {
-      UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) t.pairs[x][vg] = 0;
-    }
-  }
-}
-
-// Refer the weights to the maximum of all rows so far
-template <class S> FN void raise(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S>& r) {
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    UNROLL for (int j = 0; j < 2; j++) {
-      const float top = ROW_MAX(fmaxf(r.top[c][j], fmaxf(s[c].x[j], s[c].x[2 + j])));
-      const float shrink = EXP2(r.top[c][j] - top);
-      r.top[c][j] = top;
-      r.sum[c][j] *= shrink;
-      UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[c][j][g] *= shrink;
-      UNROLL for (int n = 0; n < S::OUTS; n++) {
-        r.out[c][n].x[j] *= shrink;
-        r.out[c][n].x[2 + j] *= shrink;
-      }
-    }
-  }
-}
-
-// From scores to weights. Those of rows that do not count, or that a column does not see, are nothing.
-template <class S>
-FN void soften(PRIVATE Four (&s)[S::COLUMNS], PRIVATE Result<S>& r, const SHARED_ARGUMENT unsigned* lows,
-               unsigned pos, unsigned first, unsigned rows, unsigned row) {
-  bool edge = first + 16 > rows, grew = false;
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) edge = edge || pos + first < max(lows[8 * c], lows[8 * c + 1]);
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    UNROLL for (int i = 0; i < 4; i++) {
-      const unsigned token = first + 8 * (i / 2) + row;
-      if (edge && (token >= rows || pos + token < lows[8 * c + i % 2])) s[c].x[i] = 2 * NOTHING;
-      grew = grew || s[c].x[i] > r.top[c][i % 2] + SLACK;
-    }
-  }
-  if (ANY(grew)) raise<S>(s, r);
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    UNROLL for (int i = 0; i < 4; i++) {
-      s[c].x[i] = EXP2(s[c].x[i] - r.top[c][i % 2]);
-      r.sum[c][i % 2] += s[c].x[i];
-    }
-  }
-}
-
-template <class S>
-FN void packed_values(PRIVATE Result<S>& r, const PRIVATE Values<S>& t, const PRIVATE Four (&w)[S::COLUMNS]) {
-  UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-    unsigned b[S::COLUMNS][2];
-    UNROLL for (int x = 0; x < 2; x++) {
-      const float scale = wide<S::BF>(t.pairs[x][vg]) * WEIGHT_UNIT, bias = wide<S::BF>(t.pairs[x][vg] >> 16);
-      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-        b[c][x] = OPERAND(PACK_HALF(w[c].x[2 * x] * scale, w[c].x[2 * x + 1] * scale));
-        UNROLL for (int j = 0; j < 2; j++) r.bias[c][j][vg] += w[c].x[2 * x + j] * bias;
-      }
-    }
-    const int at = vg * S::V_WORDS;
-    UNROLL for (int n = 0; n < S::V_DIMS; n += 2) {
-      const int values = Half<S::VB>::VALUES, quad = n / 4, part = n % 4 / values, i = n % values;
-      const unsigned z0 = quad_halves<S::VB>(t.codes[0] + at, t.codes[1] + at, quad, part);
-      const unsigned z1 = quad_halves<S::VB>(t.codes[2] + at, t.codes[3] + at, quad, part);
-      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-        product(r.out[c][(vg * S::V_DIMS + n) / 2].x, values_of<S::VB>(z0, i), values_of<S::VB>(z0, i + 1),
-                values_of<S::VB>(z1, i), values_of<S::VB>(z1, i + 1), b[c][0], b[c][1]);
-      }
-    }
-  }
-}
-
-// N words of a raw row as float16
-template <class S, int N> FN void raw_words(PRIVATE unsigned* to, const GLOBAL unsigned* at) {
-  UNROLL for (int i = 0; i < N; i += N % 4 ? 2 : 4) {
-    if (N % 4) NEAR_TWO(to + i, at + i);
-    else NEAR_FOUR(to + i, at + i);
-  }
-  UNROLL for (int i = 0; i < N; i++) to[i] = as_halves<S::BF>(to[i]);
-}
-
-// Rows of a raw run; the last may lie elsewhere, because it is the step's own token's
-struct RawRun {
-  const GLOBAL unsigned *rows, *last;
-  unsigned count;
-};
-
-template <class S> FN const GLOBAL unsigned* row_at(const RawRun run, unsigned token) {
-  return token + 1 < run.count ? run.rows + token * S::RAW_WORDS : run.last;
-}
-
-template <class S>
-FN void raw_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Query<S>& q, const RawRun run, unsigned first,
-                   unsigned head, unsigned row, unsigned col) {
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
-  UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
-    UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
-      unsigned a[2][4];
-      const unsigned dim = key_dim<S>(kg, ch, col);
-      UNROLL for (int x = 0; x < 2; x++) {
-        raw_words<S, 4>(a[x], row_at<S>(run, first + 8 * x + row) + (head * S::DK + dim) / 2);
-      }
-      UNROLL for (int p = 0; p < 4; p += 2) {
-        UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-          const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
-          product(s[c].x, a[0][p], a[1][p], a[0][p + 1], a[1][p + 1], b[p], b[p + 1]);
-        }
-      }
-    }
-  }
-}
-
-template <class S>
-FN void raw_values(PRIVATE Result<S>& r, const PRIVATE Four (&s)[S::COLUMNS], const RawRun run, unsigned first,
-                   unsigned head, unsigned row, unsigned col) {
-  unsigned b[S::COLUMNS][2];
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    UNROLL for (int x = 0; x < 2; x++) b[c][x] = OPERAND(PACK_HALF(s[c].x[2 * x], s[c].x[2 * x + 1]));
-  }
-  UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-    unsigned z[4][S::V_DIMS / 2];
-    const unsigned dim = vg * S::VG + row * S::V_DIMS;
-    UNROLL for (int i = 0; i < 4; i++) {
-      const GLOBAL unsigned* at = row_at<S>(run, first + 8 * (i / 2) + 2 * col + i % 2);
-      raw_words<S, S::V_DIMS / 2>(z[i], at + (S::H * S::DK + head * S::DV + dim) / 2);
-    }
-    UNROLL for (int n = 0; n < S::V_DIMS / 2; n++) {
-      UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-        product(r.out[c][vg * S::V_DIMS / 2 + n].x, (z[0][n] & 0xffffu) | (z[1][n] << 16),
-                (z[0][n] >> 16) | (z[1][n] & 0xffff0000u), (z[2][n] & 0xffffu) | (z[3][n] << 16),
-                (z[2][n] >> 16) | (z[3][n] & 0xffff0000u), b[c][0], b[c][1]);
-      }
-    }
-  }
-}
+// A group takes one KV head of one bundle, a warp of it one item: a stretch of runs of one kind (rows that lie one behind the
+// other), packed or not. All items of a bundle are read for the same sequences. The columns of the products, 8 or 16, are
+// (sequence, query head of this KV head). A group merges what its warps found into one entry for each column; the group that
+// is the last to be done with a sequence merges its entries, where the device lets groups see what others wrote.
 
 // -- one item ---------------------------------------------------------------------------------------------------------------
 
@@ -267,31 +13,6 @@ template <class S> FN void decode_units(PRIVATE Result<S>& r) {
     UNROLL for (int n = 0; n < S::OUTS; n++) {
       UNROLL for (int i = 0; i < 4; i++) {
         r.out[c][n].x[i] *= OUT_UNIT / unit<S::VB>((2 * n + i / 2) % S::V_DIMS % Half<S::VB>::VALUES);
-      }
-    }
-  }
-}
-
-template <class S>
-FN void store(const PRIVATE Result<S>& r, GLOBAL float* partial, GLOBAL float* stats, unsigned entry, unsigned used,
-              unsigned head, unsigned row, unsigned col) {
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    UNROLL for (int j = 0; j < 2; j++) {
-      const float sum = ROW_SUM(r.sum[c][j]);
-      float bias[S::V_GROUPS];
-      UNROLL for (int g = 0; g < S::V_GROUPS; g++) bias[g] = ROW_SUM(r.bias[c][j][g]);
-      const unsigned n = column_of(c, j, col);
-      if (n >= used) continue;
-      const unsigned at = ((entry + n / S::R) * S::H + head) * S::R + n % S::R;
-      if (row == 0) {
-        stats[2 * at] = r.top[c][j];
-        stats[2 * at + 1] = sum;
-      }
-      UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
-        UNROLL for (int d = 0; d < S::V_DIMS; d++) {
-          partial[at * S::DV + vg * S::VG + row * S::V_DIMS + d] =
-              r.out[c][(vg * S::V_DIMS + d) / 2].x[2 * (d % 2) + j] + bias[vg];
-        }
       }
     }
   }
@@ -319,37 +40,23 @@ FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const SHARED
   }
 }
 
-// items [n, 5]: first run, end run, first entry, end entry, position of the first row. entries: sequence of each.
-// runs [n, 2]: first word, rows | kind << 30; of tails: first row | most rows << 15 | kind << 30, because how many there are
-// changes with every step. state [sequences, 2]: rows of its tail, first position that it sees.
-// keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows_out` is how they are stored.
-// map: see query.h. held: HELD words of the warp's own.
-// settings: the bits of the scale, the word at which the layer's tails begin.
-template <class S, class T, class Items, class Entries, class Runs, class State, class Settings>
-FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values,
-                     const GLOBAL float* map, const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, Items items, Entries entries, Runs runs,
-                     State state, Settings settings, unsigned count, GLOBAL float* partial, GLOBAL float* stats,
-                     GLOBAL unsigned* rows_out, SHARED_ARGUMENT unsigned* held, unsigned warp, unsigned lane, unsigned row,
-                     unsigned col) {
-  const unsigned item = warp / S::H, head = warp % S::H;
-  if (item >= count) return;
-  const unsigned first_run = items[5 * item];
-  const unsigned entry = items[5 * item + 2], used = (items[5 * item + 3] - entry) * S::R;
-  unsigned pos = items[5 * item + 4];
-  hold_queries<S, T>(held, queries, map, entries + entry, state, used, head, AS_FLOAT(settings[0]), lane);
+// Runs of an item, of which there may be none. For the rest see `flash_decode`.
+template <class S, class T, class State, class Settings>
+FN void read_item(PRIVATE Result<S>& r, const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values,
+                  const GLOBAL float* map, const GLOBAL unsigned* arena, const GLOBAL unsigned* tails,
+                  const GLOBAL unsigned* plan, const GLOBAL unsigned* item, State state, Settings settings,
+                  GLOBAL unsigned* rows_out, SHARED_ARGUMENT unsigned* held, unsigned head, unsigned lane, unsigned row,
+                  unsigned col) {
+  const unsigned first_run = item[0], end_run = item[1];
+  if (first_run == end_run) return;
+  const GLOBAL unsigned* entries = plan + plan[ENTRIES_AT] + item[2];
+  const GLOBAL unsigned* runs = plan + plan[RUNS_AT];
+  unsigned pos = item[4];
+  hold_queries<S, T>(held, queries, map, entries, state, (item[3] - item[2]) * S::R, head, AS_FLOAT(settings[0]), lane);
   Query<S> q;
-  Result<S> r;
-  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
-    UNROLL for (int j = 0; j < 2; j++) {
-      r.top[c][j] = NOTHING;
-      r.sum[c][j] = 0;
-      UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[c][j][g] = 0;
-    }
-    UNROLL for (int n = 0; n < S::OUTS; n++) r.out[c][n] = Four{{0, 0, 0, 0}};
-  }
   const bool packed = S::PACKS && runs[2 * first_run + 1] >> 30 == PACKED;
   load_query<S>(q, held, packed, row, col);
-  for (unsigned i = first_run; i < items[5 * item + 1]; i++) {
+  for (unsigned i = first_run; i < end_run; i++) {
     const unsigned kind = runs[2 * i + 1] >> 30, field = runs[2 * i + 1] & 0x3fffffffu;
     const GLOBAL unsigned* run = arena + runs[2 * i];
     if (packed) {
@@ -360,13 +67,13 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
     unsigned rows = field;
     bool own = false;
     if (kind == TAIL) {
-      const unsigned there = state[2 * entries[entry]], begin = field & 0x7fffu, end = min(there, begin + (field >> 15));
+      const unsigned there = state[2 * entries[0]], begin = field & 0x7fffu, end = min(there, begin + (field >> 15));
       run = tails + settings[1] + runs[2 * i] + begin * S::RAW_WORDS;
       rows = end > begin ? end - begin : 0u;
       own = end == there;
     }
     if (rows == 0) continue;
-    const unsigned sequence = entries[entry], token = sequence * S::H + head;
+    const unsigned sequence = entries[0], token = sequence * S::H + head;
     GLOBAL unsigned* fresh = rows_out + sequence * S::RAW_WORDS;
     if (own) keep<S, T>(fresh, keys + token * S::DK, values + token * S::DV, map, head, lane);
     const RawRun raw = {run, own ? fresh : run + (rows - 1) * S::RAW_WORDS, rows};
@@ -379,7 +86,103 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
     pos += rows;
   }
   if (packed) decode_units<S>(r);
-  // Read again: what is kept over the loop costs registers, and with more than 128 fewer groups run at once.
-  const unsigned start = items[5 * item + 2], members = items[5 * item + 3] - start;
-  store<S>(r, partial, stats, start, members * S::R, head, row, col);
+}
+
+// -- one bundle -------------------------------------------------------------------------------------------------------------
+
+// Half of a warp's columns, every other one, as [4][DV] floats and behind them (maximum, sum) of each
+template <class S>
+FN void lay_out(const PRIVATE Result<S>& r, SHARED_ARGUMENT float* to, int c, int j, unsigned row, unsigned col) {
+  const float sum = ROW_SUM(r.sum[c][j]);
+  float bias[S::V_GROUPS];
+  UNROLL for (int g = 0; g < S::V_GROUPS; g++) bias[g] = ROW_SUM(r.bias[c][j][g]);
+  if (row == 0) {
+    to[4 * S::DV + 2 * col] = r.top[c][j];
+    to[4 * S::DV + 2 * col + 1] = sum;
+  }
+  UNROLL for (int vg = 0; vg < S::V_GROUPS; vg++) {
+    UNROLL for (int d = 0; d < S::V_DIMS; d++) {
+      to[col * S::DV + vg * S::VG + row * S::V_DIMS + d] = r.out[c][(vg * S::V_DIMS + d) / 2].x[2 * (d % 2) + j] + bias[vg];
+    }
+  }
+}
+
+// What all warps laid out, merged, as entries
+template <class S, int GROUP>
+FN void merge(const SHARED_ARGUMENT float* laid, GLOBAL float* partial, GLOBAL float* stats, unsigned entry, unsigned used,
+              unsigned from, unsigned head, unsigned tid) {
+  for (unsigned x = tid; x < 4 * S::DV; x += 32 * GROUP) {
+    const unsigned k = x / S::DV, n = from + 2 * k;
+    if (n >= used) continue;
+    float top = NOTHING, sum = 0, value = 0;
+    UNROLL for (int w = 0; w < GROUP; w++) top = fmaxf(top, laid[w * S::HELD + 4 * S::DV + 2 * k]);
+    UNROLL for (int w = 0; w < GROUP; w++) {
+      const SHARED_ARGUMENT float* its = laid + w * S::HELD;
+      const float weight = EXP2(its[4 * S::DV + 2 * k] - top);
+      sum += weight * its[4 * S::DV + 2 * k + 1];
+      value += weight * its[x];
+    }
+    const unsigned at = ((entry + n / S::R) * S::H + head) * S::R + n % S::R;
+    partial[at * S::DV + x % S::DV] = value;
+    if (x % S::DV == 0) {
+      stats[2 * at] = top;
+      stats[2 * at + 1] = sum;
+    }
+  }
+}
+
+// keys, values [sequences, H, DK or DV]: of the step's own tokens, the last row of each tail; `rows_out` is how they are stored.
+// state [sequences, 2]: rows of a sequence's tail, first position that it sees. map: see query.h. sinks [H * R], where any are.
+// settings: the bits of the scale, the word at which the layer's tails begin. arrivals [sequences, H]: zeros, before and after.
+// partial: entries [room, H * R, DV], and behind them their (maximum, sum). held: GROUP times HELD words.
+template <class S, int GROUP, class T, class State, class Settings, class Sinks>
+FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL T* values, const GLOBAL float* map,
+                     const GLOBAL unsigned* arena, const GLOBAL unsigned* tails, const GLOBAL unsigned* plan, State state,
+                     Settings settings, Sinks sinks, bool sunk, GLOBAL unsigned* arrivals, GLOBAL float* partial,
+                     GLOBAL unsigned* rows_out, GLOBAL T* out, SHARED_ARGUMENT unsigned* held, unsigned group, unsigned tid,
+                     unsigned lane, unsigned row, unsigned col) {
+  const unsigned warp = tid / 32, head = group % S::H;
+  const GLOBAL unsigned* item = plan + ITEMS_AT + 5 * (group / S::H * GROUP + warp);
+  Result<S> r;
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int j = 0; j < 2; j++) {
+      r.top[c][j] = NOTHING;
+      r.sum[c][j] = 0;
+      UNROLL for (int g = 0; g < S::V_GROUPS; g++) r.bias[c][j][g] = 0;
+    }
+    UNROLL for (int n = 0; n < S::OUTS; n++) r.out[c][n] = Four{{0, 0, 0, 0}};
+  }
+  read_item<S, T>(r, queries, keys, values, map, arena, tails, plan, item, state, settings, rows_out, held + warp * S::HELD,
+                  head, lane, row, col);
+  // Read again: what is kept over the item costs registers, and with more than 128 fewer groups run at once.
+  const unsigned entry = item[2], members = item[3] - entry;
+  GLOBAL float* stats = partial + plan[ROOM_AT] * (S::H * S::R * S::DV);
+  SHARED_ARGUMENT float* laid = (SHARED_ARGUMENT float*)held;
+  UNROLL for (int c = 0; c < S::COLUMNS; c++) {
+    UNROLL for (int j = 0; j < 2; j++) {
+      if (8 * c + j >= members * S::R) continue;
+      if (c + j) BARRIER;
+      lay_out<S>(r, laid + warp * S::HELD, c, j, row, col);
+      BARRIER;
+      merge<S, GROUP>(laid, partial, stats, entry, members * S::R, 8 * c + j, head, tid);
+    }
+  }
+  SHOW_OTHERS;
+  BARRIER;
+  const GLOBAL unsigned* sequences = plan + plan[ENTRIES_AT] + entry;
+  const GLOBAL unsigned* starts = plan + plan[STARTS_AT];
+  if (tid < members) {
+    const unsigned s = sequences[tid];
+    held[tid] = LAST_OF(arrivals + s * S::H + head, starts[s + 1] - starts[s]);
+  }
+  BARRIER;
+  for (unsigned m = 0; m < members; m++) {
+    if (!held[m]) continue;
+    const unsigned s = sequences[m], begin = starts[s];
+    SEE_OTHERS;
+    for (unsigned h = head * S::R + warp; h < (head + 1) * S::R; h += GROUP) {
+      combine<S::DV, T>(partial, stats, plan + plan[ORDER_AT] + begin, starts[s + 1] - begin, sinks, sunk, S::H * S::R, h,
+                        out + (s * S::H * S::R + h) * S::DV, lane);
+    }
+  }
 }

@@ -1,8 +1,8 @@
 """The fused path of a decode step: attention of one query per sequence over packed pages, raw pages and tails.
 
-Two launches: `flash_decode` gives a partial result for every (item, sequence), `combine` merges those of a sequence by their
-log-sum-exp. After Flash-Decoding (Dao et al., 2023); sequences that share a prefix read it once, after Hydragen (Juravsky et
-al., 2024).
+One launch where a group of threads can see for sure what others of the same launch wrote (CUDA); elsewhere a second one merges
+the partial results of a sequence by their log-sum-exp. After Flash-Decoding (Dao et al., 2023); sequences that share a prefix
+read it once, after Hydragen (Juravsky et al., 2024).
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from agentmem.quant.kernels.source import Kernel, kernel
 from agentmem.quant.rows import RowCodec
 
 LOG2_E = 1.4426950408889634
-MERGE_THREADS = 512  # as many warps as combine.h has
 SHARED_WORDS = 8192
 """Of a group of warps: as much as a Metal device has."""
-ROOM = 64  # entries: memory of a size that a step has given back is had again at once, of another it is not
+WARP = 32
 BITS = (3, 4, 8)
 
 _INPUTS = (
@@ -33,25 +32,27 @@ _INPUTS = (
     "map",
     "arena",
     "tails",
-    "items",
-    "entries",
-    "runs",
+    "plan",
     "state",
     "settings",
+    "sinks",
+    "arrivals",
 )
-FILES = ("shape.h", "query.h", "decode.h")
-_PARTIAL = [mx.float32, mx.float32, mx.uint32]
+FILES = ("plan.h", "shape.h", "query.h", "tile.h", "combine.h", "decode.h")
+COMBINE = ("combine.h", "plan.h")
 _BODY = """
   using S = DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE, MAPS>;
   SHARED unsigned held[GROUP * S::HELD];
-  flash_decode<S, T>(
-      queries, keys, values, map, arena, tails, items, entries, runs, state, settings, items_shape[0], partial, stats, rows,
-      held + tid / 32 * S::HELD, group * GROUP + tid / 32, lane, row, col);
+  flash_decode<S, GROUP, T>(
+      queries, keys, values, map, arena, tails, plan, state, settings, sinks, SUNK, (GLOBAL unsigned*)arrivals, partial, rows,
+      out, held, group, tid, lane, row, col);
 """
 _COMBINE = """
-  SHARED float weights[AT_ONCE], parts[WARPS * (DV + 1)], tops[WARPS];
-  SHARED unsigned places[AT_ONCE];
-  combine<DV, T>(partial, stats, starts, order, sinks, SUNK, HEADS, out, weights, places, parts, tops, group, tid, lane);
+  const unsigned sequence = group / HEADS, head = group % HEADS;
+  const GLOBAL unsigned* starts = plan + plan[STARTS_AT] + sequence;
+  combine<DV, T>(
+      partial, partial + plan[ROOM_AT] * (HEADS * DV), plan + plan[ORDER_AT] + starts[0], starts[1] - starts[0], sinks, SUNK,
+      HEADS, head, out + group * DV, lane);
 """
 
 
@@ -78,41 +79,46 @@ def template(codec: RowCodec, query_heads: int, wide: bool, mapped: bool) -> dic
     }  # fmt: skip
 
 
-def _group(codec: RowCodec, wide: bool) -> int:
-    """Warps of a group: of 4, or fewer where their queries take too much shared memory."""
-    pairs, dim = (8 if wide else 4), codec.shape.key_dim
-    return 4 if 4 * pairs * (dim + dim // 16) <= SHARED_WORDS else 2
+def group_of(codec: RowCodec, wide: bool) -> int:
+    """Warps of a group: of 4, or fewer where they take too much shared memory."""
+    shape, pairs = codec.shape, (8 if wide else 4)
+    words = max(pairs * (shape.key_dim + shape.key_dim // 16 + 2), 4 * (shape.value_dim + 2))
+    return 4 if 4 * words <= SHARED_WORDS else 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """What both launches are for one codec, whatever the token: made once for every plan."""
+    """What a launch is for one codec, whatever the token: made once for every plan."""
 
     codec: RowCodec
     layout: Layout
+    arrivals: mx.array
+    """Of groups, per sequence and KV head: zeros whenever no launch is under way. Launches of one plan follow each other."""
     threads: tuple[int, int]
     """In all, and of a group."""
     decode: Kernel
     template: list[tuple[str, Any]]
-    merge: Kernel
-    merge_template: list[tuple[str, Any]]
     shapes: list[tuple[int, ...]]
+    merge: Kernel | None
+    merge_template: list[tuple[str, Any]]
 
 
 def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bool, mapped: bool) -> _Launch:
     key = id(codec), heads, dtype, sunk, mapped
     made: _Launch | None = batch.launches.get(key)
     if made is None:
-        layout, dim = batch.layout(codec), codec.shape.value_dim
-        entries = -(-batch.entries.size // ROOM) * ROOM
-        warps, group = layout.items.shape[0] * codec.shape.heads, _group(codec, batch.wide)
+        group, dim, count = group_of(codec, batch.wide), codec.shape.value_dim, len(batch.reaches)
+        layout = batch.layout(codec, group)
+        merges = backend() == "cuda"
+        own = [("T", dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sunk)]
         made = batch.launches[key] = _Launch(
-            codec, layout, (-(-warps // group) * group * 32, group * 32),
-            kernel("agentmem_flash_decode", FILES, _BODY, _INPUTS, ("partial", "stats", "rows")),
-            [("T", dtype), ("GROUP", group), *template(codec, heads, batch.wide, mapped).items()],
-            kernel("agentmem_combine", ("combine.h",), _COMBINE, ("partial", "stats", "starts", "order", "sinks"), ("out",)),
-            [("T", dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sunk)],
-            [(entries, heads, dim), (entries, heads, 2), (len(batch.reaches), codec.raw_words)],
+            codec, layout, on_device(np.zeros(max(count * codec.shape.heads, 16), np.uint32)),
+            (layout.bundles * codec.shape.heads * group * WARP, group * WARP),
+            kernel("agentmem_flash_decode", FILES, _BODY, _INPUTS, ("partial", "rows", "out")),
+            [("T", dtype), ("GROUP", group), ("SUNK", sunk), *template(codec, heads, batch.wide, mapped).items()],
+            [(layout.room, heads, dim + 2), (count, codec.raw_words), (count, heads, 1, dim) if merges else (1,)],
+            None if merges else kernel("agentmem_combine", COMBINE, _COMBINE, ("partial", "plan", "sinks"), ("out",)),
+            own,
         )  # fmt: skip
     return made
 
@@ -146,24 +152,25 @@ def flash_decode(
     """
     count, heads, _, _ = queries.shape
     launch = _launch(codec, batch, heads, queries.dtype, sinks is not None, vectors is not None)
-    partial, stats, rows = launch.decode(
+    sunk = _nothing() if sinks is None else sinks.astype(mx.float32)
+    partial, rows, out = launch.decode(
         inputs=[
-            queries, keys, values, _nothing() if vectors is None else vectors, arena, tails[0], launch.layout.items,
-            batch.entries, launch.layout.runs, batch.state, _settings(scale, tails[1]),
+            queries, keys, values, _nothing() if vectors is None else vectors, arena, tails[0], launch.layout.plan,
+            batch.state, _settings(scale, tails[1]), sunk, launch.arrivals,
         ],
         template=launch.template,
         grid=(launch.threads[0], 1, 1),
         threadgroup=(launch.threads[1], 1, 1),
         output_shapes=launch.shapes,
-        output_dtypes=_PARTIAL,
+        output_dtypes=[mx.float32, mx.uint32, queries.dtype],
     )  # fmt: skip
-    sunk = sinks.astype(mx.float32) if sinks is not None else stats
-    (out,) = launch.merge(
-        inputs=[partial, stats, batch.starts, batch.order, sunk],
-        template=launch.merge_template,
-        grid=(count * heads * MERGE_THREADS, 1, 1),
-        threadgroup=(MERGE_THREADS, 1, 1),
-        output_shapes=[(count, heads, 1, codec.shape.value_dim)],
-        output_dtypes=[queries.dtype],
-    )
+    if launch.merge is not None:
+        (out,) = launch.merge(
+            inputs=[partial, launch.layout.plan, sunk],
+            template=launch.merge_template,
+            grid=(count * heads * WARP, 1, 1),
+            threadgroup=(WARP, 1, 1),
+            output_shapes=[(count, heads, 1, codec.shape.value_dim)],
+            output_dtypes=[queries.dtype],
+        )
     return out, rows

@@ -10,13 +10,17 @@
 #define SHARED_ARGUMENT threadgroup
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define ONE_BY_ONE _Pragma("clang loop unroll(disable)")
-#define UNROLL_FOUR _Pragma("clang loop unroll_count(4)")
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
 #define WARP_BARRIER simdgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup)
 #define ANY(x) simd_any(x)
 #define AS_FLOAT(x) as_type<float>(x)
 #define AS_UINT(x) as_type<unsigned>(x)
 #define LOAD(p) (*(p))
+#define FAR(p) (*(p))
+// Groups of one launch do not see for sure what others wrote: entries are merged by a launch of its own.
+#define SHOW_OTHERS
+#define SEE_OTHERS
+#define LAST_OF(counter, count) 0u
 #define EXP2(x) fast::exp2(x)
 #define fmaxf(x, y) fmax(x, y)
 #define fminf(x, y) fmin(x, y)
@@ -49,6 +53,8 @@ FN unsigned SCALED(unsigned pair, float by) { return as_type<unsigned>(as_type<h
 FN unsigned row_of(unsigned lane) { return (lane / 2) % 4 + (lane / 16) * 4; }
 FN unsigned col_of(unsigned lane) { return lane % 2 + (lane / 8) % 2 * 2; }
 FN float LANE_OTHER(float x, int bit) { return simd_shuffle_xor(x, bit); }
+FN float LANE_AT(float x, unsigned from) { return simd_shuffle(x, ushort(from)); }
+FN unsigned LANE_WORD(unsigned x, unsigned from) { return simd_shuffle(x, ushort(from)); }
 FN float ROW_SUM(float x) {
   x += simd_shuffle_xor(x, 2);
   x += simd_shuffle_xor(x, 4);

@@ -5,6 +5,7 @@ Host work only, kept as long as no sequence gets a page, joins or leaves; what c
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,10 @@ WIDE_ROWS = 16
 """Rows of one product: query heads of a KV head, times the sequences that read the same pages."""
 NARROW_ROWS = 8
 WARPS = 2112
-"""As many as a large GPU holds at once; more would make the merge of their results longer, not the reading shorter."""
+"""As many as a large GPU holds at once; what is more would wait for a second turn."""
+ROOM = 64
+"""Entries: memory of a size that a step has given back is had again at once, of another it is not."""
+HEADER, ITEM = 8, 5
 
 PACKED, RAW, TAIL = 0, 1, 2
 KIND_BIT, LENGTH_BIT = 30, 15
@@ -47,10 +51,13 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A plan in the words of one layer's geometry: items uint32 [n, 5], runs uint32 [n, 2] (see decode.h)."""
+    """A plan in the words of one layer's geometry and of groups of so many warps: `plan` uint32 (see plan.h)."""
 
-    items: mx.array
-    runs: mx.array
+    plan: mx.array
+    bundles: int
+    """Of as many items as a group has warps, read for the same sequences."""
+    room: int
+    """For entries, of which a bundle makes one for each of its sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,30 +86,40 @@ class Batch:
     state: mx.array = field(init=False)
     launches: dict[Any, Any] = field(default_factory=dict)
     """What whoever launches kernels by this plan keeps with it."""
-    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int, int], Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._part = max(TILE, self.page_tokens // TAIL_PARTS)
         self._parts = -(-self.page_tokens // self._part)
-        offsets = np.cumsum([0, *(len(r.slots) + self._parts for r in self.reaches)])
-        stretches = self._stretches(tuple(range(len(self.reaches))), 0)
-        costs = [self._costs(r) for r in self.reaches]
-        total = sum(int(costs[s.members[0]][s.first : s.end].sum()) for s in stretches)
+        self._found = self._stretches(tuple(range(len(self.reaches))), 0)
+        self.wide = max(len(s.members) for s in self._found) * self.repeat > NARROW_ROWS
+
+    def _bundles(self, group: int) -> tuple[np.ndarray, list[int]]:
+        """(items uint32 [bundles * group, 5], the sequence of each entry): as many items as a GPU holds at once, or fewer."""
+        leads = [s.members[0] for s in self._found]
+        costs = [self._costs(self.reaches[lead]) for lead in leads]
+        sums = [np.concatenate([[0], np.cumsum(c)]).tolist() for c in costs]
+        total = sum(c[s.end] - c[s.first] for c, s in zip(sums, self._found, strict=True))
         least = max(LEAST_COST, -(-total * self.kv_heads // WARPS))
-        items, entries = [], list[int]()
-        for s in stretches:
-            lead = s.members[0]
+        while True:
+            cuts = [self._cut(c, s, least) for c, s in zip(sums, self._found, strict=True)]
+            warps = sum(-(-len(c) // group) * group for c in cuts) * self.kv_heads
+            if warps <= WARPS or least > total:
+                break
+            least += 1 + least // 16
+        offsets = np.cumsum([0, *(len(r.slots) + self._parts for r in self.reaches)])
+        items, entries = list[tuple[int, ...]](), list[int]()
+        for s, lead, cut in zip(self._found, leads, cuts, strict=True):
             base, position = int(offsets[lead]), self._positions(self.reaches[lead])
-            for first, end in self._cut(costs[lead], s, least):
-                entry = len(entries)
-                items.append((base + first, base + end, entry, entry + len(s.members), position[first]))
+            for at in range(0, len(cut), group):
+                mine = len(entries), len(entries) + len(s.members)
+                some = [
+                    (base + first, base + end, *mine, int(position[first]))
+                    for first, end in cut[at : at + group]
+                ]
+                items += some + [(0, 0, *mine, 0)] * (group - len(some))
                 entries += s.members
-        self._items = np.array(items, np.uint32)
-        self.wide = max(len(s.members) for s in stretches) * self.repeat > NARROW_ROWS
-        self.entries = on_device(np.array(entries, np.uint32))
-        self.order = on_device(np.argsort(entries, kind="stable").astype(np.uint32))
-        counts = np.bincount(entries, minlength=len(self.reaches))
-        self.starts = on_device(np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32))
+        return np.array(items, np.uint32), entries
 
     def _costs(self, reach: Reach) -> np.ndarray:
         tiles = -(-reach.rows // TILE) * np.where(reach.raw, RAW_COST, 1)
@@ -113,15 +130,17 @@ class Batch:
         starts = np.concatenate([[0], np.cumsum(reach.rows)])
         return np.append(starts, starts[-1] + self._part * np.arange(1, self._parts))
 
-    def _cut(self, costs: np.ndarray, s: _Stretch, least: int) -> list[tuple[int, int]]:
+    def _cut(self, sums: list[int], s: _Stretch, least: int) -> list[tuple[int, int]]:
         """Items of a stretch that cost `least` or a little more, of runs of one kind; a part of a tail is one by itself."""
-        runs, raw = len(costs) - self._parts, self.reaches[s.members[0]].raw
-        cuts, first, cost = list[tuple[int, int]](), s.first, 0
-        for i in range(s.first, s.end):
-            cost += int(costs[i])
-            if cost >= least or i + 1 >= runs or i + 1 == s.end or raw[i] != raw[i + 1]:
-                cuts.append((first, i + 1))
-                first, cost = i + 1, 0
+        raw = self.reaches[s.members[0]].raw
+        turns = (1 + np.flatnonzero(raw[1:] != raw[:-1])).tolist()
+        ends = sorted({e for e in (*turns, *range(len(raw), s.end), s.end) if s.first < e <= s.end})
+        cuts, first = list[tuple[int, int]](), s.first
+        for end in ends:
+            while first < end:
+                to = min(bisect_left(sums, sums[first] + least, first + 1), end)
+                cuts.append((first, to))
+                first = to
         return cuts
 
     def _stretches(self, members: tuple[int, ...], first: int) -> list[_Stretch]:
@@ -160,19 +179,31 @@ class Batch:
             state[:, 1] = lows
         self.state = on_device(state)
 
-    def layout(self, codec: RowCodec) -> Layout:
-        """The plan for layers of this geometry."""
-        key = codec.packed_words, codec.raw_words
+    def layout(self, codec: RowCodec, group: int) -> Layout:
+        """The plan for layers of this geometry, for groups of `group` warps."""
+        key = codec.packed_words, codec.raw_words, group
         if key not in self._layouts:
-            runs = []
-            for r in self.reaches:
-                at = np.append(
-                    r.slots * self.page_tokens * key[0], [r.tail * self.page_tokens * key[1]] * self._parts
-                )
-                fields = np.append(r.rows, self._part * np.arange(self._parts) + (self._part << LENGTH_BIT))
-                kinds = np.append(np.where(r.raw, RAW, PACKED), [TAIL] * self._parts)
-                runs.append(np.stack([at, fields + (kinds << KIND_BIT)], axis=1))
-            self._layouts[key] = Layout(
-                on_device(self._items), on_device(np.concatenate(runs).astype(np.uint32))
-            )
+            items, entries = self._bundles(group)
+            counts = np.bincount(entries, minlength=len(self.reaches))
+            parts = [
+                np.array(entries), self._runs(*key[:2]).reshape(-1), np.concatenate([[0], np.cumsum(counts)]),
+                np.argsort(entries, kind="stable"),
+            ]  # fmt: skip
+            room = -(-len(entries) // ROOM) * ROOM
+            at = HEADER + items.size + np.cumsum([0, *(len(p) for p in parts)])
+            header = np.array([*at[:-1], room, *[0] * (HEADER - len(at))])
+            plan = np.concatenate([header, items.reshape(-1), *parts]).astype(np.uint32)
+            self._layouts[key] = Layout(on_device(plan), len(items) // group, room)
         return self._layouts[key]
+
+    def _runs(self, packed_words: int, raw_words: int) -> np.ndarray:
+        runs = []
+        for r in self.reaches:
+            at = np.append(
+                r.slots * self.page_tokens * packed_words,
+                [r.tail * self.page_tokens * raw_words] * self._parts,
+            )
+            fields = np.append(r.rows, self._part * np.arange(self._parts) + (self._part << LENGTH_BIT))
+            kinds = np.append(np.where(r.raw, RAW, PACKED), [TAIL] * self._parts)
+            runs.append(np.stack([at, fields + (kinds << KIND_BIT)], axis=1))
+        return np.concatenate(runs)

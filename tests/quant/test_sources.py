@@ -13,7 +13,7 @@ from agentmem.quant.kernels import decode
 from agentmem.quant.kernels.source import sources, text
 
 QUANT = Path(agentmem.quant.__file__).parent
-KERNELS = {decode.FILES: decode._BODY, ("combine.h",): decode._COMBINE, ("gather.h",): gather._BODY}
+KERNELS = {decode.FILES: decode._BODY, decode.COMBINE: decode._COMBINE, ("gather.h",): gather._BODY}
 SHARED = {"cuda.h", "metal.h", "elements.h"}
 
 ATTRIBUTE = re.compile(

@@ -14,7 +14,7 @@ import numpy as np
 
 from agentmem.quant.attention import StoredRows
 from agentmem.quant.gather import ELEMENTS, THREADS
-from agentmem.quant.kernels.decode import _nothing, _settings, template
+from agentmem.quant.kernels.decode import _nothing, _settings, group_of, template
 from agentmem.quant.kernels.plan import Batch
 from agentmem.quant.rows import RowCodec
 
@@ -23,12 +23,13 @@ COMPILER = shutil.which("c++")
 
 
 @cache
-def _library(shape: str) -> ctypes.CDLL:
+def _library(shape: str, group: int = 4) -> ctypes.CDLL:
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kernels.so"
         subprocess.run(
-            [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-DSHAPE={shape}", str(HERE / "kernels.cpp"), "-o", str(made)],
+            [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-DSHAPE={shape}", f"-DWARPS={group}",
+             str(HERE / "kernels.cpp"), "-o", str(made)],
             check=True,
         )  # fmt: skip
         return ctypes.CDLL(str(made))
@@ -46,34 +47,41 @@ def attend(
     codec: RowCodec, queries: mx.array, keys: mx.array, values: mx.array, arena: mx.array, tails: tuple[mx.array, int],
     batch: Batch, *, scale: float, sinks: mx.array | None = None, vectors: mx.array | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """What `flash_decode` gives for float32 queries."""
+    """What `flash_decode` gives for float32 queries, in one launch as well as in two."""
     count, heads, _, _ = queries.shape
-    dim = codec.shape.value_dim
-    library = _library(
-        ",".join(_word(v) for v in template(codec, heads, batch.wide, vectors is not None).values())
-    )
-    layout = batch.layout(codec)
+    dim, group = codec.shape.value_dim, group_of(codec, batch.wide)
+    shape = template(codec, heads, batch.wide, vectors is not None)
+    library = _library(",".join(map(_word, shape.values())), group)
+    layout = batch.layout(codec, group)
     held = [
         np.array(x, order="C")  # a copy: on a CPU, MLX aligns its arrays at 8 bytes
         for x in (
-            queries, keys, values, _nothing() if vectors is None else vectors, arena, tails[0], layout.items,
-            batch.entries, layout.runs, batch.state, _settings(scale, tails[1]),
+            queries, keys, values, _nothing() if vectors is None else vectors, arena, tails[0], layout.plan, batch.state,
+            _settings(scale, tails[1]),
         )
     ]  # fmt: skip
-    entries = batch.entries.size
-    partial = np.full((entries, heads, dim), np.nan, np.float32)
-    stats = np.full((entries, heads, 2), np.nan, np.float32)
-    rows = np.zeros((count, codec.raw_words), np.uint32)
-    library.run_decode(
-        *map(_at, held), ctypes.c_uint(layout.items.shape[0]), _at(partial), _at(stats), _at(rows)
-    )
-    out = np.full((count, heads, 1, dim), np.nan, np.float32)
-    starts, order = np.array(batch.starts), np.array(batch.order)
     sunk = None if sinks is None else np.array(sinks, dtype=np.float32)
-    library.run_combine(
-        _at(partial), _at(stats), _at(starts), _at(order), _at(sunk) if sunk is not None else None,
-        ctypes.c_uint(heads), ctypes.c_uint(count), _at(out),
-    )  # fmt: skip
+    sunk_at = _at(sunk) if sunk is not None else None
+    outs = []
+    for merges in (True, False):
+        partial = np.full((layout.room, heads, dim + 2), np.nan, np.float32)
+        arrivals = np.zeros((count, codec.shape.heads), np.uint32)
+        rows = np.zeros((count, codec.raw_words), np.uint32)
+        out = np.full((count, heads, 1, dim), np.nan, np.float32)
+        library.run_decode(
+            *map(_at, held),
+            sunk_at,
+            ctypes.c_uint(layout.bundles),
+            merges,
+            *map(_at, (arrivals, partial, rows, out)),
+        )
+        assert not arrivals.any(), "the next launch counts from zero"
+        if not merges:
+            library.run_combine(
+                _at(partial), _at(held[6]), sunk_at, ctypes.c_uint(heads), ctypes.c_uint(count), _at(out)
+            )
+        outs.append(out)
+    assert np.array_equal(*outs), "one launch and two are the same"
     return out, rows
 
 

@@ -14,7 +14,6 @@
 #define SHARED_ARGUMENT
 #define UNROLL
 #define ONE_BY_ONE
-#define UNROLL_FOUR
 #define NOTHING -1e30f
 #define BARRIER meet(true)
 #define WARP_BARRIER meet()
@@ -23,13 +22,17 @@
 #define WEIGHT_UNIT 4.0f
 #define OUT_UNIT 4194304.0f
 #define OPERAND(x) (x)
+#define FAR(p) (*(p))
+#define SHOW_OTHERS
+#define SEE_OTHERS
+#define LAST_OF(counter, count) arrived(counter, count)
 using std::max;
 using std::min;
 
 struct Lane {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 18);
-  unsigned long met = 0;
+  unsigned long met[2] = {0, 0};  // of its warp's meetings and its group's
   bool over = false;
   unsigned words[6];
 };
@@ -41,9 +44,9 @@ static unsigned now;
 static void meet(bool group = false) {
   Lane& me = lanes[now];
   const unsigned self = now, first = group ? 0 : now / 32 * 32, end = group ? lanes.size() : first + 32;
-  me.met++;
+  me.met[group]++;
   for (unsigned i = first; i < end;) {
-    if (!lanes[i].over && lanes[i].met < me.met) {
+    if (!lanes[i].over && lanes[i].met[group] < me.met[group]) {
       swapcontext(&me.context, &scheduler);
       now = self;
     } else {
@@ -100,6 +103,20 @@ FN unsigned swapped(unsigned x, unsigned mask) {
   meet();
   return y;
 }
+static bool groups_see_others;
+static bool arrived(unsigned* counter, unsigned count) {
+  if (!groups_see_others) return false;
+  *counter = (*counter + 1) % count;
+  return *counter == 0;
+}
+FN unsigned LANE_WORD(unsigned x, unsigned from) {
+  lanes[now].words[0] = x;
+  meet();
+  const unsigned y = lanes[now / 32 * 32 + from].words[0];
+  meet();
+  return y;
+}
+FN float LANE_AT(float x, unsigned from) { return AS_FLOAT(LANE_WORD(AS_UINT(x), from)); }
 FN float LANE_OTHER(float x, unsigned bit) { return AS_FLOAT(swapped(AS_UINT(x), bit)); }
 FN float ROW_SUM(float x) {
   for (unsigned mask = 4; mask < 32; mask *= 2) x += AS_FLOAT(swapped(AS_UINT(x), mask));

@@ -4,9 +4,11 @@
 
 #include "../../../quant/kernels/elements.h"
 
-#include "../../../quant/kernels/combine.h"
+#include "../../../quant/kernels/plan.h"
 #include "../../../quant/kernels/shape.h"
 #include "../../../quant/kernels/query.h"
+#include "../../../quant/kernels/tile.h"
+#include "../../../quant/kernels/combine.h"
 #include "../../../quant/kernels/decode.h"
 #include "../../../quant/kernels/gather.h"
 
@@ -20,28 +22,30 @@ template <class T> struct Constant {
 };
 template <class T> static Constant<T> constant(const T* at) { return {at}; }
 
+// In one launch that merges, or one that leaves this to `run_combine`
 extern "C" void run_decode(const float* queries, const float* keys, const float* values, const float* map, const unsigned* arena,
-                           const unsigned* tails, const unsigned* items, const unsigned* entries, const unsigned* runs, const unsigned* state,
-                           const unsigned* settings, unsigned count, float* partial, float* stats, unsigned* rows) {
-  for (unsigned warp = 0; warp < count * S::H; warp++) {
-    std::vector<unsigned> held(S::HELD);
-    run_group(32, [&](unsigned lane) {
-      flash_decode<S, float>(queries, keys, values, map, arena, tails, constant(items), constant(entries), constant(runs),
-                             constant(state), constant(settings), count, partial, stats, rows, held.data(), warp, lane, lane / 4,
-                             lane % 4);
+                           const unsigned* tails, const unsigned* plan, const unsigned* state, const unsigned* settings,
+                           const float* sinks, unsigned bundles, bool merges, unsigned* arrivals, float* partial, unsigned* rows,
+                           float* out) {
+  groups_see_others = merges;
+  for (unsigned group = 0; group < bundles * S::H; group++) {
+    std::vector<unsigned> held(WARPS * S::HELD);
+    run_group(32 * WARPS, [&](unsigned tid) {
+      flash_decode<S, WARPS, float>(queries, keys, values, map, arena, tails, plan, constant(state), constant(settings),
+                                    constant(sinks), sinks != nullptr, arrivals, partial, rows, out, held.data(), group, tid,
+                                    tid % 32, tid % 32 / 4, tid % 4);
     });
   }
 }
 
-extern "C" void run_combine(const float* partial, const float* stats, const unsigned* starts, const unsigned* order,
-                            const float* sinks, unsigned heads, unsigned sequences, float* out) {
+extern "C" void run_combine(const float* partial, const unsigned* plan, const float* sinks, unsigned heads, unsigned sequences,
+                            float* out) {
   for (unsigned group = 0; group < sequences * heads; group++) {
-    std::vector<float> weights(AT_ONCE), parts(WARPS * (S::DV + 1)), tops(WARPS);
-    std::vector<unsigned> places(AT_ONCE);
-    run_group(32 * WARPS, [&](unsigned tid) {
-      combine<S::DV, float>(partial, constant(stats), constant(starts), constant(order), constant(sinks),
-                            sinks != nullptr, heads, out, weights.data(), places.data(), parts.data(), tops.data(),
-                            group, tid, tid % 32);
+    const unsigned* starts = plan + plan[STARTS_AT] + group / heads;
+    run_group(32, [&](unsigned lane) {
+      combine<S::DV, float>(partial, partial + plan[ROOM_AT] * heads * S::DV, plan + plan[ORDER_AT] + starts[0],
+                            starts[1] - starts[0], constant(sinks), sinks != nullptr, heads, group % heads, out + group * S::DV,
+                            lane);
     });
   }
 }
