@@ -29,19 +29,21 @@ ALLOWED = {
     "agentmem.blockpool": {"agentmem.quant", "agentmem.errors"},
     "agentmem.model": {"agentmem.quant", "agentmem.errors", "agentmem.home"},
     "agentmem.compose": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
+    "agentmem.episode": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
     "agentmem.engine": {
-        "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.errors",
+        "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.episode",
+        "agentmem.errors",
     },
     "agentmem.server": {*CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request"},
     "agentmem.bench": {
         *CLIENT_SIDE, "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
-        "agentmem.compose", "agentmem.runtime",
+        "agentmem.compose", "agentmem.episode", "agentmem.runtime",
     },
     "agentmem.adapters": CLIENT_SIDE,
     "agentmem.cli": CLIENT_SIDE,
     "agentmem.runtime": {
         "agentmem", "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
-        "agentmem.compose", "agentmem.errors", "agentmem.settings",
+        "agentmem.compose", "agentmem.episode", "agentmem.errors", "agentmem.settings",
     },
 }  # fmt: skip
 LIBRARIES_OF_QUANT = {"mlx", "numpy"}
