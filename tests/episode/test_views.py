@@ -1,0 +1,190 @@
+"""Views are row ids over rows that never change: switching loses nothing, and what was just said is seen by all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from agentmem.episode.fold import folded
+from agentmem.episode.held import Held
+from agentmem.episode.line import Line
+from agentmem.episode.live import Live
+from agentmem.episode.rows import LayerKind
+from agentmem.episode.selection import Heads
+from agentmem.episode.views import View, materialised, store_scores, view_of
+from tests.episode.state import BOTH, World, same, text, world_of
+
+SEEN = text(100)
+PROMPTS = [text(14, seed=n) for n in (1, 2)]
+SAID = text(20, seed=5)
+ASK = text(8, seed=6)
+BUDGETS = [22, 24, 26]
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return world_of()
+
+
+def views(world: World, format: str = "whole", heads: Heads = Heads.RAGGED) -> Live:
+    store = world.store(SEEN, format)
+    made = {
+        n: view_of(store, store_scores(world.network, store, p), BUDGETS, heads)
+        for n, p in enumerate(PROMPTS)
+    }
+    return Live(world.network, store, made, world.model.dtype, BUDGETS, block=16, active=0, heads=heads)
+
+
+def held_by(live: Live, world: World, view: View) -> Held:
+    return materialised(world.network, live.store, view, world.model.dtype)
+
+
+@pytest.mark.parametrize("heads", BOTH)
+@pytest.mark.parametrize("format", ["whole", "q4-plain"])
+def test_a_view_is_the_full_cache_evicted(world: World, format: str, heads: Heads) -> None:
+    full = world.read(SEEN, format)
+    full.evict(full.score(PROMPTS[0]), BUDGETS, heads)
+    live = views(world, format, heads)
+    assert same(live.held, full)
+    assert View.of(full).tokens == live.views[0].tokens
+    assert live.held.most_rows() == BUDGETS
+    assert all(np.array_equal(a, b) for a, b in zip(View.of(full).ids, live.views[0].ids, strict=True))
+
+
+class Disk:
+    """A store whose layers are files, read when they are asked for."""
+
+    def __init__(self, folder: Path, held: Held) -> None:
+        self.kinds: list[LayerKind] = [line.kind for line in held.lines]
+        self.sinks, self.tokens, self.folder = held.sinks, held.tokens, folder
+        self.opened: list[int] = []
+        for layer, line in enumerate(held.lines):
+            mx.save_safetensors(str(folder / f"{layer}"), {"lead": line.lead, "rows": line.tail})
+
+    def _file(self, layer: int) -> dict[str, mx.array]:
+        self.opened.append(layer)
+        return mx.load(str(self.folder / f"{layer}.safetensors"))
+
+    def lead(self, layer: int) -> mx.array:
+        return self._file(layer)["lead"]
+
+    def rows(self, layer: int, start: int, stop: int) -> mx.array:
+        return self._file(layer)["rows"][:, start - self.sinks : stop - self.sinks]
+
+
+def test_a_store_is_read_one_layer_after_the_other(world: World, tmp_path: Path) -> None:
+    disk, memory = Disk(tmp_path, world.read(SEEN, "q4-plain")), world.store(SEEN, "q4-plain")
+    from_disk = store_scores(world.network, disk, PROMPTS[0])
+    assert disk.opened == sorted(disk.opened)
+    for x, y in zip(from_disk, store_scores(world.network, memory, PROMPTS[0]), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(x, y, strict=True))
+    view = view_of(disk, from_disk, BUDGETS)
+    assert same(
+        materialised(world.network, disk, view, world.model.dtype),
+        materialised(world.network, memory, view, world.model.dtype),
+    )
+
+
+@pytest.mark.parametrize("format", ["whole", "q4-plain"])
+def test_away_and_back_is_the_same_bit_for_bit(world: World, format: str) -> None:
+    live = views(world, format)
+    live.held.absorb(SAID)
+    before, wanted = live.held, live.held.predictions([ASK])
+    live.switch(1)
+    assert not same(live.held, before)
+    live.switch(0)
+    assert same(live.held, before)
+    assert mx.array_equal(live.held.predictions([ASK]), wanted)
+
+
+def test_the_same_episode_costs_nothing(world: World) -> None:
+    live = views(world)
+    held = live.held
+    live.switch(0)
+    assert live.held is held
+
+
+def rows_of(line: Line, start: int, stop: int) -> bool:
+    """Whether every head has all rows of tokens `start` to `stop`."""
+    return all(set(range(start, stop)) <= set(p.tolist()) for p in line.candidate_positions())
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_was_just_said_is_seen_by_every_view(world: World, stored: bool) -> None:
+    live = views(world)
+    live.held.absorb(SAID)
+    rows = [mx.array(line.tail) for line in live.held.lines]
+    if stored:
+        live.store_tail()
+        assert (live.store.tokens, live.tail) == (120, 0)
+    live.switch(1)
+    assert live.held.tokens == 120
+    for line, want in zip(live.held.lines, rows, strict=True):
+        assert rows_of(line, 100, 120)
+        assert mx.array_equal(line.tail, want)
+    more = live.held.copy()
+    more.absorb(ASK)
+    live.held.absorb(ASK)
+    live.switch(0)
+    assert live.held.tokens == 128
+    assert all(rows_of(line, 100, 128) for line in live.held.lines)
+
+
+@pytest.mark.parametrize("heads", BOTH)
+def test_a_fold_lets_new_rows_compete(world: World, heads: Heads) -> None:
+    """One prompt over {view, tail}: the same as evicting what is held."""
+    live = views(world, "q4-plain", heads)
+    live.held.absorb(SAID[:10])
+    wanted = live.held.copy()
+    wanted.evict(wanted.score(PROMPTS[0]), BUDGETS, heads)
+    live.fold(0, PROMPTS[0])
+    assert same(live.held, wanted)
+    assert live.views[0].tokens == live.store.tokens == 110
+    assert live.held.most_rows() == BUDGETS
+    assert live.views[1].tokens == 100
+    live.switch(1)
+    assert all(rows_of(line, 100, 110) for line in live.held.lines)
+
+
+def test_a_late_fold_goes_block_by_block(world: World) -> None:
+    live = views(world)
+    live.held.absorb(SAID)
+    live.fold(0, PROMPTS[0])
+    late = folded(
+        world.network,
+        live.store,
+        live.views[1],
+        PROMPTS[1],
+        BUDGETS,
+        world.model.dtype,
+        block=16,
+        heads=Heads.RAGGED,
+    )
+    step = live.views[1]
+    for upto in (116, 120):
+        held = materialised(world.network, live.store, step, world.model.dtype, upto)
+        assert max(held.most_rows()) <= max(BUDGETS) + 16
+        held.evict(held.score(PROMPTS[1]), BUDGETS, Heads.RAGGED)
+        step = View.of(held)
+    assert all(np.array_equal(a, b) for a, b in zip(late.ids, step.ids, strict=True))
+    assert any((ids >= 100).any() for ids in late.ids)
+
+
+def test_views_survive_as_plain_arrays(world: World) -> None:
+    live = views(world)
+    for view in live.views.values():
+        arrays, meta = view.arrays()
+        assert all(a.dtype == np.int32 for a in arrays.values())
+        again = View.of_arrays(arrays, json.loads(json.dumps(meta)))
+        assert same(held_by(live, world, view), held_by(live, world, again))
+
+
+def test_a_view_of_everything_is_the_store(world: World) -> None:
+    store = world.store(SEEN)
+    every = view_of(store, store_scores(world.network, store, PROMPTS[0]), [len(SEEN) + 5] * 3)
+    held = materialised(world.network, store, every, world.model.dtype)
+    assert mx.array_equal(held.predictions([ASK]), world.read(SEEN).predictions([ASK]))
