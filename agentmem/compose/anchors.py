@@ -87,13 +87,13 @@ class Pool:
     def anchor_bytes(self) -> int:
         return sum(a.nbytes for _, a in self.items())
 
-    def gram(self, slot: str, anchors: Sequence[Anchor], others: Sequence[State], offsets: Kriging) -> Gram:
-        """What `offsets` needs of these anchors, whose traits are `others`; kept until they are other ones, if there is room."""
+    def gram(self, slot: str, anchors: Sequence[Anchor], offsets: Kriging) -> Gram:
+        """What `offsets` needs of these anchors; kept until they are other ones, if there is room."""
         texts = tuple(a.text for a in anchors)
         by, found = self._grams.get(slot, (offsets, None))
         if found is None or (by, found.texts) != (offsets, texts):
             self._grams.pop(slot, None)
-            found = offsets.gram(texts, others)
+            found = offsets.gram(texts, [traits(a.base.unpacked()) for a in anchors])
             if self.nbytes + found.nbytes <= self.budget:
                 self._grams[slot] = offsets, found
         return found

@@ -49,16 +49,18 @@ class Interpolation(Protocol):
 class Gram:
     """What of a Gaussian process depends on the anchors of a slot alone.
 
-    texts: which anchors. at: for each, the places of its tokens that count, all or some evenly spread. inverse float32 [m, m].
+    texts: which anchors. at: for each, the places of its tokens that count, all or some evenly spread. traits float32
+    [m, width] and inverse float32 [m, m]: of these.
     """
 
     texts: tuple[bytes, ...]
     at: tuple[np.ndarray, ...]
+    traits: mx.array
     inverse: mx.array
 
     @property
     def nbytes(self) -> int:
-        return int(self.inverse.nbytes) + sum(a.nbytes for a in self.at)
+        return int(self.inverse.nbytes + self.traits.nbytes) + sum(a.nbytes for a in self.at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +82,16 @@ class Kriging:
         return False
 
     def __call__(self, base: State, anchors: Sequence[Observed]) -> tuple[State, State]:
-        others = [traits(a.base) for a in anchors]
-        gram = self.gram([b"" for _ in anchors], others)
-        weights = self.weights(traits(base), others, gram)
+        gram = self.gram([b"" for _ in anchors], [traits(a.base) for a in anchors])
+        weights = self.weights(traits(base), gram)
         deep = above_first(base.shapes)
         rows = [a.slot.rows[mx.array(at)] for a, at in zip(anchors, gram.at, strict=True)]
         after = mx.stack([a.after.rows for a in anchors]).mean(axis=0)
         return State(weights @ mx.concatenate(rows) * deep, base.shapes), State(after * deep, base.shapes)
 
-    def packed(
-        self, base: State, slots: Sequence[PackedState], others: Sequence[State], gram: Gram
-    ) -> State:  # fmt: skip
-        """The slot's offsets out of the anchors' packed ones, without unpacking them all at once. others: the anchors' traits."""
-        weights = self.weights(traits(base), others, gram)
+    def packed(self, base: State, slots: Sequence[PackedState], gram: Gram) -> State:
+        """The slot's offsets out of the anchors' packed ones, without unpacking them all at once."""
+        weights = self.weights(traits(base), gram)
         return State(weighed(weights, slots, gram.at) * above_first(base.shapes), base.shapes)
 
     def packed_after(self, afters: Sequence[PackedState]) -> State:
@@ -115,17 +114,16 @@ class Kriging:
         )
         among = np.array(self._alike(rows, rows, places, places), dtype=np.float64)
         inverse = np.linalg.inv(among + self.noise * np.eye(len(places)))
-        return Gram(tuple(texts), tuple(at), mx.array(inverse.astype(np.float32)))
+        return Gram(tuple(texts), tuple(at), rows, mx.array(inverse.astype(np.float32)))
 
-    def weights(self, text: State, others: Sequence[State], gram: Gram) -> mx.array:
+    def weights(self, text: State, gram: Gram) -> mx.array:
         """What each token of a text of n takes of the m tokens of the anchors that count: float32 [n, m]; rows sum to 1.
 
-        text, others: traits.
+        text: its traits.
         """
-        rows = mx.concatenate([o.rows[mx.array(a)] for o, a in zip(others, gram.at, strict=True)])
-        near = self._alike(text.rows, rows, np.arange(len(text)), np.concatenate(gram.at))
+        near = self._alike(text.rows, gram.traits, np.arange(len(text)), np.concatenate(gram.at))
         found = near @ gram.inverse
-        return found + (1 - found.sum(axis=1, keepdims=True)) / len(rows)
+        return found + (1 - found.sum(axis=1, keepdims=True)) / len(gram.traits)
 
     def _alike(self, a: mx.array, b: mx.array, at: np.ndarray, other: np.ndarray) -> mx.array:
         """Traits [n, width] and [m, width], their places -> float32 [n, m]."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from agentmem.compose.anchors import MINIMUM, Anchor, Pool
-from agentmem.compose.offsets import Kriging, Paper, traits
+from agentmem.compose.offsets import Kriging, Paper
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.state import State, joined
 
@@ -168,7 +168,7 @@ class Kvcomm:
         """Compute now what depends on this slot's anchors alone, rather than with the next prompt."""
         anchors = self.pool.eligible(slot, self.consumer, 0)
         if anchors and isinstance(self.offsets, Kriging):
-            self.pool.gram(slot, anchors, [traits(a.base.unpacked()) for a in anchors], self.offsets)
+            self.pool.gram(slot, anchors, self.offsets)
 
     def shift(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
         """What a slot's text, and the fixed text behind it, go through, by anchors that `anchors` found."""
@@ -181,10 +181,7 @@ class Kvcomm:
         if anchors[0].text == piece.text:
             return packed[0].unpacked()
         assert piece.slot is not None
-        others = [traits(a.base.unpacked()) for a in anchors]
-        return offsets.packed(
-            piece.base, packed, others, self.pool.gram(piece.slot, anchors, others, offsets)
-        )
+        return offsets.packed(piece.base, packed, self.pool.gram(piece.slot, anchors, offsets))
 
     def _after(self, piece: Piece, anchors: Sequence[Anchor], offsets: Kriging) -> State:
         packed = [a.offsets[self.consumer][1] for a in anchors]

@@ -132,8 +132,21 @@ class PackedState:
     def unpacked(self) -> State:
         return State(unpacked_rows([self]), self.shapes)
 
+    def some(self, at: np.ndarray) -> PackedState:
+        """Only the tokens `at`."""
+        if len(at) == len(self):
+            return self
+        chosen = mx.array(at)
+        biases = self.biases if self.bits == 2 else self.biases[chosen]
+        return PackedState(self.codes[chosen], self.scales[chosen], biases, self.bits, self.shapes)
+
     def __len__(self) -> int:
         return int(self.codes.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return int(self.codes.shape[1]) * 32 // self.bits
 
     @property
     def nbytes(self) -> int:
@@ -148,30 +161,23 @@ def unpacked_rows(states: Sequence[PackedState]) -> mx.array:
 
 
 def weighed(weights: mx.array, states: Sequence[PackedState], at: Sequence[np.ndarray]) -> mx.array:
-    """Rows `at` of the states, weighted: float32 [n, m], m the rows of all states -> [n, width].
+    """Rows `at` of the states, weighted: float32 [n, m], m the rows chosen of all states -> [n, width].
 
     On a CPU some states after others, so that what is unpacked stays in the processor's cache.
     """
-    out, start, first = mx.zeros((weights.shape[0], 32 * states[0].codes.shape[1] // states[0].bits)), 0, 0
-    while first < len(states):
+    chosen = [s.some(a) for s, a in zip(states, at, strict=True)]
+    if backend() != "cpu":
+        return weights @ unpacked_rows(chosen)
+    out, start, first = mx.zeros((weights.shape[0], states[0].width)), 0, 0
+    while first < len(chosen):
         last = first + 1
-        while last < len(states) and (
-            backend() != "cpu" or sum(map(len, states[first : last + 1])) <= AT_ONCE
-        ):
+        while last < len(chosen) and sum(map(len, chosen[first : last + 1])) <= AT_ONCE:
             last += 1
-        rows, chosen = unpacked_rows(states[first:last]), _places(states[first:last], at[first:last])
-        some = rows if len(chosen) == len(rows) else rows[mx.array(chosen)]
-        out = mx.addmm(out, weights[:, start : start + len(some)], some)
-        if backend() == "cpu":
-            mx.eval(out)
-        start, first = start + len(some), last
+        rows = unpacked_rows(chosen[first:last])
+        out = mx.addmm(out, weights[:, start : start + len(rows)], rows)
+        mx.eval(out)
+        start, first = start + len(rows), last
     return out
-
-
-def _places(states: Sequence[PackedState], at: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of each state as rows of all."""
-    starts = np.cumsum([0, *map(len, states)])
-    return np.concatenate([a + start for a, start in zip(at, starts, strict=False)])
 
 
 def _on_device(state: PackedState) -> mx.array:
@@ -180,7 +186,11 @@ def _on_device(state: PackedState) -> mx.array:
         state.codes, scales, -1.5 * scales if state.bits == 2 else state.biases.astype(mx.float32),
         group_size=32 * state.codes.shape[1] // (state.bits * state.scales.shape[1]), bits=state.bits,
     )  # fmt: skip
-    return rows * mx.array(_spread(state.biases, rows.shape[1])) if state.bits == 2 else rows
+    if state.bits != 2:
+        return rows
+    halves = mx.array(_halves().view(np.float32).reshape(256, 2))
+    at = state.biases.reshape(-1)[: rows.shape[1] // 2].astype(mx.int32)
+    return rows * halves[at].reshape(-1)
 
 
 def _on_host(states: Sequence[PackedState]) -> np.ndarray:

@@ -45,7 +45,7 @@ def test_what_is_kept_beside_anchors_is_within_the_budget_and_goes_first() -> No
 
     def gram() -> Gram:
         anchors = pool.of_slot("question")
-        return pool.gram("question", anchors, [a.base.unpacked() for a in anchors], kriging)
+        return pool.gram("question", anchors, kriging)
 
     put(pool, 1, tokens=40)
     one = pool.anchor_bytes

@@ -143,7 +143,7 @@ def test_the_papers_low_temperature_takes_the_nearest_anchor() -> None:
 
 def weights(kriging: Kriging, text: State, anchors: list[State]) -> np.ndarray:
     others = [traits(a) for a in anchors]
-    return np.array(kriging.weights(traits(text), others, kriging.gram([b""] * len(anchors), others)))
+    return np.array(kriging.weights(traits(text), kriging.gram([b""] * len(anchors), others)))
 
 
 def test_kriging_finds_the_token_wherever_it_stands() -> None:
@@ -192,7 +192,7 @@ def test_packed_offsets_are_weighed_as_unpacked_ones(most: int, monkeypatch: pyt
     for backend, at_once in (("cpu", 128), ("cpu", 12), ("cpu", 1), ("cuda", 128)):
         monkeypatch.setattr("agentmem.compose.state.backend", lambda name=backend: name)
         monkeypatch.setattr("agentmem.compose.state.AT_ONCE", at_once)
-        assert states_apart(kriging.packed(base, [slot for slot, _ in packed], others, gram), want[0]) < 1e-5
+        assert states_apart(kriging.packed(base, [slot for slot, _ in packed], gram), want[0]) < 1e-5
         assert states_apart(kriging.packed_after([after for _, after in packed]), want[1]) < 1e-5
 
 
