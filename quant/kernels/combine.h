@@ -13,13 +13,13 @@ template <int DV, class T, class Sinks>
 FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GLOBAL unsigned* order, unsigned count,
                 Sinks sinks, bool sunk, unsigned heads, unsigned head, GLOBAL T* out, unsigned lane) {
   float top = sunk ? sinks[head] * LOG2_E : NOTHING;
-  for (unsigned i = lane; i < count; i += 32) top = fmaxf(top, FAR(stats + 2 * (order[i] * heads + head)));
+  ONE_BY_ONE for (unsigned i = lane; i < count; i += 32) top = fmaxf(top, FAR(stats + 2 * (order[i] * heads + head)));
   top = WARP_MAX(top);
 
   // A lane holds 4 dims that lie together, of every 128.
   float sum = 0, mine[(DV + 127) / 128][4];
   UNROLL for (int d = 0; d < DV; d += 128) UNROLL for (int i = 0; i < 4; i++) mine[d / 128][i] = 0;
-  for (unsigned first = 0; first < count; first += 32) {
+  ONE_BY_ONE for (unsigned first = 0; first < count; first += 32) {
     // Lanes that have no entry take the first once more, and nothing of it
     const bool real = first + lane < count;
     const unsigned at = order[real ? first + lane : 0] * heads + head;
@@ -28,7 +28,7 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
     const float weight = real ? EXP2(stat[0] - top) : 0.0f;
     sum += weight * stat[1];
     const unsigned here = min(count - first, 32u);
-    for (unsigned eight = 0; eight < here; eight += 8) {
+    ONE_BY_ONE for (unsigned eight = 0; eight < here; eight += 8) {
       UNROLL for (unsigned i = 0; i < 8; i++) {
         const float w = LANE_AT(weight, eight + i);
         const GLOBAL float* from = partial + LANE_WORD(at, eight + i) * DV + 4 * lane;
@@ -40,10 +40,10 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
       }
     }
   }
-  const float total = WARP_SUM(sum) + (sunk ? EXP2(sinks[head] * LOG2_E - top) : 0.0f);
+  const float share = 1.0f / (WARP_SUM(sum) + (sunk ? EXP2(sinks[head] * LOG2_E - top) : 0.0f));
   UNROLL for (int d = 0; d < DV; d += 128) {
     UNROLL for (int i = 0; i < 4; i++) {
-      if (d + 4 * lane < DV) out[d + 4 * lane + i] = (T)(mine[d / 128][i] / total);
+      if (d + 4 * lane < DV) out[d + 4 * lane + i] = (T)(mine[d / 128][i] * share);
     }
   }
 }

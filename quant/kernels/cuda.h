@@ -56,6 +56,7 @@ FN void LOAD_FOUR(float* to, const float* from) {
   to[2] = x.z;
   to[3] = x.w;
 }
+FN void STORE_FOUR(float* to, const float* from) { *(float4*)to = make_float4(from[0], from[1], from[2], from[3]); }
 FN float FROM_HALF(unsigned x) { return __half2float(__ushort_as_half((unsigned short)x)); }
 FN unsigned PACK_HALF(float x, float y) {
   const __half2 pair = __floats2half2_rn(x, y);

@@ -20,9 +20,8 @@ from agentmem.quant.kernels.source import Kernel, kernel
 from agentmem.quant.rows import RowCodec
 
 LOG2_E = 1.4426950408889634
-SHARED_WORDS = 8192
-"""Of a group of warps: as much as a Metal device has."""
-WARP = 32
+GROUP, WARP = 4, 32
+"""Warps of a group, threads of a warp."""
 BITS = (3, 4, 8)
 
 _INPUTS = (
@@ -42,7 +41,7 @@ FILES = ("plan.h", "shape.h", "query.h", "tile.h", "combine.h", "decode.h")
 COMBINE = ("combine.h", "plan.h")
 _BODY = """
   using S = DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE, MAPS>;
-  SHARED unsigned held[GROUP * S::HELD];
+  SHARED alignas(16) unsigned held[GROUP * S::LAID_WORDS > S::QUERY_WORDS ? GROUP * S::LAID_WORDS : S::QUERY_WORDS];
   flash_decode<S, GROUP, T>(
       queries, keys, values, map, arena, tails, plan, state, settings, sinks, SUNK, (GLOBAL unsigned*)arrivals, partial, rows,
       out, held, group, tid, lane, row, col);
@@ -79,13 +78,6 @@ def template(codec: RowCodec, query_heads: int, wide: bool, mapped: bool) -> dic
     }  # fmt: skip
 
 
-def group_of(codec: RowCodec, wide: bool) -> int:
-    """Warps of a group: of 4, or fewer where they take too much shared memory."""
-    shape, pairs = codec.shape, (8 if wide else 4)
-    words = max(pairs * (shape.key_dim + shape.key_dim // 16 + 2), 4 * (shape.value_dim + 2))
-    return 4 if 4 * words <= SHARED_WORDS else 2
-
-
 @dataclass(frozen=True, slots=True)
 class _Launch:
     """What a launch is for one codec, whatever the token: made once for every plan."""
@@ -107,15 +99,15 @@ def _launch(codec: RowCodec, batch: Batch, heads: int, dtype: mx.Dtype, sunk: bo
     key = id(codec), heads, dtype, sunk, mapped
     made: _Launch | None = batch.launches.get(key)
     if made is None:
-        group, dim, count = group_of(codec, batch.wide), codec.shape.value_dim, len(batch.reaches)
-        layout = batch.layout(codec, group)
+        dim, count = codec.shape.value_dim, len(batch.reaches)
+        layout = batch.layout(codec, GROUP)
         merges = backend() == "cuda"
         own = [("T", dtype), ("DV", dim), ("HEADS", heads), ("SUNK", sunk)]
         made = batch.launches[key] = _Launch(
             codec, layout, on_device(np.zeros(max(count * codec.shape.heads, 16), np.uint32)),
-            (layout.bundles * codec.shape.heads * group * WARP, group * WARP),
+            (layout.bundles * codec.shape.heads * GROUP * WARP, GROUP * WARP),
             kernel("agentmem_flash_decode", FILES, _BODY, _INPUTS, ("partial", "rows", "out")),
-            [("T", dtype), ("GROUP", group), ("SUNK", sunk), *template(codec, heads, batch.wide, mapped).items()],
+            [("T", dtype), ("GROUP", GROUP), ("SUNK", sunk), *template(codec, heads, batch.wide, mapped).items()],
             [(layout.room, heads, dim + 2), (count, codec.raw_words), (count, heads, 1, dim) if merges else (1,)],
             None if merges else kernel("agentmem_combine", COMBINE, _COMBINE, ("partial", "plan", "sinks"), ("out",)),
             own,

@@ -44,6 +44,7 @@ FN void LOAD_FOUR(thread float* to, const device float* from) {
   const float4 x = *(const device float4*)from;
   for (int i = 0; i < 4; i++) to[i] = x[i];
 }
+FN void STORE_FOUR(device float* to, const thread float* from) { *(device float4*)to = float4(from[0], from[1], from[2], from[3]); }
 FN float FROM_HALF(unsigned x) { return float(as_type<half>(ushort(x))); }
 FN unsigned PACK_HALF(float x, float y) { return as_type<unsigned>(half2(half(x), half(y))); }
 

@@ -86,7 +86,7 @@ class Batch:
     state: mx.array = field(init=False)
     launches: dict[Any, Any] = field(default_factory=dict)
     """What whoever launches kernels by this plan keeps with it."""
-    _layouts: dict[tuple[int, int, int], Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int, int, bool], Layout] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._part = max(TILE, self.page_tokens // TAIL_PARTS)
@@ -94,7 +94,7 @@ class Batch:
         self._found = self._stretches(tuple(range(len(self.reaches))), 0)
         self.wide = max(len(s.members) for s in self._found) * self.repeat > NARROW_ROWS
 
-    def _bundles(self, group: int) -> tuple[np.ndarray, list[int]]:
+    def _bundles(self, group: int, packs: bool) -> tuple[np.ndarray, list[int]]:
         """(items uint32 [bundles * group, 5], the sequence of each entry): as many items as a GPU holds at once, or fewer."""
         leads = [s.members[0] for s in self._found]
         costs = [self._costs(self.reaches[lead]) for lead in leads]
@@ -102,7 +102,7 @@ class Batch:
         total = sum(c[s.end] - c[s.first] for c, s in zip(sums, self._found, strict=True))
         least = max(LEAST_COST, -(-total * self.kv_heads // WARPS))
         while True:
-            cuts = [self._cut(c, s, least) for c, s in zip(sums, self._found, strict=True)]
+            cuts = [self._cut(c, s, least, packs) for c, s in zip(sums, self._found, strict=True)]
             warps = sum(-(-len(c) // group) * group for c in cuts) * self.kv_heads
             if warps <= WARPS or least > total:
                 break
@@ -130,13 +130,13 @@ class Batch:
         starts = np.concatenate([[0], np.cumsum(reach.rows)])
         return np.append(starts, starts[-1] + self._part * np.arange(1, self._parts))
 
-    def _cut(self, sums: list[int], s: _Stretch, least: int) -> list[tuple[int, int]]:
-        """Items of a stretch that cost `least` or a little more, of runs of one kind; a part of a tail is one by itself."""
+    def _cut(self, sums: list[int], s: _Stretch, least: int, packs: bool) -> list[tuple[int, int]]:
+        """Items of a stretch, of `least` or a little more; a part of a tail is one, and a raw run where others are packed."""
         raw = self.reaches[s.members[0]].raw
-        turns = (1 + np.flatnonzero(raw[1:] != raw[:-1])).tolist()
-        ends = sorted({e for e in (*turns, *range(len(raw), s.end), s.end) if s.first < e <= s.end})
+        alone = np.flatnonzero(raw).tolist() if packs else []
+        ends = {*alone, *(i + 1 for i in alone), *range(len(raw), s.end), s.end}
         cuts, first = list[tuple[int, int]](), s.first
-        for end in ends:
+        for end in sorted(e for e in ends if s.first < e <= s.end):
             while first < end:
                 to = min(bisect_left(sums, sums[first] + least, first + 1), end)
                 cuts.append((first, to))
@@ -181,9 +181,9 @@ class Batch:
 
     def layout(self, codec: RowCodec, group: int) -> Layout:
         """The plan for layers of this geometry, for groups of `group` warps."""
-        key = codec.packed_words, codec.raw_words, group
+        key = codec.packed_words, codec.raw_words, group, codec.format.packs
         if key not in self._layouts:
-            items, entries = self._bundles(group)
+            items, entries = self._bundles(group, codec.format.packs)
             counts = np.bincount(entries, minlength=len(self.reaches))
             parts = [
                 np.array(entries), self._runs(*key[:2]).reshape(-1), np.concatenate([[0], np.cumsum(counts)]),

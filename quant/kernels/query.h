@@ -43,19 +43,19 @@ template <class S> FN const SHARED_ARGUMENT unsigned* lows_of(const SHARED_ARGUM
   return held + S::PAIRS * S::DK + 2 * S::PAIRS * S::K_GROUPS + column_of(0, 0, col);
 }
 
-// The columns of an item, in front of its first run: float16 [DK][8 COLUMNS], and the sums of their groups float [8 COLUMNS]
-// [K_GROUPS]. A loop that is not unrolled: each line of code that runs for the first time takes as long as a read of memory.
-template <class S, class T, class Entries, class State>
-FN void hold_queries(SHARED_ARGUMENT unsigned* held, const GLOBAL T* queries, const GLOBAL float* map, Entries entries,
-                     State state, unsigned used, unsigned head, float scale, unsigned lane) {
+// The columns of a bundle, laid out by all warps of its group: float16 [DK][8 COLUMNS], the sums of their groups float
+// [8 COLUMNS][K_GROUPS], and the first position that each sees. A loop that is not unrolled: each line of code that runs for
+// the first time takes as long as a read of memory.
+template <class S, int GROUP, class T, class State>
+FN void hold_queries(SHARED_ARGUMENT unsigned* held, const GLOBAL T* queries, const GLOBAL float* map,
+                     const GLOBAL unsigned* entries, State state, unsigned used, unsigned head, float scale, unsigned warp,
+                     unsigned lane) {
   SHARED_ARGUMENT float* sums = (SHARED_ARGUMENT float*)(held + S::PAIRS * S::DK);
-  if (lane < 2 * S::PAIRS) {
+  if (warp == 0 && lane < 2 * S::PAIRS) {
     held[S::PAIRS * S::DK + 2 * S::PAIRS * S::K_GROUPS + lane] =
         lane < used ? state[2 * entries[lane / S::R] + 1] : 0u;
   }
-  for (unsigned i = lane; i < S::PAIRS * (S::DK + 2 * S::K_GROUPS); i += 32) held[i] = 0;
-  WARP_BARRIER;
-  ONE_BY_ONE for (unsigned pair = 0; 2 * pair < used; pair++) {
+  ONE_BY_ONE for (unsigned pair = warp; pair < S::PAIRS; pair += GROUP) {
     float x[2][S::EACH];
     UNROLL for (int j = 0; j < 2; j++) {
       const unsigned n = 2 * pair + j, m = n < used ? n : 0;
@@ -82,7 +82,6 @@ FN void hold_queries(SHARED_ARGUMENT unsigned* held, const GLOBAL T* queries, co
       }
     }
   }
-  WARP_BARRIER;
 }
 
 // A row of `b` is dim 2col + j of a product's keys: that of lane column row / 2, its pair's half row % 2

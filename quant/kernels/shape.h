@@ -21,8 +21,8 @@ struct DecodeShape {
     V_PAIRS_AT = V_CODES_AT + H * DV * VB / 32,
     RAW_WORDS = H * (DK + DV) / 2,
     ROW_WORDS = PACKS ? V_PAIRS_AT + H * V_GROUPS : RAW_WORDS,
-    QUERY_WORDS = PAIRS * (DK + 2 * K_GROUPS + 2), LAID_WORDS = 4 * (DV + 2),
-    HELD = QUERY_WORDS > LAID_WORDS ? QUERY_WORDS : LAID_WORDS,  // words of a warp's shared memory
+    QUERY_WORDS = PAIRS * (DK + 2 * K_GROUPS + 2),
+    LAID_WORDS = 4 * (DV + 4),                // of a warp's results, four columns at a time
     // Where two words may be read at once
     K_EVEN = KB != 3 && ROW_WORDS % 2 == 0 && DK * KB / 32 % 2 == 0 && K_WORDS % 2 == 0,
     K_PAIRS_EVEN = ROW_WORDS % 2 == 0 && K_PAIRS_AT % 2 == 0 && K_GROUPS % 2 == 0,

@@ -11,6 +11,7 @@
 #define PACKED 0u
 #define RAW 1u
 #define TAIL 2u
+#define COUNT 0x3fffffffu  // the rows of a run, beside its kind
 #define SLACK 4.0f  // how far (in powers of two) weights may grow before the maximum that they refer to is moved
 
 // -- state of a warp --------------------------------------------------------------------------------------------------------
@@ -201,14 +202,15 @@ template <class S, int N> FN void raw_words(PRIVATE unsigned* to, const GLOBAL u
   UNROLL for (int i = 0; i < N; i++) to[i] = as_halves<S::BF>(to[i]);
 }
 
-// Rows of a raw run; the last may lie elsewhere, because it is the step's own token's
+// Rows of a raw run; from row `kept` on they lie elsewhere, because the last is the step's own token's
 struct RawRun {
-  const GLOBAL unsigned *rows, *last;
-  unsigned count;
+  const GLOBAL unsigned *rows, *fresh;
+  unsigned last, kept;
 };
 
+// What lies behind the last row is read as the last one
 template <class S> FN const GLOBAL unsigned* row_at(const RawRun run, unsigned token) {
-  return token + 1 < run.count ? run.rows + token * S::RAW_WORDS : run.last;
+  return token >= run.kept ? run.fresh : run.rows + min(token, run.last) * S::RAW_WORDS;
 }
 
 template <class S>

@@ -10,7 +10,7 @@ import pytest
 
 from agentmem.quant.device import backend
 from agentmem.quant.format import Code, KVFormat, LayerShape
-from agentmem.quant.kernels.decode import flash_decode, group_of
+from agentmem.quant.kernels.decode import GROUP, flash_decode
 from agentmem.quant.kernels.plan import HEADER, ITEM
 from agentmem.quant.rows import RowCodec
 from tests.quant.emulated import device
@@ -96,9 +96,8 @@ def test_pages_that_were_cut() -> None:
 @pytest.mark.slow
 def test_a_shared_prefix_is_read_once(query_heads: int, count: int, wide: bool) -> None:
     stored = StoredBatch(codec(1, 64, 4, 4, 64), query_heads, [200 + 7 * i for i in range(count)], shared=3)
-    group = group_of(stored.codec, stored.batch.wide)
-    layout = stored.batch.layout(stored.codec, group)
-    items = np.array(layout.plan)[HEADER:][: layout.bundles * group * ITEM].reshape(-1, ITEM)
+    layout = stored.batch.layout(stored.codec, GROUP)
+    items = np.array(layout.plan)[HEADER:][: layout.bundles * GROUP * ITEM].reshape(-1, ITEM)
     assert ((items[:, 3] - items[:, 2]).max() > 1) == (query_heads * 2 <= 16)
     assert stored.batch.wide == wide
     assert error(stored) < BOUND

@@ -14,7 +14,7 @@ import numpy as np
 
 from agentmem.quant.attention import StoredRows
 from agentmem.quant.gather import ELEMENTS, THREADS
-from agentmem.quant.kernels.decode import _nothing, _settings, group_of, template
+from agentmem.quant.kernels.decode import GROUP, _nothing, _settings, template
 from agentmem.quant.kernels.plan import Batch
 from agentmem.quant.rows import RowCodec
 
@@ -23,12 +23,12 @@ COMPILER = shutil.which("c++")
 
 
 @cache
-def _library(shape: str, group: int = 4) -> ctypes.CDLL:
+def _library(shape: str) -> ctypes.CDLL:
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kernels.so"
         subprocess.run(
-            [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-DSHAPE={shape}", f"-DWARPS={group}",
+            [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", f"-DSHAPE={shape}", f"-DWARPS={GROUP}",
              str(HERE / "kernels.cpp"), "-o", str(made)],
             check=True,
         )  # fmt: skip
@@ -49,10 +49,10 @@ def attend(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """What `flash_decode` gives for float32 queries, in one launch as well as in two."""
     count, heads, _, _ = queries.shape
-    dim, group = codec.shape.value_dim, group_of(codec, batch.wide)
+    dim = codec.shape.value_dim
     shape = template(codec, heads, batch.wide, vectors is not None)
-    library = _library(",".join(map(_word, shape.values())), group)
-    layout = batch.layout(codec, group)
+    library = _library(",".join(map(_word, shape.values())))
+    layout = batch.layout(codec, GROUP)
     held = [
         np.array(x, order="C")  # a copy: on a CPU, MLX aligns its arrays at 8 bytes
         for x in (

@@ -94,6 +94,7 @@ FN void LOAD_TWO(unsigned* to, const unsigned* from) { to[0] = from[0]; to[1] = 
 
 FN void NEAR_TWO(unsigned* to, const unsigned* from) { std::memcpy(to, from, 8); }
 FN void NEAR_FOUR(unsigned* to, const unsigned* from) { std::memcpy(to, from, 16); }
+FN void STORE_FOUR(float* to, const float* from) { std::memcpy(to, from, 16); }
 FN void LOAD_FOUR(float* to, const float* from) { std::memcpy(to, from, 16); }
 
 FN unsigned swapped(unsigned x, unsigned mask) {

@@ -29,7 +29,7 @@ extern "C" void run_decode(const float* queries, const float* keys, const float*
                            float* out) {
   groups_see_others = merges;
   for (unsigned group = 0; group < bundles * S::H; group++) {
-    std::vector<unsigned> held(WARPS * S::HELD);
+    std::vector<unsigned> held(max<int>(WARPS * S::LAID_WORDS, S::QUERY_WORDS));
     run_group(32 * WARPS, [&](unsigned tid) {
       flash_decode<S, WARPS, float>(queries, keys, values, map, arena, tails, plan, constant(state), constant(settings),
                                     constant(sinks), sinks != nullptr, arrivals, partial, rows, out, held.data(), group, tid,
