@@ -29,7 +29,9 @@ ALLOWED = {
     "agentmem.blockpool": {"agentmem.quant", "agentmem.errors"},
     "agentmem.model": {"agentmem.quant", "agentmem.errors", "agentmem.home"},
     "agentmem.compose": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
-    "agentmem.episode": {"agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors"},
+    "agentmem.episode": {
+        "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.errors", "agentmem.home",
+    },
     "agentmem.engine": {
         "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.episode",
         "agentmem.errors",
