@@ -1,101 +1,33 @@
-"""`python -m agentmem.bench restore|store|formats|attention|batch|compose ...`: what `agentmem bench` runs.
+"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic ...`: what `agentmem bench` runs.
 
 JSON on stdout, progress on stderr.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+import agentmem.bench.episodic_command  # noqa: F401  (it declares itself)
+from agentmem.bench.command import (
+    BITS,
+    MEGABYTES,
+    MODEL,
+    SHAPE,
+    Result,
+    batches,
+    bench,
+    benchmark,
+    checks,
+    model_of,
+    say,
+    tokens,
+)
 from agentmem.home import Home, default_home
 from agentmem.settings import Settings
-
-Result = dict[str, Any]
-Option = Callable[[Any], Any]
-
-
-def _numbers(noun: str, example: str, least: int, most: int) -> Callable[..., list[int]]:
-    def parse(_: click.Context, __: click.Parameter, value: str) -> list[int]:
-        try:
-            numbers = [int(v) for v in value.split(",")]
-        except ValueError:
-            raise click.BadParameter(f"give {noun} like {example}") from None
-        if not all(least <= n <= most for n in numbers):
-            raise click.BadParameter(f"{noun} lie between {least} and {most}")
-        return numbers
-
-    return parse
-
-
-MODEL = click.option(
-    "--model", default="embedded", help="Model to run: embedded, an MLX folder, a GGUF file or org/name."
-)
-SHAPE = click.option(
-    "--shape", help="Random weights of a named architecture instead of a model, such as llama-3.1-8b."
-)
-BITS = click.option(
-    "--bits", type=click.Choice(["4", "8", "16"]), default="4", help="Bits of the weights of --shape."
-)
-MEGABYTES = click.option("--megabytes", default=256, help="Size of the bandwidth measurement.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _tokens(default: str, help: str, least: int = 64) -> Option:
-    parse = _numbers("token counts", "1024,4096", least, 1 << 20)
-    return click.option("--tokens", "lengths", default=default, callback=parse, help=help)
-
-
-def _batches(default: str, help: str) -> Option:
-    parse = _numbers("counts", "1,4,8", 1, 64)
-    return click.option("--batch", "batches", default=default, callback=parse, help=help)
-
-
-@click.group()
-def bench() -> None:
-    """Benchmarks that print ratios measured in one run."""
-
-
-def _benchmark(
-    table: Callable[[Result], str], *options: Option
-) -> Callable[[Callable[..., Result]], click.Command]:
-    """Make a command of a function that measures: with these options and --json, it prints the result."""
-
-    def declare(measure: Callable[..., Result]) -> click.Command:
-        @functools.wraps(measure)
-        def command(as_json: bool, **given: Any) -> None:
-            result = measure(**given)
-            click.echo(json.dumps(result) if as_json else table(result))
-
-        for option in reversed((*options, JSON)):
-            command = option(command)
-        return bench.command()(command)
-
-    return declare
-
-
-def _loaded(model: str, shape: str | None = None, bits: str = "4") -> Any:
-    from agentmem.model.loaded import load
-    from agentmem.model.random import shape_model
-
-    return shape_model(shape, bits=int(bits)) if shape else load(model, default_home())
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _checks(result: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{'ok  ' if c['holds'] else 'MISS'} {c['name']}: {c['value']:.3f} {c['unit']} (bound {c['bound']:.3f})"
-        for c in result["checks"]
-    )
 
 
 def _restore_table(result: dict[str, Any]) -> str:
@@ -110,15 +42,15 @@ def _restore_table(result: dict[str, Any]) -> str:
             f"{r['tokens']:6d} {r['cold_ttft_ms']:9.0f} {r['hot_ttft_ms']:9.1f} {r['warm_ttft_ms']:9.1f} "
             f"{r['speedup_warm']:8.1f}x {r['bytes_ratio']:11.3f} {q4['warm_ms']:12.1f} {q4['speedup']:14.1f}x"
         )
-    return "\n".join([*lines, _checks(result)])
+    return "\n".join([*lines, checks(result)])
 
 
-@_benchmark(
+@benchmark(
     _restore_table,
     MODEL,
     SHAPE,
     BITS,
-    _tokens("1024", "Context lengths, such as 1024,4096."),
+    tokens("1024", "Context lengths, such as 1024,4096."),
     click.option("--chunk", default=512, help="Prefill chunk in tokens."),
     click.option("--repeats", default=3, help="Hot and warm turns per length; medians are reported."),
     MEGABYTES,
@@ -130,11 +62,11 @@ def restore(model: str, shape: str | None, bits: str, **options: Any) -> Result:
     """Time to first token cold, hot and warm, restore bandwidth, and the same through stock mlx-lm."""
     from agentmem.bench.restore import run
 
-    return run(_loaded(model, shape, bits), **options, say=_say)
+    return run(model_of(model, shape, bits), **options, say=say)
 
 
-@_benchmark(
-    _checks,
+@benchmark(
+    checks,
     click.option("--pages", default=100_000, help="Pages of the large home."),
     click.option("--agents", default=1000, help="Agents of the large home."),
     click.option("--turns", default=200, help="Turns of the long session."),
@@ -146,24 +78,24 @@ def store(**options: Any) -> Result:
     """Put and restore bandwidth, long sessions, delays of decoding, lookup, fork, and opening after a crash."""
     from agentmem.bench.store import run
 
-    return run(**options, say=_say)
+    return run(**options, say=say)
 
 
-@_benchmark(
-    _checks,
+@benchmark(
+    checks,
     click.option("--heads", default=8, help="KV heads."),
     click.option("--query-heads", default=32, help="Query heads."),
     click.option("--dim", default=128, help="Head size."),
     click.option("--format", default="q4-plain", help="KV format."),
-    _batches("1,8", "Sequences at once, such as 1,8,16."),
-    _tokens("4096,32768", "Context lengths, such as 4096,32768.", least=65),
+    batches("1,8", "Sequences at once, such as 1,8,16."),
+    tokens("4096,32768", "Context lengths, such as 4096,32768.", least=65),
     click.option("--repeats", default=5, help="Graphs of which the median is reported."),
 )
 def attention(**options: Any) -> Result:
     """One decode step's attention: fused over packed rows, against SDPA over 16-bit keys and values."""
     from agentmem.bench.attention import run
 
-    return run(**options, say=_say)
+    return run(**options, say=say)
 
 
 def _format_table(result: dict[str, Any]) -> str:
@@ -172,10 +104,10 @@ def _format_table(result: dict[str, Any]) -> str:
         f"{r['format']:11s} {r['bits']:5.2f}  {r['kl']:7.4f}  {r['kl_p95']:7.4f}  {r['top1']:7.3f}"
         for r in result["rows"]
     ]
-    return "\n".join([*lines, _checks(result)])
+    return "\n".join([*lines, checks(result)])
 
 
-@_benchmark(
+@benchmark(
     _format_table,
     MODEL,
     click.option("--format", "names", multiple=True, help="A format to measure; repeatable. Default: all."),
@@ -194,9 +126,9 @@ def formats(model: str, names: tuple[str, ...], files: tuple[Path, ...], **optio
     from agentmem.bench.formats import FORMATS, own_texts, run
 
     texts = {f.name: f.read_text(encoding="utf-8") for f in files} or own_texts()
-    loaded, folder = _loaded(model), Home(default_home()).calibration
+    loaded, folder = model_of(model), Home(default_home()).calibration
     try:
-        return run(loaded, names or FORMATS, texts, **options, calibrations=folder, say=_say)
+        return run(loaded, names or FORMATS, texts, **options, calibrations=folder, say=say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
@@ -222,16 +154,16 @@ def _batch_table(result: dict[str, Any]) -> str:
             f"a warm agent's first token: {under['warm_idle_ttft_ms']:.0f} ms idle, "
             f"{under['warm_loaded_ttft_ms']:.0f} beside them",
         ]
-    return "\n".join([*lines, _checks(result)])
+    return "\n".join([*lines, checks(result)])
 
 
-@_benchmark(
+@benchmark(
     _batch_table,
     MODEL,
     SHAPE,
     BITS,
-    _batches("1,2,4,8,16", "Streams at once, such as 1,8,16."),
-    _tokens("1024,4096", "Context lengths, such as 4096,32768; a context beyond the model's own is skipped."),
+    batches("1,2,4,8,16", "Streams at once, such as 1,8,16."),
+    tokens("1024,4096", "Context lengths, such as 4096,32768; a context beyond the model's own is skipped."),
     click.option("--steps", default=64, type=click.IntRange(1), help="Tokens of each stream in a round."),
     click.option("--rounds", default=3, type=click.IntRange(1), help="Rounds of which medians are reported."),
     click.option(
@@ -264,9 +196,9 @@ def batch(
 
     given = {"streams": streams, "prompt": prompt, "chunk": chunk}
     under = replace(default_load(), **{k: v for k, v in given.items() if v}) if load else None
-    loaded, folder = _loaded(model, shape, bits), None if shape else Home(default_home()).calibration
+    loaded, folder = model_of(model, shape, bits), None if shape else Home(default_home()).calibration
     try:
-        return run(loaded, **options, folder=folder, load=under, say=_say)
+        return run(loaded, **options, folder=folder, load=under, say=say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
@@ -286,7 +218,7 @@ def _compose_table(result: Result) -> str:
             f"{r['top1']:7.3f} {r['same_answers']:8.3f}"
             for r in done["rows"]
         ]
-    return "\n".join([*lines, _checks(result)])
+    return "\n".join([*lines, checks(result)])
 
 
 def _times_table(result: Result) -> str:
@@ -296,10 +228,10 @@ def _times_table(result: Result) -> str:
         f"{r['rest_dense_over_this']:6.1f}x"
         for r in result["rows"]
     ]
-    return "\n".join([*lines, _checks(result)])
+    return "\n".join([*lines, checks(result)])
 
 
-@_benchmark(
+@benchmark(
     lambda result: _times_table(result) if "rows" in result else _compose_table(result),
     MODEL,
     SHAPE,
@@ -352,11 +284,11 @@ def compose(
         raise click.BadParameter(f"there is no planner {min(unknown)!r}; there are {', '.join(known)}")
     if shape and not times_only:
         raise click.UsageError("random weights say nothing: give --times-only with --shape")
-    loaded = _loaded(model, shape, bits)
+    loaded = model_of(model, shape, bits)
     chosen = tuple(dict.fromkeys(("dense", *names))) if names else known
     if times_only:
         return compose_times.run(
-            loaded, chosen, question=question, answer=options["answer"], anchors=options["anchors"], say=_say
+            loaded, chosen, question=question, answer=options["answer"], anchors=options["anchors"], say=say
         )
     try:
         return run(
@@ -365,7 +297,7 @@ def compose(
             rounds or tuple(ROUNDS),
             **options,
             calibrations=Home(default_home()).calibration,
-            say=_say,
+            say=say,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -30,6 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
             marks=pytest.mark.slow,
         ),
         pytest.param("compose", ("--json", "--model", "--planner", "--anchors"), marks=pytest.mark.slow),
+        pytest.param("episodic", ("--json", "--data", "--policy", "--journal"), marks=pytest.mark.slow),
     ],
 )
 def test_help_is_that_of_the_benchmark(name: str, options: tuple[str, ...]) -> None:

@@ -1,0 +1,98 @@
+"""`bench episodic`: its options and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agentmem.bench.command import MODEL, Result, benchmark, checks, model_of, numbers, say
+from agentmem.home import Home, default_home
+
+
+def _table(result: Result) -> str:
+    lines = ["compression  policy                            KL   (95 %)           top-1   exact  questions"]
+    lines += [
+        f"{r['compression']:10d}x  {r['policy'] + (', planted' if r['planted'] else ''):30s} {r['kl']:6.3f}  "
+        f"({r['kl_low']:5.3f}..{r['kl_high']:5.3f})  {r['top1']:6.3f}  {r['exact']:6.3f}  {r['questions']:9d}"
+        for r in result["rows"]
+    ]
+    lines += [
+        f"{c['compression']}x: {c['policies'][0]} / {c['policies'][1]} {c['ratio']:.3f} ({c['low']:.3f}..{c['high']:.3f})"
+        for c in result["comparisons"]
+    ]
+    for c in result["conversations"]:
+        switch = "" if c["switch_ms"] is None else f", {c['switch_ms']:.1f} ms a switch"
+        lines.append(
+            f"{c['name']}: {c['tokens']} tokens, {c['episodes']} episodes, {c['hits']} of {c['questions']} questions "
+            f"at their evidence{switch}, {max(c['peak_mb'].values(), default=0):.0f} MB at most"
+        )
+    return "\n".join([*lines, *result["notes"], checks(result)])
+
+
+@benchmark(
+    _table,
+    MODEL,
+    click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        help="A file of conversations with questions, in the form of LoCoMo's. Without it generated ones are measured alone.",
+    ),
+    click.option("--conversation", "names", multiple=True, help="One of the file's conversations; repeatable."),
+    click.option("--sessions", default=3, type=click.IntRange(1), help="First sessions of each."),
+    click.option("--questions", type=click.IntRange(1), help="Questions about each at most; all by default."),
+    click.option("--generated", default=2, type=click.IntRange(0), help="Generated conversations with planted facts."),
+    click.option("--policy", "policies", multiple=True, help="A policy to measure; repeatable. Default: all."),
+    click.option(
+        "--compression",
+        "compressions",
+        default="8,4",
+        callback=numbers("ratios", "8,4", 2, 64),
+        help="A budget is a history's tokens by this.",
+    ),
+    click.option("--episodes", default=3, type=click.IntRange(1, 8), help="Episodes of a conversation."),
+    click.option("--representatives", default=2, type=click.IntRange(1), help="Segments in a patched prompt."),
+    click.option("--block", default=512, type=click.IntRange(16), help="Tokens between two evictions."),
+    click.option("--heads", type=click.Choice(["ragged", "uniform"]), default="ragged", help="Who shares a budget."),
+    click.option("--format", default="q4", show_default=True, help="KV format of packed rows."),
+    click.option("--encoder", default="minilm", show_default=True, help="minilm, hash512, a folder or org/name."),
+    click.option("--prompt-tokens", default=1024, type=click.IntRange(64), help="Tokens of a patched prompt at most."),
+    click.option(
+        "--journal",
+        type=click.Path(path_type=Path),
+        help="A file of measured answers: a run adds to it, and measures only what it lacks.",
+    ),
+)  # fmt: skip
+def episodic(
+    model: str, data: Path | None, names: tuple[str, ...], generated: int, policies: tuple[str, ...],
+    compressions: list[int], encoder: str, journal: Path | None, heads: str, prompt_tokens: int, **options: Any,
+) -> Result:  # fmt: skip
+    """Long conversations in a small budget: episodes, and what they are compared with, against the full cache."""
+    from agentmem.bench.answers import Journal
+    from agentmem.bench.dialogues import generated as dialogue
+    from agentmem.bench.episodic import POLICIES, Ground, Setting, run
+    from agentmem.bench.locomo import read
+    from agentmem.episode.encoder import encoder_of
+    from agentmem.episode.selection import Heads
+
+    if unknown := set(policies) - set(POLICIES):
+        raise click.BadParameter(f"there is no policy {min(unknown)!r}; there are {', '.join(POLICIES)}")
+    try:
+        given = data is not None and data.exists()
+        dialogues = read(data) if data is not None and given else []
+        if not given:
+            say(f"there is no {data or '--data'}: generated conversations are measured alone")
+        if missing := set(names) - {d.name for d in dialogues}:
+            raise ValueError(f"there is no conversation {min(missing)!r} in the data")
+        dialogues = [d for d in dialogues if not names or d.name in names]
+        home = Home(default_home())
+        ground = Ground(model_of(model), encoder_of(encoder), options["format"], home.calibration)
+        setting = Setting(policies or POLICIES, heads=Heads(heads), prompt_limit=prompt_tokens, **options)
+        dialogues += [dialogue(seed) for seed in range(generated)]
+        result = run(ground, dialogues, compressions, setting, Journal(journal), say)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    return result | {
+        "notes": [] if given else ["No data was given: these are generated conversations alone."]
+    }
