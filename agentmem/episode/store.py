@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from agentmem.episode.held import Held
-from agentmem.episode.line import Line
-from agentmem.episode.rows import LayerKind
+from agentmem.episode.line import Line, empty_line
+from agentmem.episode.rows import LayerKind, PackedHeads, kinds_of
+from agentmem.quant.keymap import KeyMap
+from agentmem.quant.rows import RowCodec
 
 
 class RowStore(Protocol):
@@ -65,3 +67,53 @@ def whole_line(store: RowStore, layer: int) -> Line:
     none = np.zeros(0, np.int32)
     body = rows[:, :0].reshape(0, rows.shape[2])
     return Line(kind, store.lead(layer), body, np.zeros(kind.shape.heads, np.int32), none, rows, store.sinks)
+
+
+class Page(NamedTuple):
+    """Rows of tokens that follow one another: words uint32 [n, raw words or packed words]."""
+
+    words: mx.array
+    raw: bool
+
+
+Pages = Callable[[int], Sequence[Page]]
+
+
+class PageStore:
+    """A store in the engine's format: rows with all heads side by side, some raw, most packed.
+
+    Rows that a format leaves raw, in a first page or a tail, are packed here: for the first time, and to the same bits each time.
+    """
+
+    def __init__(
+        self, codecs: Sequence[RowCodec], key_maps: Sequence[KeyMap], pages: Pages, tokens: int, sinks: int
+    ) -> None:
+        """`pages` gives a layer's rows in the order of their tokens; the first `sinks` of them are raw."""
+        self.kinds: Sequence[LayerKind] = kinds_of(codecs, key_maps)
+        self.sinks, self.tokens = sinks, tokens
+        self._codecs, self._pages = codecs, pages
+
+    def lead(self, layer: int) -> mx.array:
+        first = self._pages(layer)[0]
+        assert first.raw
+        assert len(first.words) >= self.sinks
+        return self._whole(layer, first.words[: self.sinks])
+
+    def rows(self, layer: int, start: int, stop: int) -> mx.array:
+        parts, at = [], 0
+        for page in self._pages(layer):
+            words = page.words[max(0, start - at) : max(0, stop - at)]
+            at += len(page.words)
+            if len(words):
+                parts.append(self._split(layer, words, page.raw))
+        return mx.concatenate(parts, axis=1) if parts else empty_line(self.kinds[layer]).tail
+
+    def _split(self, layer: int, words: mx.array, raw: bool) -> mx.array:
+        codec, body = self._codecs[layer], self.kinds[layer].body
+        if not isinstance(body, PackedHeads):
+            return self._whole(layer, words)
+        return body.split(codec.pack(words) if raw else words)
+
+    def _whole(self, layer: int, words: mx.array) -> mx.array:
+        codec = self._codecs[layer]
+        return self.kinds[layer].lead.rows(*codec.unraw(words, codec.stored))

@@ -85,7 +85,7 @@ def test_a_budget_of_the_whole_history_is_the_full_cache(world: World, heads: He
     assert said[0] == said[1]
 
 
-@pytest.mark.parametrize("format", ["whole", "q4-plain"])
+@pytest.mark.parametrize("format", ["whole", pytest.param("q4-plain", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_build_goes_on_where_it_was_stopped(world: World, name: str, format: str) -> None:
     ids, plan, policy = text(100), Plan((18, 20, 22), 24, Heads.RAGGED), POLICIES[name]

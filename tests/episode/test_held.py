@@ -19,7 +19,7 @@ PROMPT = text(16, seed=1)
 NEXT = text(12, seed=2)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> World:
     return world_of(request.param)
 

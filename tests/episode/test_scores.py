@@ -15,7 +15,7 @@ SEEN = text(90)
 PROMPT = text(30, seed=1)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> World:
     return world_of(request.param)
 

@@ -9,12 +9,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from agentmem.bench.held import held as held_table
+from agentmem.engine.layout import layout
+from agentmem.engine.views import History
 from agentmem.episode.fold import folded
 from agentmem.episode.held import Held
 from agentmem.episode.line import Line
 from agentmem.episode.live import Live
-from agentmem.episode.rows import LayerKind
+from agentmem.episode.passes import Pass
+from agentmem.episode.rows import LayerKind, kinds_of
 from agentmem.episode.selection import Heads
+from agentmem.episode.store import MemoryStore, Page, PageStore
 from agentmem.episode.views import View, materialised, store_scores, view_of
 from tests.episode.state import BOTH, World, same, text, world_of
 
@@ -188,3 +193,33 @@ def test_a_view_of_everything_is_the_store(world: World) -> None:
     every = view_of(store, store_scores(world.network, store, PROMPTS[0]), [len(SEEN) + 5] * 3)
     held = materialised(world.network, store, every, world.model.dtype)
     assert mx.array_equal(held.predictions([ASK]), world.read(SEEN).predictions([ASK]))
+
+
+@pytest.mark.parametrize("format", ["q4-plain", "q4-rotated", "fp16"])
+def test_rows_of_the_engines_pages_are_a_store(world: World, format: str) -> None:
+    """A raw first page, packed pages and a raw tail: the rows that reading them as one cache makes."""
+    plan = layout(world.model, format, 32)
+    kinds = kinds_of(plan.geometry.codecs, plan.geometry.key_maps)
+    wanted = Held.empty(world.network, kinds, world.model.dtype)
+    passes = [Pass(lambda line=line: line, 0) for line in world.held().lines]
+    world.network.logits(mx.array([SEEN]), passes, [])
+    table = held_table(plan, SEEN, [(p.keys[0], p.values[0]) for p in passes], len(SEEN))
+    history = History(table)
+    for line, seen in zip(wanted.lines, passes, strict=True):
+        line.append(line.kind.key_map.keys(seen.keys)[0], seen.values[0], 4)
+    wanted.tokens = len(SEEN)
+
+    def pages(layer: int) -> list[Page]:
+        *raw, tail = [Page(words, True) for words in history.raw_blocks(layer)]
+        packed = history.packed_rows(layer)
+        return [*raw, *([] if packed is None else [Page(packed, False)]), tail]
+
+    store = PageStore(plan.geometry.codecs, plan.geometry.key_maps, pages, len(SEEN), 4)
+    memory = MemoryStore(wanted)
+    for layer in range(3):
+        assert mx.array_equal(store.lead(layer), memory.lead(layer))
+        for start, stop in ((4, 100), (20, 70), (97, 100), (50, 50)):
+            assert mx.array_equal(store.rows(layer, start, stop), memory.rows(layer, start, stop))
+    view = view_of(store, store_scores(world.network, store, PROMPTS[0]), BUDGETS)
+    assert same(*(materialised(world.network, s, view, world.model.dtype) for s in (store, memory)))
+    table.release()
