@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from agentmem.episode import host
 from agentmem.errors import ModelUnavailable
+from agentmem.quant.device import backend
 
 PARTS = {
     "query": "attention.self.query",
@@ -65,6 +67,9 @@ class Bert:
         }
         if missing := [name for name in self._needed() if name not in self._weights]:
             raise ModelUnavailable(f"The sentence encoder's weights lack {missing[0]}")
+        on_host = backend() == "cpu"
+        self._gelu = host.gelu if on_host else nn.gelu
+        self._attention = host.attention if on_host else mx.fast.scaled_dot_product_attention
 
     def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
         """ids int32 [n, tokens] and mask bool [n, tokens], true where there is a token -> hidden [n, tokens, dims], lazily."""
@@ -90,12 +95,12 @@ class Bert:
         def split(part: str) -> mx.array:
             return self._linear(at + PARTS[part], hidden).reshape(n, tokens, heads, -1).swapaxes(1, 2)
 
-        mixed = mx.fast.scaled_dot_product_attention(
+        mixed = self._attention(
             split("query"), split("key"), split("value"), scale=(dims // heads) ** -0.5, mask=visible
         )
         mixed = self._linear(at + PARTS["out"], mixed.swapaxes(1, 2).reshape(n, tokens, dims))
         hidden = self._norm(at + NORMS["attended"], hidden + mixed)
-        wide = nn.gelu(self._linear(at + PARTS["up"], hidden))
+        wide = self._gelu(self._linear(at + PARTS["up"], hidden))
         return self._norm(at + NORMS["finished"], hidden + self._linear(at + PARTS["down"], wide))
 
     def _linear(self, name: str, x: mx.array) -> mx.array:

@@ -73,13 +73,17 @@ def cluster(
     There are never more topics than different rows; none for no rows at all.
     """
     from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     rows = np.asarray(embeddings, np.float64)
     if not len(rows):
         return []
     wanted = episodes_for(len(rows)) if episodes is None else episodes
     count = min(wanted, len(np.unique(rows, axis=0)))
-    labels = KMeans(count, init="k-means++", n_init=RESTARTS, random_state=seed).fit_predict(rows)
+    means = KMeans(count, init="k-means++", n_init=RESTARTS, random_state=seed)
+    # So few rows are not worth a second thread, which spins for as long again.
+    with threadpool_limits(1, user_api="openmp"):
+        labels = means.fit_predict(rows)
     parts = [np.flatnonzero(labels == label).tolist() for label in range(count)]
     parts = sorted((part for part in parts if part), key=lambda part: part[0])
     return [topic_of(number, rows, part, representatives) for number, part in enumerate(parts)]

@@ -42,7 +42,7 @@ class Growth:
     """How topics grow.
 
     apart: cosine to every centroid below which a segment waits; see `agentmem.episode.encoder.thresholds_of`. enough, alike:
-    so many waiting segments with that mean cosine to one another are a topic. most: topics at a time.
+    so many waiting segments, each with that mean cosine to the others, are a topic. most: topics at a time.
     """
 
     apart: float = 0.45
@@ -201,8 +201,9 @@ class Topics:
         group = [self._pending[i] for i in np.argsort(-near, kind="stable")[: growth.enough]]
         unit = rows[group].astype(np.float64)
         pairs = unit @ unit.T
-        n = len(group)
-        if (pairs.sum() - np.trace(pairs)) / (n * (n - 1)) <= growth.alike:
+        to_others = (pairs.sum(axis=1) - np.diag(pairs)) / (len(group) - 1)
+        # The mean of all pairs would let a stranger in with seven that are very much alike.
+        if to_others.min() <= growth.alike:
             return Assigned(segment, None)
         like = cosines(rows[self._pending], unit.mean(axis=0)) >= growth.apart
         members = sorted({*group, *(s for s, alike in zip(self._pending, like, strict=True) if alike)})
