@@ -30,36 +30,24 @@ template <class S> FN void decode_units(PRIVATE Result<S>& r) {
   }
 }
 
-// Packed runs, of which the first 16 rows are loaded. While rows are at work the next ones are on their way, across runs too.
 template <class S>
-FN void packed_runs(PRIVATE Result<S>& r, PRIVATE Keys<S>& keys, PRIVATE Values<S>& values, Places next,
-                    const PRIVATE Query<S>& q, const SHARED_ARGUMENT unsigned* held, const GLOBAL unsigned* arena,
-                    const GLOBAL unsigned* runs, unsigned i, unsigned end, unsigned pos, unsigned head, unsigned row,
-                    unsigned col) {
-  unsigned first = 0, rows = runs[2 * i + 1] & COUNT;
-  for (bool more = true; more;) {
+FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const SHARED_ARGUMENT unsigned* held,
+                   const GLOBAL unsigned* run, unsigned pos, unsigned rows, unsigned head, unsigned row, unsigned col) {
+  Places next = places_of<S>(run, head, row, col);
+  Keys<S> keys;
+  Values<S> values;
+  load_keys<S>(keys, next, head, col);
+  load_values<S>(values, next, head, row);
+  for (unsigned first = 0; first < rows; first += 16) {
     Four s[S::COLUMNS];
     packed_scores<S>(s, keys, q, sums_of<S>(held, col));
-    const bool last = first + 16 >= rows;
-    if (last) {
-      more = ++i < end;
-      if (more) next = places_of<S>(arena + runs[2 * i], head, row, col);
-    } else {
-      advance<S>(next);
-    }
-    if (more) load_keys<S>(keys, next, head, col);
+    advance<S>(next);
+    if (first + 16 < rows) load_keys<S>(keys, next, head, col);
     soften<S>(s, r, lows_of<S>(held, col), pos, first, rows, row);
     if (first + 16 > rows) blank<S>(values, rows - first, row);
     packed_values<S>(r, values, s);
-    if (more) load_values<S>(values, next, head, row);
-    first += 16;
-    if (last && more) {
-      pos += rows;
-      rows = runs[2 * i + 1] & COUNT;
-      first = 0;
-    }
+    if (first + 16 < rows) load_values<S>(values, next, head, row);
   }
-  decode_units<S>(r);
 }
 
 // A run of raw rows, and how many it has. The last row of a tail is the step's own token's, kept as it will be stored.
@@ -155,25 +143,22 @@ FN void flash_decode(const GLOBAL T* queries, const GLOBAL T* keys, const GLOBAL
     const GLOBAL unsigned* runs = plan + plan[RUNS_AT];
     const unsigned i = item[0], end = item[1];
     const bool packed = S::PACKS && i < end && runs[2 * i + 1] >> 30 == PACKED;
-    Keys<S> some_keys;
-    Values<S> some_values;
-    Places places;
-    if (packed) {
-      places = places_of<S>(arena + runs[2 * i], head, row, col);
-      load_keys<S>(some_keys, places, head, col);
-      load_values<S>(some_values, places, head, row);
-    }
     hold_queries<S, GROUP, T>(held, queries, map, sequences, state, (item[3] - item[2]) * S::R, head, AS_FLOAT(settings[0]),
                               warp, lane);
     BARRIER;
     clear<S>(r);
     Query<S> q;
     load_query<S>(q, held, packed, row, col);
+    unsigned pos = item[4];
     if (packed) {
-      packed_runs<S>(r, some_keys, some_values, places, q, held, arena, runs, i, end, item[4], head, row, col);
+      for (unsigned at = i; at < end; at++) {
+        const unsigned rows = runs[2 * at + 1] & COUNT;
+        packed_run<S>(r, q, held, arena + runs[2 * at], pos, rows, head, row, col);
+        pos += rows;
+      }
+      decode_units<S>(r);
     } else {
       // One run, where others are packed
-      unsigned pos = item[4];
       for (unsigned at = i; at < end; at++) {
         pos += raw_run<S, T>(r, keys, values, map, q, held, arena + runs[2 * at], tails + settings[1] + runs[2 * at],
                              runs[2 * at + 1], pos, sequences[0], state, rows_out, head, lane, row, col);

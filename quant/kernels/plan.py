@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -69,6 +70,14 @@ class _Stretch:
     end: int
 
 
+_Bundle = tuple[_Stretch, list[tuple[int, int]]]
+"""Items [first, end) of a stretch, as many as a group has warps or fewer."""
+
+
+def _parts(items: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 @dataclass
 class Batch:
     """What the fused path knows of the sequences of a step, whose order is that of the queries.
@@ -95,30 +104,34 @@ class Batch:
         self.wide = max(len(s.members) for s in self._found) * self.repeat > NARROW_ROWS
 
     def _bundles(self, group: int, packs: bool) -> tuple[np.ndarray, list[int]]:
-        """(items uint32 [bundles * group, 5], the sequence of each entry): as many items as a GPU holds at once, or fewer."""
+        """(items uint32 [bundles * group, 5], the sequence of each entry): as many long items as a GPU holds at once.
+
+        Bundles of short items come first: when they are done, theirs is the place of a long one.
+        """
         leads = [s.members[0] for s in self._found]
-        costs = [self._costs(self.reaches[lead]) for lead in leads]
-        sums = [np.concatenate([[0], np.cumsum(c)]).tolist() for c in costs]
+        sums = [np.concatenate([[0], np.cumsum(self._costs(self.reaches[lead]))]).tolist() for lead in leads]
         total = sum(c[s.end] - c[s.first] for c, s in zip(sums, self._found, strict=True))
         least = max(LEAST_COST, -(-total * self.kv_heads // WARPS))
         while True:
-            cuts = [self._cut(c, s, least, packs) for c, s in zip(sums, self._found, strict=True)]
-            warps = sum(-(-len(c) // group) * group for c in cuts) * self.kv_heads
-            if warps <= WARPS or least > total:
-                break
+            short, long = list[_Bundle](), list[_Bundle]()
+            for s, c in zip(self._found, sums, strict=True):
+                cuts = self._cut(c, s, least, packs)
+                for is_short, some in groupby(cuts, lambda cut: 2 * (c[cut[1]] - c[cut[0]]) <= least):  # noqa: B023
+                    (short if is_short else long).extend((s, part) for part in _parts(list(some), group))
+            if len(long) * group * self.kv_heads <= WARPS or least > total:
+                return self._items(short + long, group)
             least += 1 + least // 16
+
+    def _items(self, bundles: Sequence[_Bundle], group: int) -> tuple[np.ndarray, list[int]]:
         offsets = np.cumsum([0, *(len(r.slots) + self._parts for r in self.reaches)])
+        positions = {s.members[0]: self._positions(self.reaches[s.members[0]]) for s in self._found}
         items, entries = list[tuple[int, ...]](), list[int]()
-        for s, lead, cut in zip(self._found, leads, cuts, strict=True):
-            base, position = int(offsets[lead]), self._positions(self.reaches[lead])
-            for at in range(0, len(cut), group):
-                mine = len(entries), len(entries) + len(s.members)
-                some = [
-                    (base + first, base + end, *mine, int(position[first]))
-                    for first, end in cut[at : at + group]
-                ]
-                items += some + [(0, 0, *mine, 0)] * (group - len(some))
-                entries += s.members
+        for s, cuts in bundles:
+            base, position = int(offsets[s.members[0]]), positions[s.members[0]]
+            mine = len(entries), len(entries) + len(s.members)
+            items += [(base + first, base + end, *mine, int(position[first])) for first, end in cuts]
+            items += [(0, 0, *mine, 0)] * (group - len(cuts))
+            entries += s.members
         return np.array(items, np.uint32), entries
 
     def _costs(self, reach: Reach) -> np.ndarray:
