@@ -19,10 +19,10 @@ QUESTIONS = 60
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One question answered over one cache. kl: nats a token of the gold answer, full against compressed cache.
+    """One question answered over one cache, `tokens` in its gold answer. kl: nats a token, full against compressed cache.
 
-    top1: tokens of the answer whose likeliest token is the full cache's; nll: nats a token of the gold answer; exact: greedy
-    decoding would say it. planted: the answer is a planted fact.
+    top1: share of tokens whose likeliest one is the full cache's; nll: nats a token of the gold answer; exact: greedy decoding
+    would say it. planted: the answer is a planted fact.
     """
 
     conversation: str
@@ -34,6 +34,7 @@ class Record:
     nll: float
     exact: bool
     planted: bool
+    tokens: int
 
 
 class Journal:
@@ -55,14 +56,19 @@ class Journal:
                 file.writelines(json.dumps(asdict(r)) + "\n" for r in records)
 
 
-def ratio(one: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """The ratio of two means over the same questions, and the 95 % interval of a paired bootstrap."""
-    a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    assert len(a) == len(b) > 0
+def ratio(one: Sequence[Record], other: Sequence[Record], seed: int = 0) -> tuple[float, float, float]:
+    """The ratio of two mean KLs, over tokens of the same questions, and the 95 % interval of a bootstrap of their pairs."""
+    assert [r.question for r in one] == [r.question for r in other]
+    a, b = (np.array([r.kl * r.tokens for r in own]) for own in (one, other))
     drawn = np.random.default_rng(seed).integers(0, len(a), (RESAMPLES, len(a)))
-    ratios = a[drawn].mean(axis=1) / np.maximum(b[drawn].mean(axis=1), 1e-12)
+    ratios = a[drawn].sum(axis=1) / np.maximum(b[drawn].sum(axis=1), 1e-12)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(a.mean() / max(b.mean(), 1e-12)), float(low), float(high)
+    return float(a.sum() / max(b.sum(), 1e-12)), float(low), float(high)
+
+
+def over_tokens(records: Sequence[Record], values: Sequence[float]) -> float:
+    """The mean over all tokens of a value that each record has a token."""
+    return float(np.average(values, weights=[r.tokens for r in records]))
 
 
 class Table:
@@ -89,14 +95,16 @@ class Table:
         out = []
         for (compression, planted, policy), own in self._found.items():
             every = list(own.values())
-            kl = np.array([r.kl for r in every])
+            kl, counts = np.array([r.kl for r in every]), np.array([r.tokens for r in every])
             drawn = np.random.default_rng(0).integers(0, len(kl), (RESAMPLES, len(kl)))
-            low, high = np.percentile(kl[drawn].mean(axis=1), [2.5, 97.5])
+            means = (kl * counts)[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+            low, high = np.percentile(means, [2.5, 97.5])
             out.append({
                 "compression": compression, "planted": planted, "policy": policy, "questions": len(every),
-                "kl": float(kl.mean()), "kl_low": float(low), "kl_high": float(high),
-                "top1": float(np.mean([r.top1 for r in every])), "nll": float(np.mean([r.nll for r in every])),
-                "exact": float(np.mean([r.exact for r in every])),
+                "tokens": int(counts.sum()), "kl": over_tokens(every, [r.kl for r in every]), "kl_low": float(low),
+                "kl_high": float(high), "top1": over_tokens(every, [r.top1 for r in every]),
+                "nll": over_tokens(every, [r.nll for r in every]), "exact": float(np.mean([r.exact for r in every])),
+                "kl_of_questions": float(kl.mean()),
             })  # fmt: skip
         return out
 
@@ -105,7 +113,7 @@ class Table:
         a, b = self.paired(compression, False, one, other)
         if not a:
             return None
-        value, low, high = ratio([r.kl for r in a], [r.kl for r in b])
+        value, low, high = ratio(a, b)
         return {
             "compression": compression, "policies": [one, other], "ratio": value, "low": low, "high": high,
             "questions": len(a),
@@ -125,7 +133,11 @@ class Table:
         if not names:
             return None
         each = self.paired(compression, False, *names)
-        return names[int(np.argmin([np.mean([r.kl for r in own]) for own in each]))] if each[0] else None
+        return (
+            names[int(np.argmin([over_tokens(own, [r.kl for r in own]) for own in each]))]
+            if each[0]
+            else None
+        )
 
     def checks(self) -> list[dict[str, Any]]:
         made = [c for compression in self.compressions for c in self._checks_at(compression)]

@@ -213,7 +213,8 @@ class Contest:
     ) -> Record:
         which, question = self.questions[number]
         kl, top1, nll, exact = score
-        return Record(self.name, which, compression, policy, kl, top1, nll, exact, question.planted)
+        tokens = len(self.judge.asked[number][1])
+        return Record(self.name, which, compression, policy, kl, top1, nll, exact, question.planted, tokens)
 
     def measured(self, policy: str, compression: int) -> list[Record]:
         """Records of a policy; of one with episodes also those of the wrong ones, on average, and of the best in hindsight."""

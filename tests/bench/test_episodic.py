@@ -93,8 +93,10 @@ def test_records_are_gathered_and_a_run_goes_on(ground: Ground, tmp_path: Path) 
     assert not any("streaming" in line and line.startswith("short") for line in said[timed:])
 
 
-def record(question: int, policy: str, kl: float, *, planted: bool = False, exact: bool = False) -> Record:
-    return Record("c", question, 4, policy, kl, 0.5, 1.0, exact, planted)
+def record(
+    question: int, policy: str, kl: float, *, planted: bool = False, exact: bool = False, tokens: int = 1
+) -> Record:
+    return Record("c", question, 4, policy, kl, 0.5, 1.0, exact, planted, tokens)
 
 
 def test_only_questions_that_both_answered_are_compared() -> None:
@@ -121,11 +123,21 @@ def test_recall_is_of_what_the_full_cache_recalls() -> None:
 def test_an_interval_is_of_pairs() -> None:
     """What is always two thirds has no spread, however much questions differ."""
     draw = np.random.default_rng(0).random(30) * 5
-    assert ratio(2 * draw, 3 * draw) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
-    value, low, high = ratio(draw, draw[::-1])
+    ours, theirs, turned = (
+        [record(n, "", kl) for n, kl in enumerate(values)] for values in (2 * draw, 3 * draw, 2 * draw[::-1])
+    )
+    assert ratio(ours, theirs) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    value, low, high = ratio(ours, turned)
     assert value == pytest.approx(1)
     assert low < 0.95
     assert high > 1.05
+
+
+def test_means_are_over_tokens() -> None:
+    a = [record(0, "a", 1.0, tokens=9), record(1, "a", 0.0)]
+    b = [record(0, "b", 1.0, tokens=9), record(1, "b", 10.0)]
+    assert next(r["kl"] for r in Table(a).rows()) == pytest.approx(0.9)
+    assert ratio(a, b)[0] == pytest.approx(9 / 19)
 
 
 @pytest.mark.slow
