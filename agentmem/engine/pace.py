@@ -11,7 +11,8 @@ import numpy as np
 Part = tuple[int, int]
 """A sequence's share of a prefill pass: (tokens fed, tokens of history before them)."""
 
-PASSES = 32
+ALIKE = 8
+"""Passes of a size that are remembered: where all of late are short, those of long ago still tell what a token adds."""
 SLOWER = 2.0
 CLIP = 3.0
 PAIRS_LAST = 8.0
@@ -55,7 +56,8 @@ class Pace:
 
     def __init__(self) -> None:
         self._decode: dict[int, Average] = {}
-        self._passes: deque[Pass] = deque(maxlen=PASSES)
+        self._passes: dict[int, deque[Pass]] = {}
+        """By the power of two that their tokens are below."""
         self._cost: tuple[float, float, float] | None = None
         self.rate: float | None = None
         self._turn = Average()
@@ -85,8 +87,9 @@ class Pace:
 
     def prefilled(self, parts: Sequence[Part], ms: float) -> None:
         """One prefill pass over `parts` took `ms`."""
-        self._passes.append(Pass(*_work(parts), max(ms, 1e-6)))
-        self._cost = _fit(_sound(np.array(self._passes)))
+        seen = Pass(*_work(parts), max(ms, 1e-6))
+        self._passes.setdefault(int(seen.tokens).bit_length(), deque(maxlen=ALIKE)).append(seen)
+        self._cost = _fit(_sound(np.array([p for alike in self._passes.values() for p in alike])))
 
     def prompt_read(self, tokens: int, ms: float) -> None:
         """All of a prompt that was not remembered was prefilled. `rate`, in tokens per millisecond, is that of the last one

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmem.engine.pace import PASSES, Pace
+from agentmem.engine.pace import ALIKE, Pace
 
 FIXED, PER_TOKEN, PER_PAIR = 8.0, 0.05, 2e-5
 
@@ -45,7 +45,7 @@ def test_a_first_call_that_compiles_is_forgotten_at_the_next_pass(slow: tuple[in
 
 
 def test_hiccups_do_not_move_the_rate() -> None:
-    passes = [[(16 + 37 * i % 500, 300 * i)] for i in range(PASSES)]
+    passes = [[(16 + 37 * i % 500, 300 * i)] for i in range(4 * ALIKE)]
     pace = measured(*passes)
     for i in (3, 11, 29):
         pace.prefilled(passes[i], 40 * cost(passes[i]))
@@ -53,10 +53,19 @@ def test_hiccups_do_not_move_the_rate() -> None:
 
 
 def test_a_machine_that_became_slower_is_noticed() -> None:
-    pace = measured(*([(256, 64 * i)] for i in range(PASSES)))
-    for i in range(PASSES):
+    pace = measured(*([(256, 64 * i)] for i in range(4 * ALIKE)))
+    for i in range(4 * ALIKE):
         pace.prefilled([(256, 64 * i)], 3 * cost([(256, 64 * i)]))
     assert pace.prefill_ms([(256, 640)]) == pytest.approx(3 * cost([(256, 640)]), rel=0.05)
+
+
+def test_short_passes_do_not_make_forget_what_a_token_of_a_long_one_adds() -> None:
+    """Else they would be taken for dear by the token, and so stay short."""
+    pace = measured(*([(2048, 2048 * i)] for i in range(4)))
+    for i in range(8 * ALIKE):
+        parts = [(16 + 16 * (i % 2), 8192 + 24 * i)]
+        pace.prefilled(parts, (1.1 if i % 3 else 0.9) * cost(parts))
+    assert pace.prefill_ms([(512, 10_000)]) == pytest.approx(cost([(512, 10_000)]), rel=0.15)
 
 
 @settings(max_examples=40)
@@ -64,7 +73,7 @@ def test_a_machine_that_became_slower_is_noticed() -> None:
     st.lists(
         st.tuples(st.integers(1, 2048), st.integers(0, 100_000), st.floats(0.0, 1e5)),
         min_size=1,
-        max_size=2 * PASSES,
+        max_size=8 * ALIKE,
     )
 )
 def test_predictions_never_fall_with_more_work(samples: list[tuple[int, int, float]]) -> None:
