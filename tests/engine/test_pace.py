@@ -63,7 +63,7 @@ def test_short_passes_do_not_make_forget_what_a_token_of_a_long_one_adds() -> No
     """Else they would be taken for dear by the token, and so stay short."""
     pace = measured(*([(2048, 2048 * i)] for i in range(4)))
     for i in range(8 * ALIKE):
-        parts = [(16 + 16 * (i % 2), 8192 + 24 * i)]
+        parts = [(32, 8192 + 32 * i)]
         pace.prefilled(parts, (1.1 if i % 3 else 0.9) * cost(parts))
     assert pace.prefill_ms([(512, 10_000)]) == pytest.approx(cost([(512, 10_000)]), rel=0.15)
 
