@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agentmem.bench.command import MODEL, Result, benchmark, checks, model_of, numbers, say
 from agentmem.home import Home, default_home
 
+if TYPE_CHECKING:
+    from agentmem.bench.transcripts import Dialogue
+
 
 def _table(result: Result) -> str:
+    if "rows" in result and "comparisons" not in result:
+        from agentmem.bench.routing import table
+
+        return "\n".join([table(result), *result["notes"], checks(result)])
     lines = ["compression  policy                            KL   (95 %)           top-1   exact  questions"]
     lines += [
         f"{r['compression']:10d}x  {r['policy'] + (', planted' if r['planted'] else ''):30s} {r['kl']:6.3f}  "
@@ -57,6 +65,9 @@ def _table(result: Result) -> str:
     click.option("--heads", type=click.Choice(["ragged", "uniform"]), default="ragged", help="Who shares a budget."),
     click.option("--format", default="q4", show_default=True, help="KV format of packed rows."),
     click.option("--encoder", default="minilm", show_default=True, help="minilm, hash512, a folder or org/name."),
+    click.option(
+        "--routing", is_flag=True, help="Only how often a question's episode holds its evidence; runs no language model."
+    ),
     click.option("--prompt-tokens", default=1024, type=click.IntRange(64), help="Tokens of a patched prompt at most."),
     click.option(
         "--journal",
@@ -66,7 +77,8 @@ def _table(result: Result) -> str:
 )  # fmt: skip
 def episodic(
     model: str, data: Path | None, names: tuple[str, ...], generated: int, policies: tuple[str, ...],
-    compressions: list[int], encoder: str, journal: Path | None, heads: str, prompt_tokens: int, **options: Any,
+    compressions: list[int], encoder: str, journal: Path | None, heads: str, prompt_tokens: int, routing: bool,
+    **options: Any,
 ) -> Result:  # fmt: skip
     """Long conversations in a small budget: episodes, and what they are compared with, against the full cache."""
     from agentmem.bench.answers import Journal
@@ -81,11 +93,14 @@ def episodic(
     try:
         given = data is not None and data.exists()
         dialogues = read(data) if data is not None and given else []
+        notes = [] if given else ["No data was given: these are generated conversations alone."]
         if not given:
             say(f"there is no {data or '--data'}: generated conversations are measured alone")
         if missing := set(names) - {d.name for d in dialogues}:
             raise ValueError(f"there is no conversation {min(missing)!r} in the data")
         dialogues = [d for d in dialogues if not names or d.name in names]
+        if routing:
+            return _routing(dialogues, encoder, generated, notes)
         home = Home(default_home())
         ground = Ground(model_of(model), encoder_of(encoder), options["format"], home.calibration)
         setting = Setting(policies or POLICIES, heads=Heads(heads), prompt_limit=prompt_tokens, **options)
@@ -93,6 +108,16 @@ def episodic(
         result = run(ground, dialogues, compressions, setting, Journal(journal), say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    return result | {
-        "notes": [] if given else ["No data was given: these are generated conversations alone."]
-    }
+    return result | {"notes": notes}
+
+
+def _routing(labelled: Sequence[Dialogue], encoder: str, generated: int, notes: list[str]) -> Result:
+    """Hit rates on labelled conversations, if there are any, and on ten times as many generated ones as elsewhere."""
+    from agentmem.bench.dialogues import generated as dialogue
+    from agentmem.bench.routing import run
+    from agentmem.episode.encoder import HashedEncoder, encoder_of
+
+    names = dict.fromkeys((encoder, HashedEncoder.name))
+    sets = {"locomo": labelled, "planted": [dialogue(seed) for seed in range(10 * generated)]}
+    there = {name: dialogues for name, dialogues in sets.items() if dialogues}
+    return run([encoder_of(name) for name in names], there, say=say) | {"notes": notes}

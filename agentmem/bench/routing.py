@@ -61,11 +61,12 @@ def hit_rates(
 def run(
     encoders: Sequence[Encoder],
     sets: dict[str, Sequence[Dialogue]],
-    counts: Sequence[int] = (2, EPISODES, 6, 8),
+    counts: Sequence[int | None] = (2, EPISODES, 6, 8, None),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Hit rates for every encoder, set of dialogues and number of episodes, and whether the vote is as good as it should be.
 
+    Without a number, None, a conversation has as many episodes as its length asks for.
     Sets named "locomo" have labelled questions of people; of others the rates are reported only.
     """
     rows, checks = [], []
@@ -74,9 +75,8 @@ def run(
             known = _Remembered(encoder)
             for count in counts:
                 row = {"set": name, **hit_rates(known, dialogues, count)}
-                say(
-                    f"{name}, {encoder.name}, {count} episodes: vote {row['vote']:.3f}, turns {row['turns']:.3f}"
-                )
+                found = f"vote {row['vote']:.3f}, turns {row['turns']:.3f}"
+                say(f"{name}, {encoder.name}, {count or 'their own number of'} episodes: {found}")
                 rows.append(row)
                 if name == "locomo" and count == EPISODES and encoder.name in WANTED:
                     title = f"routing hits, {encoder.name}, {count} episodes"
@@ -90,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     lines = ["set        encoder   episodes  questions   vote  turns  centroid  largest  chance  ms/segment"]
     lines += [
-        f"{r['set']:10s} {r['encoder']:9s} {r['episodes']:8d} {r['questions']:10d}  {r['vote']:5.3f}  {r['turns']:5.3f}"
+        f"{r['set']:10s} {r['encoder']:9s} {r['episodes'] or 'own':>8} {r['questions']:10d}  {r['vote']:5.3f}  {r['turns']:5.3f}"
         f"  {r['centroid']:8.3f}  {r['largest']:7.3f}  {r['chance']:6.3f}  {r['ms_per_segment']:10.1f}"
         for r in result["rows"]
     ]
