@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from agentmem.quant.attention import dequantised_history, reference_attention, rotate
+from agentmem.quant.attention import dequantised_history, reference_attention, rotate, short_attention
 from agentmem.quant.format import LayerShape, kv_format
 from agentmem.quant.rows import RowCodec
 
@@ -113,3 +113,10 @@ def test_rotation_none_is_the_identity_and_others_are_refused() -> None:
     assert rotate(x, "none") is x
     with pytest.raises(ValueError, match="unknown rotation 'spiral'"):
         rotate(x, "spiral")
+
+
+@pytest.mark.parametrize(("n", "total"), [(2, 2), (40, 90), (130, 300)])
+def test_short_attention_is_fused_attention(n: int, total: int) -> None:
+    queries, keys, values = normal(1, 1, 6, n, 32), normal(2, 1, 2, total, 32), normal(3, 1, 2, total, 24)
+    want = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask="causal")
+    assert largest(short_attention(queries, keys, values, scale=0.3) - want) < 1e-5
