@@ -24,6 +24,8 @@ from agentmem.episode.topic import (
 __all__ = ["Assigned", "Growth", "Topic", "Topics", "cluster"]
 
 RECENT_SHARE = 0.3
+LEAST = 16
+"""Segments of a first clustering: two topics with all their representatives."""
 MOVED = 0.9
 """Cosine of a centroid to that of before, below which it has moved."""
 
@@ -89,8 +91,11 @@ class Topics:
 
     @property
     def due(self) -> bool:
-        """Whether more than 30 % of the segments are newer than the last clustering."""
-        return self._count - self._clustered > RECENT_SHARE * self._count
+        """Whether there is enough for a clustering, and more than 30 % of the segments are newer than the last one.
+
+        A conversation begins as one topic, or none: only clustering takes apart what came little by little.
+        """
+        return self._count >= LEAST and self._count - self._clustered > RECENT_SHARE * self._count
 
     def hit(self, topic: int) -> None:
         """A question was routed to this topic."""

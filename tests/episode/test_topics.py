@@ -152,6 +152,7 @@ def test_clustering_anew_keeps_ids_by_likeness() -> None:
     for number in (0, 1):
         topics.built(number)
     assert topics.due
+    assert not grown(near(0, 15)).due
     for row in np.concatenate([near(2, 4), near(1, 9, seed=2)]):
         topics.assign(row)
     assert topics.pending == [20, 21, 22, 23]
@@ -223,4 +224,5 @@ def test_titles_are_the_words_of_a_topic() -> None:
     ]
     segments = [Segment(i, i, text, 0, 0) for i, text in enumerate(said)]
     rows = np.concatenate([near(0, 3), near(1, 2)])
-    assert titles(cluster(rows, 2), segments, count=2) == {0: "seeds, garden", 1: "dog, ran"}
+    assert titles(cluster(rows, 2), segments, count=2) == {0: "seeds, fence", 1: "dog, ran"}
+    assert titles(cluster(rows, 1), segments, count=2) == {0: "garden, dog"}
