@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 from agentmem.episode.bert import Bert, BertConfig
 from agentmem.errors import ModelUnavailable
 from agentmem.model.unsound import unsound
+from agentmem.quant.device import backend
 
 WINDOW = 256
 """Tokens of a text that are read, for folders that name no number."""
-BATCH_TOKENS = 4096
-"""Tokens of one batch, padding too."""
+BATCH_TOKENS = {"cpu": 1024, "metal": 8192, "cuda": 8192}
+"""Tokens of one batch, padding too. What a CPU's cache does not hold of a batch makes it slower, not faster."""
 _POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "first"}
 
 
@@ -86,7 +87,7 @@ class SentenceEncoder:
         prefix = self.reading.query_prefix if query else self.reading.text_prefix
         ids = [e.ids for e in self._tokenizer.encode_batch([prefix + text for text in texts])]
         rows = np.zeros((len(texts), self.dims), np.float32)
-        for batch in _batches([len(i) for i in ids]):
+        for batch in _batches([len(i) for i in ids], BATCH_TOKENS[backend()]):
             rows[batch] = np.array(self._pooled([ids[i] for i in batch]))
         return rows
 
@@ -107,11 +108,11 @@ class SentenceEncoder:
         return pooled
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
+def _batches(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Numbers of texts that go together: of about one length, so that little is padded."""
     batches: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and lengths[number] * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+        if batches and lengths[number] * (len(batches[-1]) + 1) <= room:
             batches[-1].append(number)
         else:
             batches.append([number])
