@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,18 @@ class Record:
 
 
 class Journal:
-    """Records as they come, a line of JSON each, so that a run may end anywhere and go on; None keeps them in memory alone."""
+    """Records as they come, a line of JSON each, so that a run may end anywhere and go on; without a path in memory alone."""
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.exists() else []
+    def __init__(self, path: Path | None = None, setting: Mapping[str, Any] | None = None) -> None:
+        """`setting`, what JSON can say, is the first line. Raises ValueError for a file of another one."""
+        self._path, self.records = path, list[Record]()
+        if path is None:
+            return
+        if not path.exists():
+            path.write_text(json.dumps({"setting": setting}) + "\n", encoding="utf-8")
+        first, *lines = path.read_text(encoding="utf-8").splitlines()
+        if json.loads(first) != {"setting": setting}:
+            raise ValueError(f"{path} is of other settings ({first}); name another file")
         self.records = [Record(**json.loads(line)) for line in lines]
 
     def has(self, conversation: str, compression: int, policy: str) -> bool:

@@ -38,7 +38,7 @@ from agentmem.episode.held import Held
 from agentmem.episode.patched import patched_prompt
 from agentmem.episode.routing import route
 from agentmem.episode.rows import LayerKind, kinds_of, whole_kinds
-from agentmem.episode.segment import Segment, segments_of
+from agentmem.episode.segment import segments_of
 from agentmem.episode.selection import Heads
 from agentmem.episode.store import MemoryStore
 from agentmem.episode.topic import Topic, cluster
@@ -106,7 +106,7 @@ class Contest:
         self.questions = evenly(short.questions, setting.questions)
         self.segments = segments_of(short.utterances)
         self.embeddings = ground.encoder.encode([s.text for s in self.segments])
-        self.topics = cluster(self.embeddings, setting.episodes, representatives=setting.representatives)
+        self.topics = cluster(self.embeddings, setting.episodes)
         self.full = ground.read(self.ids, ground.whole)
         self.judge = Judge(self.full, [ground.frame.question(q) for _, q in self.questions])
         asked = ground.encoder.encode([q.text for _, q in self.questions], query=True)
@@ -124,16 +124,14 @@ class Contest:
         )
 
     def prompt(self, topic: Topic, before: int | None = None) -> list[int]:
-        """The topic's patched prompt; of segments that end `before` a segment's number, where one is given."""
-        chosen = topic.representatives
-        if before is not None:
-            near = sorted(
-                (n for n in topic.members if n < before),
-                key=lambda n: -float(self.embeddings[n] @ topic.centroid),
-            )
-            chosen = sorted(near[: self.setting.representatives]) or [0]
-        some: list[Segment] = [self.segments[n] for n in chosen]
-        return patched_prompt(self.ground.model.tokenizer, some, self.setting.prompt_limit)
+        """The topic's patched prompt; of its segments before a segment's number, where one is given."""
+        members = [n for n in topic.members if before is None or n < before] or [0]
+        near = {n: float(self.embeddings[n] @ topic.centroid) for n in members}
+        chosen = sorted(sorted(members, key=lambda n: (-near[n], n))[: self.setting.representatives])
+        return patched_prompt(
+            self.ground.model.tokenizer, [self.segments[n] for n in chosen], self.setting.prompt_limit,
+            [near[n] for n in chosen],
+        )  # fmt: skip
 
     def budgets(self, compression: int, times: int = 1) -> tuple[int, ...]:
         return (min(len(self.ids), times * (len(self.ids) // compression)),) * len(self.ground.whole)

@@ -60,7 +60,7 @@ def _table(result: Result) -> str:
         help="A budget is a history's tokens by this.",
     ),
     click.option("--episodes", default=3, type=click.IntRange(1, 8), help="Episodes of a conversation."),
-    click.option("--representatives", default=2, type=click.IntRange(1), help="Segments in a patched prompt."),
+    click.option("--representatives", default=8, type=click.IntRange(1), help="Segments in a patched prompt."),
     click.option("--block", default=512, type=click.IntRange(16), help="Tokens between two evictions."),
     click.option("--heads", type=click.Choice(["ragged", "uniform"]), default="ragged", help="Who shares a budget."),
     click.option("--format", default="q4", show_default=True, help="KV format of packed rows."),
@@ -105,7 +105,15 @@ def episodic(
         ground = Ground(model_of(model), encoder_of(encoder), options["format"], home.calibration)
         setting = Setting(policies or POLICIES, heads=Heads(heads), prompt_limit=prompt_tokens, **options)
         dialogues += [dialogue(seed) for seed in range(generated)]
-        result = run(ground, dialogues, compressions, setting, Journal(journal), say)
+        about = {
+            "model": model,
+            "encoder": encoder,
+            "heads": heads,
+            "prompt_tokens": prompt_tokens,
+            **options,
+        }
+        kept = Journal(journal, about)
+        result = run(ground, dialogues, compressions, setting, kept, say)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     return result | {"notes": notes}

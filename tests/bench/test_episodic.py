@@ -93,6 +93,17 @@ def test_records_are_gathered_and_a_run_goes_on(ground: Ground, tmp_path: Path) 
     assert not any("streaming" in line and line.startswith("short") for line in said[timed:])
 
 
+def test_a_journal_is_of_one_setting(tmp_path: Path) -> None:
+    one = Journal(tmp_path / "journal", {"block": 64})
+    one.add([record(0, "full", 0.0)])
+    again = Journal(tmp_path / "journal", {"block": 64})
+    assert again.records == one.records
+    assert again.has("c", 4, "full")
+    assert not again.has("c", 4, "matched")
+    with pytest.raises(ValueError, match="other settings"):
+        Journal(tmp_path / "journal", {"block": 65})
+
+
 def record(
     question: int, policy: str, kl: float, *, planted: bool = False, exact: bool = False, tokens: int = 1
 ) -> Record:
