@@ -136,6 +136,12 @@ class Contest:
     def budgets(self, compression: int, times: int = 1) -> tuple[int, ...]:
         return (min(len(self.ids), times * (len(self.ids) // compression)),) * len(self.ground.whole)
 
+    def rows(self, compression: int) -> dict[str, int]:
+        """Rows a layer and head: those that attention sees, and those that each way to keep them holds in all."""
+        budget = self.budgets(compression)[0]
+        every = self.budgets(compression, len(self.topics))[0]
+        return {"active": budget, "one cache": budget, "episodes": every, "views": len(self.ids)}
+
     def caches(self, policy: str, compression: int) -> Caches:
         """The caches of one policy, made one after the other."""
         budgets, prompts = self.budgets(compression), [self.prompt(t) for t in self.topics]
@@ -290,7 +296,7 @@ def _about(contest: Contest, compressions: Collection[int], peaks: Mapping[str, 
     return {
         "name": contest.name, "tokens": len(contest.ids), "segments": len(contest.segments),
         "questions": len(contest.questions), "episodes": len(contest.topics), "hits": contest.hits(),
-        "budgets": {c: contest.budgets(c)[0] for c in compressions},
+        "rows": {c: contest.rows(c) for c in compressions},
         "bytes_a_token": each, "prompts": [len(contest.prompt(t)) for t in contest.topics],
         "rows_beyond_budget": contest.most_rows, "block": contest.setting.block,
         "switch_ms": float(np.median(contest.switch_ms)) if contest.switch_ms else None, "peak_mb": dict(peaks),

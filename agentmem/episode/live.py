@@ -32,6 +32,10 @@ class Live:
         """Tokens that are not in the store yet."""
         return self.held.tokens - self.store.tokens
 
+    def behind(self, episode: int) -> int:
+        """Tokens since the episode's view was made: rows beside its budget until they are folded."""
+        return self.held.tokens - self.views[episode].tokens
+
     def switch(self, episode: int) -> None:
         """Show another episode's rows. Nothing is done for the one that is shown."""
         if episode == self.active:

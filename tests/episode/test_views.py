@@ -151,6 +151,7 @@ def test_a_fold_lets_new_rows_compete(world: World, heads: Heads) -> None:
     assert live.views[0].tokens == live.store.tokens == 110
     assert live.held.most_rows() == BUDGETS
     assert live.views[1].tokens == 100
+    assert (live.behind(0), live.behind(1)) == (0, 10)
     live.switch(1)
     assert all(rows_of(line, 100, 110) for line in live.held.lines)
 
