@@ -264,6 +264,12 @@ def _times_table(result: Result) -> str:
         help="Only times to the first token, of five agents over random tokens: see --question and --answer.",
     ),
     click.option("--question", default=1024, type=click.IntRange(16), help="Tokens of the question then."),
+    click.option(
+        "--questions",
+        type=click.Choice(["chain", "unseen"]),
+        default="chain",
+        help="Those by which weights were chosen, or others.",
+    ),
 )
 def compose(
     model: str,

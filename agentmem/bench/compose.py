@@ -160,18 +160,19 @@ class Setting:
     format: str
     budget: int
     calibrations: Path | None
+    questions: str
 
 
 def run(
     model: LoadedModel, names: Sequence[str], rounds: Sequence[str], *, anchors: int, tests: int, answer: int,
-    format: str, megabytes: int, calibrations: Path | None, say: Say,
+    format: str, megabytes: int, calibrations: Path | None, questions: str, say: Say,
 ) -> dict[str, Any]:  # fmt: skip
     """Chain and round: of each family, `anchors` questions make anchors and the next `tests` are measured."""
-    setting = Setting(anchors, tests, answer, format, megabytes << 20, calibrations)
+    setting = Setting(anchors, tests, answer, format, megabytes << 20, calibrations, questions)
     done = [_measured(model, names, r, setting, say) for r in rounds]
     return {
         "schema_version": 2, "model": model.name, "backend": backend(), "format": format, "anchors": anchors,
-        "tests": tests, "answer": answer, "rounds": done, "checks": [c for d in done for c in checks(d)],
+        "tests": tests, "answer": answer, "questions": questions, "rounds": done, "checks": [c for d in done for c in checks(d)],
     }  # fmt: skip
 
 
@@ -180,7 +181,7 @@ def _measured(
 ) -> dict[str, Any]:
     agents = list(TASKS)[: ROUNDS[name]]
     scores, pools = {n: Scores() for n in names}, []
-    chosen = families()[: None if name == "chain" else ROUND_FAMILIES]
+    chosen = families(setting.questions)[: None if name == "chain" else ROUND_FAMILIES]
     for family in chosen:
         memory = _taught(model, family, agents, names, setting)
         pools.append({

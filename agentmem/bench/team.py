@@ -42,8 +42,12 @@ class Family:
     questions: list[str]
 
 
-def families() -> list[Family]:
-    text = resources.files("agentmem.bench").joinpath("chain.toml").read_text(encoding="utf-8")
+QUESTIONS = ("chain", "unseen")
+"""Files of families: those by which weights were chosen, and others, by which nothing was."""
+
+
+def families(questions: str = QUESTIONS[0]) -> list[Family]:
+    text = resources.files("agentmem.bench").joinpath(f"{questions}.toml").read_text(encoding="utf-8")
     return [Family(**family) for family in tomllib.loads(text)["family"]]
 
 

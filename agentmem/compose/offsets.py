@@ -14,7 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.state import PackedState, State, above_first, key_width, weighed
+from agentmem.compose.state import PackedState, State, above_first, key_width, unpacked_rows, weighed
 from agentmem.quant.format import LayerShape
 
 TRAITS = 512
@@ -49,23 +49,28 @@ class Interpolation(Protocol):
 class Gram:
     """What of a Gaussian process depends on the anchors of a slot alone.
 
-    texts: which anchors. at: for each, the places of its tokens that count, all or some evenly spread. traits float32
-    [m, width] and inverse float32 [m, m]: of these.
+    texts: which anchors, a of them. at: for each, the places of its tokens that count, all or some evenly spread. traits float32
+    [m, width] and inverse float32 [m, m]: of these. ends float32 [a, width] and inverse_of_ends float32 [a, a]: of last tokens.
     """
 
     texts: tuple[bytes, ...]
     at: tuple[np.ndarray, ...]
     traits: mx.array
     inverse: mx.array
+    ends: mx.array
+    inverse_of_ends: mx.array
 
     @property
     def nbytes(self) -> int:
-        return int(self.inverse.nbytes + self.traits.nbytes) + sum(a.nbytes for a in self.at)
+        arrays = (self.traits, self.inverse, self.ends, self.inverse_of_ends, *self.at)
+        return sum(a.nbytes for a in arrays)
 
 
 @dataclass(frozen=True, slots=True)
 class Kriging:
     """Offsets of all tokens of all anchors, weighted by a Gaussian process over tokens.
+
+    Those of the fixed text behind are weighted by one over the last tokens of the texts.
 
     Two tokens are alike as exp(-d / reach - p / span): d the distance of their traits; p the difference of the logarithms of
     their places in the text, since how much a token hears of what stands before the slot fades with its place. `noise` is
@@ -75,7 +80,7 @@ class Kriging:
     reach: float = 1.0
     span: float = 4.0
     noise: float = 0.1
-    most: int = 1024
+    most: int = 384
 
     @property
     def aligned(self) -> bool:
@@ -86,18 +91,25 @@ class Kriging:
         weights = self.weights(traits(base), gram)
         deep = above_first(base.shapes)
         rows = [a.slot.rows[mx.array(at)] for a, at in zip(anchors, gram.at, strict=True)]
-        after = mx.stack([a.after.rows for a in anchors]).mean(axis=0)
-        return State(weights @ mx.concatenate(rows) * deep, base.shapes), State(after * deep, base.shapes)
+        after = self._after(base, mx.stack([a.after.rows for a in anchors]), gram)
+        return State(weights @ mx.concatenate(rows) * deep, base.shapes), after
 
     def packed(self, base: State, slots: Sequence[PackedState], gram: Gram) -> State:
         """The slot's offsets out of the anchors' packed ones, without unpacking them all at once."""
         weights = self.weights(traits(base), gram)
         return State(weighed(weights, slots, gram.at) * above_first(base.shapes), base.shapes)
 
-    def packed_after(self, afters: Sequence[PackedState]) -> State:
-        """The same of the fixed text behind the slot."""
-        mean = mx.stack([a.unpacked().rows for a in afters]).mean(axis=0)
-        return State(mean * above_first(afters[0].shapes), afters[0].shapes)
+    def packed_after(self, base: State, afters: Sequence[PackedState], gram: Gram) -> State:
+        """The same of the fixed text behind the slot, whose text is `base`."""
+        n = len(afters[0])
+        return self._after(base, unpacked_rows(afters).reshape(len(afters), n, -1), gram)
+
+    def _after(self, base: State, afters: mx.array, gram: Gram) -> State:
+        """afters float32 [a, n, width]."""
+        end = traits(base[len(base) - 1 :]).rows
+        weights = _to_one(self._near(end, gram.ends) @ gram.inverse_of_ends)
+        found = (weights @ afters.reshape(len(afters), -1)).reshape(afters.shape[1:])
+        return State(found * above_first(base.shapes), base.shapes)
 
     def gram(self, texts: Sequence[bytes], others: Sequence[State]) -> Gram:
         """others: the traits of the anchors."""
@@ -112,9 +124,9 @@ class Kriging:
             mx.concatenate([o.rows[mx.array(a)] for o, a in zip(others, at, strict=True)]),
             np.concatenate(at),
         )
-        among = np.array(self._alike(rows, rows, places, places), dtype=np.float64)
-        inverse = np.linalg.inv(among + self.noise * np.eye(len(places)))
-        return Gram(tuple(texts), tuple(at), rows, mx.array(inverse.astype(np.float32)))
+        among = self._inverse(self._alike(rows, rows, places, places))
+        ends = mx.concatenate([o.rows[-1:] for o in others])
+        return Gram(tuple(texts), tuple(at), rows, among, ends, self._inverse(self._near(ends, ends)))
 
     def weights(self, text: State, gram: Gram) -> mx.array:
         """What each token of a text of n takes of the m tokens of the anchors that count: float32 [n, m]; rows sum to 1.
@@ -122,15 +134,25 @@ class Kriging:
         text: its traits.
         """
         near = self._alike(text.rows, gram.traits, np.arange(len(text)), np.concatenate(gram.at))
-        found = near @ gram.inverse
-        return found + (1 - found.sum(axis=1, keepdims=True)) / len(gram.traits)
+        return _to_one(near @ gram.inverse)
+
+    def _inverse(self, among: mx.array) -> mx.array:
+        exact = np.array(among, dtype=np.float64)
+        return mx.array(np.linalg.inv(exact + self.noise * np.eye(len(exact))).astype(np.float32))
 
     def _alike(self, a: mx.array, b: mx.array, at: np.ndarray, other: np.ndarray) -> mx.array:
         """Traits [n, width] and [m, width], their places -> float32 [n, m]."""
-        distance = mx.sqrt(mx.maximum(2 - 2 * (a @ b.T), 0))
         places, others = (mx.log1p(mx.array(x.astype(np.float32))) for x in (at, other))
         apart = mx.abs(places[:, None] - others[None])
-        return mx.exp(-distance / self.reach - apart / self.span)
+        return self._near(a, b) * mx.exp(-apart / self.span)
+
+    def _near(self, a: mx.array, b: mx.array) -> mx.array:
+        return mx.exp(-mx.sqrt(mx.maximum(2 - 2 * (a @ b.T), 0)) / self.reach)
+
+
+def _to_one(weights: mx.array) -> mx.array:
+    """Rows sum to 1: what is left goes to all alike."""
+    return weights + (1 - weights.sum(axis=1, keepdims=True)) / weights.shape[1]
 
 
 @dataclass(frozen=True, slots=True)

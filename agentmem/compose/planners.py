@@ -50,8 +50,8 @@ class Read:
 
 Steps = list[Put | Read]
 
-READ_SHARE = 0.08
-"""Of a prompt's tokens, that may be read where its end is read."""
+READ_SHARE = 0.0795
+"""Of a prompt's tokens, that may be read where its end is read; to the nearest token."""
 
 
 def run(prompt: Prompt, steps: Steps) -> mx.array:
@@ -185,7 +185,10 @@ class Kvcomm:
 
     def _after(self, piece: Piece, anchors: Sequence[Anchor], offsets: Kriging) -> State:
         packed = [a.offsets[self.consumer][1] for a in anchors]
-        return packed[0].unpacked() if anchors[0].text == piece.text else offsets.packed_after(packed)
+        if anchors[0].text == piece.text:
+            return packed[0].unpacked()
+        assert piece.slot is not None
+        return offsets.packed_after(piece.base, packed, self.pool.gram(piece.slot, anchors, offsets))
 
 
 def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) -> None:
@@ -208,7 +211,7 @@ def reading_the_end(steps: Steps, share: float = READ_SHARE, known: int = 0) -> 
     What the answer attends to most stands there, and one pass reads it all.
     """
     total = known + sum(len(s.ids) for s in steps)
-    more = int(share * total) - sum(len(s.ids) for s in steps if isinstance(s, Read))
+    more = round(share * total) - sum(len(s.ids) for s in steps if isinstance(s, Read))
     out = list(steps)
     end = len(out) - 1
     while more > 0 and end > 0 and isinstance(before := out[end - 1], Put):

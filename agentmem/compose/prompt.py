@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from agentmem.compose.rotation import Rotation
+from agentmem.compose.rotation import Rotation, rotated
 from agentmem.compose.state import State
 from agentmem.model.network import Network
 from agentmem.quant.attention import whole_attention
@@ -65,10 +65,9 @@ class Prompt:
     def put(self, ids: Sequence[int], state: State) -> None:
         """Append tokens whose state is known."""
         assert len(ids) == len(state)
-        for line, rotation, keys, values in zip(
-            self.lines, self._rotations, state.keys, state.values, strict=True
-        ):
-            line.append(rotation.rotate(keys, len(self)).astype(self._dtype), values.astype(self._dtype))
+        turned = rotated(self._rotations, state.keys, len(self))
+        for line, keys, values in zip(self.lines, turned, state.values, strict=True):
+            line.append(keys.astype(self._dtype), values.astype(self._dtype))
         self.ids += ids
 
     def read(self, ids: Sequence[int]) -> mx.array:

@@ -7,7 +7,8 @@ difference of two positions would keep that error of both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -62,6 +63,21 @@ class Rotation:
         )  # fmt: skip
 
 
+def rotated(rotations: Sequence[Rotation], keys: Sequence[mx.array], start: int) -> list[mx.array]:
+    """`rotate` of each layer's keys; those of layers that turn alike in one go, which takes a fraction of the calls."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for layer, (own, k) in enumerate(zip(rotations, keys, strict=True)):
+        kind = (own.dims, own.traditional, own.base, own.scale, id(own.freqs), k.shape, k.dtype)
+        alike.setdefault(kind, []).append(layer)
+    out = list(keys)
+    for layers in alike.values():
+        together = mx.concatenate([keys[layer] for layer in layers])
+        turned = rotations[layers[0]].rotate(together, start)
+        for layer, part in zip(layers, mx.split(turned, len(layers)), strict=True):
+            out[layer] = part
+    return out
+
+
 def rotation(rope: Any) -> Rotation:
     """The rotation of one of mlx-lm's RoPE modules.
 
@@ -86,7 +102,7 @@ def rotations(model: nn.Module) -> list[Rotation]:
 
     Raises ModelUnavailable where the two differ.
     """
-    found = [_of_layer(layer) for layer in model.layers]
+    found = _sharing([_of_layer(layer) for layer in model.layers])
     # One token alone attends to itself wherever it stands: all that its position changes is the rotation of its keys.
     still = seam.keys_at(model, [[0]], 0)
     for position in TRIED_AT:
@@ -97,6 +113,21 @@ def rotations(model: nn.Module) -> list[Rotation]:
                     "this model places its keys in an unknown way: its state cannot be composed"
                 )
     return found
+
+
+def _sharing(found: Sequence[Rotation]) -> list[Rotation]:
+    """The same, with one array for all equal `freqs`."""
+    seen: list[mx.array] = []
+    out = []
+    for own in found:
+        if own.freqs is None:
+            out.append(own)
+            continue
+        same = next((f for f in seen if f.shape == own.freqs.shape and mx.array_equal(f, own.freqs)), None)
+        if same is None:
+            seen.append(own.freqs)
+        out.append(own if same is None else replace(own, freqs=same))
+    return out
 
 
 def _of_layer(layer: nn.Module) -> Rotation:

@@ -7,7 +7,7 @@ from itertools import accumulate
 import mlx.core as mx
 
 from agentmem.compose.planners import Put, Read, Steps, merged
-from agentmem.compose.rotation import Rotation
+from agentmem.compose.rotation import Rotation, rotated
 from agentmem.compose.segment import Provenance
 from agentmem.engine.packing import GivenRows
 from agentmem.engine.table import Table
@@ -63,11 +63,9 @@ def put(table: Table, rotations: list[Rotation], dtype: mx.Dtype, step: Put) -> 
     """Rows of a known state go behind what the table holds. Raises Overloaded, changing nothing."""
     g, start, state = table.pool.geometry, len(table), step.state
     rows = []
-    for codec, key_map, rotation, keys, values in zip(
-        g.codecs, g.key_maps, rotations, state.keys, state.values, strict=True
-    ):
-        turned = rotation.rotate(keys, start).astype(dtype)
-        rows.append(GivenRows(codec.raw(key_map.keys(turned[None])[0], values)))
+    turned = rotated(rotations, state.keys, start)
+    for codec, key_map, keys, values in zip(g.codecs, g.key_maps, turned, state.values, strict=True):
+        rows.append(GivenRows(codec.raw(key_map.keys(keys.astype(dtype)[None])[0], values)))
     arrays, apply = table.absorb(rows, list(step.ids))
     mx.eval(arrays)
     apply()

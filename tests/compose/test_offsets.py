@@ -193,7 +193,7 @@ def test_packed_offsets_are_weighed_as_unpacked_ones(most: int, monkeypatch: pyt
         monkeypatch.setattr("agentmem.compose.state.backend", lambda name=backend: name)
         monkeypatch.setattr("agentmem.compose.state.AT_ONCE", at_once)
         assert states_apart(kriging.packed(base, [slot for slot, _ in packed], gram), want[0]) < 1e-5
-        assert states_apart(kriging.packed_after([after for _, after in packed]), want[1]) < 1e-5
+        assert states_apart(kriging.packed_after(base, [after for _, after in packed], gram), want[1]) < 1e-5
 
 
 def test_traits_keep_what_lies_near_and_what_lies_far() -> None:

@@ -142,12 +142,12 @@ def test_the_end_is_read_up_to_a_share(asked: list[Piece]) -> None:
     n, tail = len(tokens(asked)), len(asked[-1].ids)
     assert planners.reading_the_end(steps, 0.0) == steps
     for read in (tail + 1, tail + len(asked[-2].ids), tail + len(asked[-2].ids) + 3, n):
-        longer = planners.reading_the_end(steps, (read + 0.5) / n)
+        longer = planners.reading_the_end(steps, (read + 0.25) / n)
         assert [i for s in longer for i in s.ids] == tokens(asked)
         *others, last = longer
         assert len(last.ids) == read
         assert all(isinstance(s, Put) and s.ids for s in others)
-    known = planners.reading_the_end(steps[1:], (tail + 2.5) / n, known=len(asked[0].ids))
+    known = planners.reading_the_end(steps[1:], (tail + 1.75) / n, known=len(asked[0].ids))
     assert len(known[-1].ids) == tail + 2
     stop = [*steps[:1], Read(asked[1].ids), *steps[2:]]
     assert planners.reading_the_end(stop, 1.0)[1] == stop[1], "two reads are left for `merged`"
