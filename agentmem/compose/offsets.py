@@ -62,8 +62,8 @@ class Gram:
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.traits, self.inverse, self.ends, self.inverse_of_ends, *self.at)
-        return sum(a.nbytes for a in arrays)
+        arrays = (self.traits, self.inverse, self.ends, self.inverse_of_ends)
+        return sum(a.nbytes for a in arrays) + sum(a.nbytes for a in self.at)
 
 
 @dataclass(frozen=True, slots=True)
