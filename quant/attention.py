@@ -10,9 +10,8 @@ import mlx.core as mx
 from agentmem.quant.device import backend
 from agentmem.quant.rows import RowCodec
 
-SHORT_FROM, SHORT_TO, SHORT_PAIRS = 2, 512, 5 << 18
-"""Chunk lengths that `short_attention` serves on CUDA, and how many scores it makes for one head at most; a single query has a
-fused kernel without a plan."""
+SHORT_FROM, SHORT_TO = 2, 64
+"""Chunk lengths that `short_attention` serves on CUDA; a single query has a fused kernel without a plan."""
 
 
 def rotate(x: mx.array, rotation: str) -> mx.array:
@@ -90,15 +89,14 @@ def whole_attention(
     H200, so that a short chunk behind a remembered history costs more to plan than to run: those go through `short_attention`.
     """
     n = queries.shape[2]
-    short = SHORT_FROM <= n <= SHORT_TO and n * keys.shape[2] <= SHORT_PAIRS
-    if short and sinks is None and backend() == "cuda":
+    if SHORT_FROM <= n <= SHORT_TO and sinks is None and backend() == "cuda":
         return short_attention(queries, keys, values, scale=scale)
     mask = "causal" if n > 1 else None
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def short_attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) -> mx.array:
-    """The same for a short chunk, as two products in float32. The score matrix has heads x n x S elements."""
+    """The same for a short chunk, as two products in float32. The score matrix has heads x n x S elements, n <= 64."""
     _, heads, n, dim = queries.shape
     kv_heads, total = keys.shape[1], keys.shape[2]
     grouped = (queries.astype(mx.float32) * scale).reshape(1, kv_heads, -1, dim)

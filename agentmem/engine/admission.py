@@ -15,7 +15,7 @@ from agentmem.blockpool.geometry import WORD, Geometry
 from agentmem.blockpool.tails import PLACES
 from agentmem.engine.packing import ROW
 from agentmem.errors import ContextOverflow, ModelUnavailable
-from agentmem.quant.attention import SHORT_PAIRS, SHORT_TO
+from agentmem.quant.attention import SHORT_TO
 from agentmem.quant.device import backend
 
 INTERMEDIATE, HIDDEN, QUERIES, HISTORY, ROWS, LOGITS = 2.1, 6.2, 5.9, 1.45, 2.9, 1.0
@@ -192,7 +192,7 @@ class Admission:
         if self._backend == "cpu":
             return SCORES * s.query_heads * s.itemsize * tokens * keys
         if self._backend == "cuda":
-            return SHORT * s.query_heads * WORD * min(min(tokens, SHORT_TO) * keys, SHORT_PAIRS)
+            return SHORT * s.query_heads * WORD * min(tokens, SHORT_TO) * keys
         return 0.0
 
     def _decode(self, requests: Sequence[int]) -> float:
