@@ -36,7 +36,7 @@ ALLOWED = {
         "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.episode",
         "agentmem.errors",
     },
-    "agentmem.server": {*CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request"},
+    "agentmem.server": {*CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request", "agentmem.compose.reuse"},
     "agentmem.bench": {
         *CLIENT_SIDE, "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
         "agentmem.compose", "agentmem.episode", "agentmem.runtime",

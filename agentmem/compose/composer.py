@@ -16,14 +16,14 @@ from agentmem.compose.ledger import Case, Ledger
 from agentmem.compose.lesson import Lesson, Look
 from agentmem.compose.library import CONSUMER, Library
 from agentmem.compose.planners import Kvcomm, Put, Read, Steps
-from agentmem.compose.policy import DEFAULT, Policy, Reuse
+from agentmem.compose.policy import DEFAULT, Policy
 from agentmem.compose.recognise import FIXED, SHORTEST, Span, parts_of, spans_of
 from agentmem.compose.segment import EXACT, Provenance, Segment
 from agentmem.compose.state import PackedState
 from agentmem.compose.ways import way
 from agentmem.model.chat import ChatTokenizer
 
-__all__ = ["EXACT", "Composer", "Composition", "Policy", "Provenance", "Reuse", "Span", "spans_of"]
+__all__ = ["EXACT", "Composer", "Composition", "Policy", "Provenance", "Span", "spans_of"]
 
 
 AUDIT_SHARE = 0.02
@@ -83,7 +83,7 @@ class Composer:
             self.why_not = "anchors are kept in another way than the paper's"
             return None
         layout = self._layout(namespace, ids, spans)
-        if policy.reuse is Reuse.AUTO:
+        if policy.reuse == "auto":
             self.why_not = self.ledger.why_not(namespace, layout.template, policy.planner)
             if self.why_not:
                 return None

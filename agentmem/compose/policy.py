@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from agentmem.compose.anchors import MINIMUM
+from agentmem.compose.reuse import Reuse
 from agentmem.errors import BadRequest
-
-
-class Reuse(StrEnum):
-    """exact: prefixes only. composed: whenever the planner has what it needs. auto: where calibration holds. off: nothing."""
-
-    EXACT = "exact"
-    COMPOSED = "composed"
-    AUTO = "auto"
-    OFF = "off"
-
 
 PLANNERS = ("kvcomm+tail", "kvcomm", "paper", "lego")
 DEFAULT = PLANNERS[0]
@@ -30,7 +20,7 @@ class Policy:
     0 is exact state only. minimum: anchors below which a slot is not composed. Raises BadRequest for what does not exist.
     """
 
-    reuse: Reuse = Reuse.EXACT
+    reuse: Reuse = "exact"
     planner: str = DEFAULT
     fallback: str = "dense"
     hops: int = 0
@@ -44,4 +34,4 @@ class Policy:
 
     @property
     def composes(self) -> bool:
-        return self.reuse in (Reuse.COMPOSED, Reuse.AUTO)
+        return self.reuse in ("composed", "auto")

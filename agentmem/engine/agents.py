@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.vault import vault_of
+from agentmem.compose.reuse import Reuse
 from agentmem.engine.conversation import Conversation
-from agentmem.engine.request import Reuse
 
 
 @dataclass(eq=False, slots=True)

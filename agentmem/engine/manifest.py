@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agentmem.blockpool.archive import Archive, ArchiveInvalid
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.index import TurnRow
+from agentmem.compose.reuse import Reuse
 from agentmem.engine.request import check_name
 from agentmem.errors import BadRequest
 
@@ -72,6 +73,7 @@ class PolicyRecord(Part):
 
     pinned: bool = False
     quota_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+    reuse: Reuse | None = None
 
 
 class Manifest(Part):
@@ -97,15 +99,24 @@ def facts(stats: dict[str, Any]) -> dict[str, Any]:
 
 def policy_record(policy: dict[str, Any]) -> PolicyRecord:
     """The part of an agent's policy that travels."""
-    return PolicyRecord(pinned=policy.get("pinned", False), quota_bytes=policy.get("quota_bytes"))
+    return PolicyRecord(
+        pinned=policy.get("pinned", False),
+        quota_bytes=policy.get("quota_bytes"),
+        reuse=policy.get("reuse"),
+    )
 
 
 def policy_of(manifest: Manifest, *, trust: bool) -> dict[str, Any]:
-    """The policy of an agent that comes in. A pin takes room from other agents, so only one that is trusted brings its own."""
+    """The policy of an agent that comes in.
+
+    A pin takes room from other agents, and from one that composes others learn: only one that is trusted brings these.
+    """
     record = manifest.policy
     pinned = {"pinned": True} if record.pinned and trust else {}
     quota = {"quota_bytes": record.quota_bytes} if record.quota_bytes is not None else {}
-    return pinned | quota
+    may = record.reuse is not None and (trust or record.reuse in ("exact", "off"))
+    reuse = {"reuse": record.reuse} if may else {}
+    return pinned | quota | reuse
 
 
 def read_manifest(archive: Archive) -> Manifest:

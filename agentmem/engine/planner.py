@@ -9,11 +9,12 @@ from typing import Any
 from agentmem.blockpool.index import TurnRow
 from agentmem.blockpool.page import Match
 from agentmem.blockpool.pool import Pool
+from agentmem.compose.reuse import Reuse
 from agentmem.engine.admission import Admission
 from agentmem.engine.conversation import Alignment
 from agentmem.engine.memory import Memory
 from agentmem.engine.reply import Reply
-from agentmem.engine.request import Reuse, Started
+from agentmem.engine.request import Started
 from agentmem.engine.sampler import Sampler
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import BadRequest, ContextOverflow

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
+from agentmem.compose.reuse import REUSES, Reuse
 from agentmem.errors import AgentMemError, BadRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 
 State = Literal["hot", "warm", "cold"]
 FinishReason = Literal["stop", "length", "cancelled"]
-Reuse = Literal["exact", "composed", "auto", "off"]
-"""What of remembered state a prompt may use: `exact` the same tokens behind the same left context; `composed` also segments that
-stood behind another one; `auto` those too, where it has been measured how well that goes; `off` nothing."""
 
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
@@ -85,8 +83,8 @@ class ChatRequest:
             raise BadRequest("messages is empty; send at least one message", param="messages")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1", param="max_tokens")
-        if self.reuse is not None and self.reuse not in get_args(Reuse):
-            raise BadRequest(f"reuse is one of {', '.join(get_args(Reuse))}", param="reuse")
+        if self.reuse is not None and self.reuse not in REUSES:
+            raise BadRequest(f"reuse is one of {', '.join(REUSES)}", param="reuse")
         if not 1 <= self.n <= MAX_CHOICES:
             raise BadRequest(f"n must be 1 to {MAX_CHOICES}", param="n")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

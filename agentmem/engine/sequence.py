@@ -10,6 +10,7 @@ from typing import Any, Literal
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.page import Match, Page
 from agentmem.compose.recognise import Span as ContentSpan
+from agentmem.compose.reuse import Reuse
 from agentmem.engine.conversation import Alignment, Span
 from agentmem.engine.course import Course
 from agentmem.engine.memory import Agent, Session
@@ -22,7 +23,6 @@ from agentmem.engine.request import (
     Finished,
     FinishReason,
     MemoryUsage,
-    Reuse,
     State,
     Ticket,
     TokenLogprob,

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from agentmem.compose.composer import EXACT, Composer, Policy, Reuse
+from agentmem.compose.composer import EXACT, Composer, Policy
 from agentmem.compose.ledger import Key, Pair
 from agentmem.compose.rotation import Rotation
 from agentmem.engine.trial import Bench, Prompt, Trial
@@ -90,7 +90,7 @@ class Trials:
         made = None
         if self._bench.has_room(len(p.ids)):
             with apart:
-                made = composer.plan(p.namespace, p.ids, p.spans, 0, Policy(Reuse.COMPOSED), p.agent)
+                made = composer.plan(p.namespace, p.ids, p.spans, 0, Policy("composed"), p.agent)
         if made is None:
             job.done(None)
         else:
@@ -119,7 +119,7 @@ class Trials:
     ) -> None:
         """Try the last prompts of every template, each without the anchors of its own texts; `done` hears what was found."""
         keys = [key for key in composer.ledger.entries if namespace in (None, key[0])]
-        planner, rows = Policy(Reuse.COMPOSED).planner, list[dict[str, Any]]()
+        planner, rows = Policy("composed").planner, list[dict[str, Any]]()
 
         def go_on() -> None:
             while keys:

@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Reuse, Sampling
+from agentmem.compose.reuse import Reuse
+from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
 from agentmem.server.errors import invalid, unsupported
 from agentmem.server.messages import Message, Text
 

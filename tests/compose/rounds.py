@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from agentmem.compose import planners
-from agentmem.compose.composer import EXACT, Composer, Composition, Policy, Reuse, Span, spans_of
+from agentmem.compose.composer import EXACT, Composer, Composition, Policy, Span, spans_of
 from agentmem.compose.library import Library
 from agentmem.compose.prompt import Prompt
 from tests.compose.prompts import Stage
 
 ROOM = 1 << 28
-COMPOSED = Policy(Reuse.COMPOSED, minimum=2)
+COMPOSED = Policy("composed", minimum=2)
 
 
 @dataclass

@@ -8,11 +8,12 @@ import pytest
 
 from agentmem.compose import planners
 from agentmem.compose.anchors import Eviction
-from agentmem.compose.composer import EXACT, Composer, Composition, Policy, Provenance, Reuse, Span
+from agentmem.compose.composer import EXACT, Composer, Composition, Policy, Provenance, Span
 from agentmem.compose.ledger import Pair
 from agentmem.compose.library import Library
 from agentmem.compose.planners import Put, Read, Steps
 from agentmem.compose.policy import PLANNERS
+from agentmem.compose.reuse import Reuse
 from agentmem.compose.segment import text_hash
 from agentmem.errors import BadRequest
 from tests.compose.prompts import Stage, divergence, stage
@@ -117,7 +118,7 @@ def test_every_planner_makes_the_prompt(world: Stage, planner: str) -> None:
     rounds = Round(world, Library(ROOM, ROOM, eviction=eviction))
     for question in QUESTIONS[:4]:
         chain(rounds, question)
-    rounds.policy = Policy(Reuse.COMPOSED, planner, minimum=2)
+    rounds.policy = Policy("composed", planner, minimum=2)
     solver = rounds.turn("solver", SOLVER, QUESTIONS[5])
     said = f"Question: {QUESTIONS[5]}\nDraft: {solver.reply}\nIs it right?"
     analyst = rounds.turn("analyst", ANALYST, said)
@@ -134,23 +135,23 @@ def test_every_planner_makes_the_prompt(world: Stage, planner: str) -> None:
 
 def test_the_paper_s_planner_needs_the_paper_s_anchors(rounds: Round) -> None:
     chain(rounds, QUESTIONS[0])
-    assert rounds.turn("solver", SOLVER, QUESTIONS[0], policy=Policy(Reuse.COMPOSED, "paper")).made is None
+    assert rounds.turn("solver", SOLVER, QUESTIONS[0], policy=Policy("composed", "paper")).made is None
     assert "the paper's" in rounds.composer.why_not
 
 
 def test_too_few_anchors_fall_back_as_the_policy_says(rounds: Round) -> None:
     chain(rounds, QUESTIONS[0])
-    lego = Policy(Reuse.COMPOSED, fallback="lego", minimum=5)
+    lego = Policy("composed", fallback="lego", minimum=5)
     solver = rounds.turn("solver", SOLVER, QUESTIONS[1])
     said = f"Question: {QUESTIONS[1]}\nDraft: {solver.reply}\nIs it right?"
-    assert rounds.turn("analyst", ANALYST, said, policy=Policy(Reuse.COMPOSED, minimum=5)).made is None
+    assert rounds.turn("analyst", ANALYST, said, policy=Policy("composed", minimum=5)).made is None
     assert "too few anchors" in rounds.composer.why_not
     turn = rounds.turn("another", "You think otherwise.", said, policy=lego)
     assert turn.made is not None
     assert turn.made.planner == "lego"
 
 
-@pytest.mark.parametrize("reuse", [Reuse.EXACT, Reuse.OFF])
+@pytest.mark.parametrize("reuse", ["exact", "off"])
 def test_other_policies_compose_nothing(rounds: Round, reuse: Reuse) -> None:
     rounds.policy = Policy(reuse, minimum=1)
     for question in QUESTIONS[:2]:
@@ -198,7 +199,7 @@ def test_what_is_said_behind_composed_state_is_no_base(rounds: Round) -> None:
     assert said.provenance.parents == turn.made.provenance.parents
     assert text_hash(_ids(rounds, QUESTIONS[5])) in said.provenance.parents
     heard = f"This is what was said to me: {turn.reply}\nWhat now?"
-    for policy, composed in ((COMPOSED, False), (Policy(Reuse.COMPOSED, "lego", hops=1), True)):
+    for policy, composed in ((COMPOSED, False), (Policy("composed", "lego", hops=1), True)):
         made = _plan(rounds, heard, policy)
         assert (made is not None) == composed
         if made is not None:
@@ -299,7 +300,7 @@ def test_a_declared_template_teaches_texts_that_were_never_messages(world: Stage
 
 
 def test_what_the_next_prompt_asks_for_is_computed_ahead(world: Stage) -> None:
-    rounds = Round(world, policy=Policy(Reuse.COMPOSED, minimum=9))
+    rounds = Round(world, policy=Policy("composed", minimum=9))
     for question in QUESTIONS[:6]:
         rounds.turn("solver", SOLVER, question)
         rounds.turn("analyst", ANALYST, question)
@@ -311,7 +312,7 @@ def test_what_the_next_prompt_asks_for_is_computed_ahead(world: Stage) -> None:
     ready = pool.nbytes
     assert ready > pool.anchor_bytes
     rounds.turn("solver", SOLVER, QUESTIONS[7])
-    assert rounds.turn("analyst", ANALYST, QUESTIONS[7], policy=Policy(Reuse.COMPOSED)).made is not None
+    assert rounds.turn("analyst", ANALYST, QUESTIONS[7], policy=Policy("composed")).made is not None
     assert pool.nbytes == ready
 
 
@@ -321,7 +322,7 @@ def test_auto_waits_for_a_calibration(world: Stage) -> None:
         chain(rounds, question)
     turn = chain(rounds, QUESTIONS[5])[1]
     assert turn.made is not None
-    auto, composer = Policy(Reuse.AUTO, minimum=2), rounds.composer
+    auto, composer = Policy("auto", minimum=2), rounds.composer
 
     def plan() -> Composition | None:
         return composer.plan("home", turn.ids, turn.spans, 0, auto, "analyst")

@@ -16,7 +16,7 @@ import pytest
 from agentmem.blockpool.keep import Keep
 from agentmem.blockpool.keepsake import Array
 from agentmem.compose import frozen
-from agentmem.compose.composer import Composer, Reuse, Span
+from agentmem.compose.composer import Composer, Span
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Ledger, Pair
 from agentmem.compose.library import Library
@@ -98,7 +98,7 @@ def test_what_is_saved_and_loaded_is_reused_bit_for_bit(taught: Round, world: St
 
     ids = world.ids(f"#Question: {QUESTIONS[0]}\nDraft: {QUESTIONS[1]}\nIs it right?#")
     plans = [
-        Composer(lib).plan("home", ids, [Span(1, len(ids) - 1, "user")], 0, Policy(Reuse.COMPOSED, "lego"))
+        Composer(lib).plan("home", ids, [Span(1, len(ids) - 1, "user")], 0, Policy("composed", "lego"))
         for lib in (library, after.library)
     ]
     assert plans[0] is not None

@@ -13,11 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from agentmem.blockpool.files import Files
 from agentmem.blockpool.keep import MARGIN, Keep
-from agentmem.compose.composer import EXACT, Composer, Policy, Provenance, Reuse, Span
+from agentmem.compose.composer import EXACT, Composer, Policy, Provenance, Span
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Ledger, Pair
 from agentmem.compose.library import Library
 from agentmem.compose.planners import Read
+from agentmem.compose.reuse import REUSES
 from agentmem.compose.segment import Segment, text_hash
 from agentmem.compose.state import PackedState, State
 from tests.compose.test_offsets import drawn
@@ -31,7 +32,7 @@ BUDGET, ANCHORS, DISK = 5 * ONE, 6 * ONE, 12 * (ONE + MARGIN)
 
 agents, namespaces = st.sampled_from(AGENTS), st.sampled_from((*NAMESPACES[:1] * 3, *NAMESPACES))
 fillings = st.lists(st.sampled_from((0, 0, 1, 1, 2, 3, 4)), min_size=1, max_size=2)
-REUSE = (Reuse.COMPOSED, Reuse.COMPOSED, Reuse.COMPOSED, *Reuse)
+REUSE = ("composed", "composed", "composed", *REUSES)
 policies = st.builds(
     Policy, st.sampled_from(REUSE), st.sampled_from(("kvcomm+tail", "kvcomm", "lego")),
     st.sampled_from(("dense", "lego")), st.integers(0, 1), st.just(1),

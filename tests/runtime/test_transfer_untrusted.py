@@ -102,6 +102,7 @@ FLAWS: dict[str, tuple[str, Callable[[Content], Any]]] = {
     "a path as session": ("manifest", set_in("sessions", 0, "name", to="a/../b")),
     "two sessions of one name": ("manifest", set_in("sessions", 0, "name", to="side")),
     "a quota of nothing": ("manifest", set_in("policy", "quota_bytes", to=0)),
+    "a reuse that there is not": ("manifest", set_in("policy", "reuse", to="always")),
     "a policy that no import has": ("manifest", set_in("policy", "encrypt", to="off")),
     "no sessions": ("manifest", set_in("sessions", to=[])),
     "no turns": ("manifest", set_in("sessions", 0, "turns", to=[])),

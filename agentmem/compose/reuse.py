@@ -1,0 +1,10 @@
+"""What an agent or a request lets prompts use of remembered state. No MLX in here."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Reuse = Literal["exact", "composed", "auto", "off"]
+"""`exact`: the same tokens behind the same left context. `composed`: also segments that stood behind another one, whenever the
+planner has what it needs. `auto`: those too, where it has been measured how well that goes. `off`: nothing."""
+REUSES: tuple[Reuse, ...] = get_args(Reuse)
