@@ -108,9 +108,11 @@ class Contest:
         self.embeddings = ground.encoder.encode([s.text for s in self.segments])
         self.topics = cluster(self.embeddings, setting.episodes)
         self.full = ground.read(self.ids, ground.whole)
-        self.judge = Judge(self.full, [ground.frame.question(q) for _, q in self.questions])
-        asked = ground.encoder.encode([q.text for _, q in self.questions], query=True)
-        self.routes = [route(a, self.embeddings, self.topics, floor=-1.0).topic or 0 for a in asked]
+        asked = [ground.frame.question(q) for _, q in self.questions]
+        planted = {n: q.answer for n, (_, q) in enumerate(self.questions) if q.planted}
+        self.judge = Judge(self.full, asked, planted, ground.model.tokenizer)
+        queries = ground.encoder.encode([q.text for _, q in self.questions], query=True)
+        self.routes = [route(q, self.embeddings, self.topics, floor=-1.0).topic or 0 for q in queries]
         self._packed: MemoryStore | None = None
         self.most_rows, self.switch_ms = 0.0, list[float]()
 
