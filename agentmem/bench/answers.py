@@ -129,7 +129,7 @@ class Table:
     def comparisons(self) -> list[dict[str, Any]]:
         """Every baseline, and what a promise is about, at each compression."""
         pairs = [("matched", b) for b in (*BASELINES, "random", "mismatched", "kvzip-stored", "question")]
-        pairs += [("views", "matched"), ("folded", "matched"), ("folded", "views")]
+        pairs += [(p, "matched") for p in ("views", "views by blocks", "folded")] + [("folded", "views")]
         pairs += [("packed views", "views"), ("packed matched", "matched"), ("views", "mismatched views")]
         made = [self.compared(c, one, other) for c in self.compressions for one, other in pairs]
         return [m for m in made if m is not None]
@@ -157,7 +157,8 @@ class Table:
         best, made = self.best_baseline(compression), []
         wanted = [("matched", best, 0.75)] if best else []
         wanted += [
-            ("matched", "mismatched", 0.9), ("views", "matched", 1.1), ("folded", "matched", 1.1),
+            ("matched", "mismatched", 0.9), ("views", "matched", 1.1), ("views by blocks", "matched", 1.1),
+            ("folded", "matched", 1.1),
             ("packed views", "views", 1.1), ("packed matched", "matched", 1.1),
         ]  # fmt: skip
         for one, other, bound in wanted:

@@ -33,7 +33,7 @@ from agentmem.episode.baselines import (
 )
 from agentmem.episode.build import Builder, Plan
 from agentmem.episode.encoder import Encoder
-from agentmem.episode.fold import folded
+from agentmem.episode.fold import folded, viewed
 from agentmem.episode.held import Held
 from agentmem.episode.patched import patched_prompt
 from agentmem.episode.routing import route
@@ -52,7 +52,7 @@ Caches = Iterator[tuple[str, int | None, Held]]
 """Name, the episode that it is of, and the cache."""
 
 POLICIES = (
-    "random", "streaming", "keydiff", "snapkv", "infinipot", "kvzip", "matched", "views", "folded",
+    "random", "streaming", "keydiff", "snapkv", "infinipot", "kvzip", "matched", "views", "views by blocks", "folded",
     "packed views", "packed matched", "question", "kvzip-stored",
 )  # fmt: skip
 LIMIT = 7000
@@ -156,6 +156,9 @@ class Contest:
             case "views":
                 for topic, prompt in zip(self.topics, prompts, strict=True):
                     yield policy, topic.id, self._shown(store, self._view(store, prompt, budgets))
+            case "views by blocks":
+                for topic, prompt in zip(self.topics, prompts, strict=True):
+                    yield policy, topic.id, self._shown(store, self._by_blocks(store, prompt, budgets))
             case "packed views":
                 packed = self._packed_store()
                 for topic, prompt in zip(self.topics, prompts, strict=True):
@@ -192,6 +195,10 @@ class Contest:
 
     def _view(self, store: MemoryStore, prompt: Sequence[int], budgets: Sequence[int]) -> View:
         return view_of(store, store_scores(self.ground.network, store, prompt), budgets, self.setting.heads)
+
+    def _by_blocks(self, store: MemoryStore, prompt: Sequence[int], budgets: Sequence[int]) -> View:
+        g, s = self.ground, self.setting
+        return viewed(g.network, store, prompt, budgets, g.dtype, block=s.block, heads=s.heads)
 
     def _shown(self, store: MemoryStore, view: View) -> Held:
         begun = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from agentmem.episode.held import Held
 from agentmem.episode.selection import Heads
@@ -25,6 +26,20 @@ def folded(
         held = materialised(network, store, view, dtype, min(view.tokens + block, store.tokens))
         view = _cut(held, prompt, budgets, heads)
     return view
+
+
+def viewed(
+    network: Network, store: RowStore, prompt: Sequence[int], budgets: Sequence[int], dtype: mx.Dtype, *,
+    block: int, heads: Heads = Heads.UNIFORM,
+) -> View:  # fmt: skip
+    """A view made block by block, as if the store's rows came now: each block competes with what was kept of those before it.
+
+    `store_scores` asks all rows at once instead, for one reading of the prompt where this takes one a block.
+    """
+    none = tuple(np.zeros(0, np.int32) for _ in store.kinds)
+    counts = tuple(np.zeros(kind.shape.heads, np.int32) for kind in store.kinds)
+    start = View(none, counts, store.sinks)
+    return folded(network, store, start, prompt, budgets, dtype, block=block, heads=heads)
 
 
 def _cut(held: Held, prompt: Sequence[int], budgets: Sequence[int], heads: Heads) -> View:

@@ -12,7 +12,7 @@ import pytest
 from agentmem.bench.held import held as held_table
 from agentmem.engine.layout import layout
 from agentmem.engine.views import History
-from agentmem.episode.fold import folded
+from agentmem.episode.fold import folded, viewed
 from agentmem.episode.held import Held
 from agentmem.episode.line import Line
 from agentmem.episode.live import Live
@@ -178,6 +178,24 @@ def test_a_late_fold_goes_block_by_block(world: World) -> None:
         step = View.of(held)
     assert all(np.array_equal(a, b) for a, b in zip(late.ids, step.ids, strict=True))
     assert any((ids >= 100).any() for ids in late.ids)
+
+
+@pytest.mark.parametrize("heads", BOTH)
+def test_a_view_made_block_by_block_holds_a_budget_and_a_block(world: World, heads: Heads) -> None:
+    store = world.store(SEEN)
+    got = viewed(world.network, store, PROMPTS[0], BUDGETS, world.model.dtype, block=16, heads=heads)
+    held = world.held()
+    step = View.of(held)
+    assert step.tokens == 0
+    for upto in (*range(20, 100, 16), 100):
+        start = View(step.ids, step.counts, max(step.tokens, 4))
+        held = materialised(world.network, store, start, world.model.dtype, upto)
+        assert all(n <= b + 16 for n, b in zip(held.most_rows(), BUDGETS, strict=True))
+        held.evict(held.score(PROMPTS[0]), BUDGETS, heads)
+        step = View.of(held)
+    assert got.tokens == step.tokens == 100
+    assert all(np.array_equal(a, b) for a, b in zip(got.ids, step.ids, strict=True))
+    assert held.most_rows() == BUDGETS
 
 
 def test_views_survive_as_plain_arrays(world: World) -> None:
