@@ -49,6 +49,7 @@ def test_rows_stay_within_a_budget_and_a_block(world: World, name: str, heads: H
     assert made.most == [min(b, 120) + 24 for b in budgets[:2]] + [budgets[2] + 24]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_history(world: World) -> None:
     """4 to 50 budgets of history: as many rows and bytes at the most, and at the end."""
     found = []

@@ -232,6 +232,7 @@ def test_each_encoder_has_thresholds() -> None:
     assert thresholds_of("hash512") < thresholds_of("minilm")
 
 
+@pytest.mark.slow
 def test_package_that_cannot_be_fetched_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

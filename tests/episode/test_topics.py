@@ -15,6 +15,8 @@ from agentmem.episode.titles import titles
 from agentmem.episode.topic import cosines, episodes_for
 from agentmem.episode.topics import Growth, Topics, cluster
 
+pytestmark = pytest.mark.slow  # scikit-learn takes seconds to come
+
 DIMS = 12
 
 
