@@ -179,6 +179,26 @@ def test_kriging_is_the_gaussian_process_that_it_says_it_is() -> None:
     )
 
 
+def test_the_fixed_text_behind_goes_by_how_the_text_ends() -> None:
+    """The anchor whose text ends alike gives its offset, wherever its end stands; without any such, each gives its part."""
+    kriging, anchors = Kriging(noise=1e-6, reach=0.2), [anchor(n, 10 * n) for n in (4, 6, 9)]
+    ends = anchors[1].base[5:6]
+    text = State(mx.concatenate([drawn(11, 77).rows, ends.rows]), ends.shapes)
+    _, after = kriging(text, anchors)
+    deep = above_first(text.shapes)
+    assert apart(after.rows, anchors[1].after.rows * deep) < 0.02
+    same = [Observed(a.base, a.slot, anchors[0].after) for a in anchors]
+    assert apart(kriging(drawn(5, 78), same)[1].rows, anchors[0].after.rows * deep) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_some_rows_of_a_packed_state_are_those_rows(bits: int) -> None:
+    packed = PackedState.of(drawn(9, 3), bits)
+    some = packed.some(np.array([1, 4, 8]))
+    assert (len(some), some.width) == (3, packed.unpacked().rows.shape[1])
+    assert mx.array_equal(some.unpacked().rows, packed.unpacked().rows[mx.array([1, 4, 8])])
+
+
 @pytest.mark.parametrize("most", [1024, 9])
 def test_packed_offsets_are_weighed_as_unpacked_ones(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, one anchor after the other, and as elsewhere, all at once; of all tokens, and of some."""

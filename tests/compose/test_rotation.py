@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
-from agentmem.compose.rotation import Rotation, rotation, rotations
+from agentmem.compose.rotation import Rotation, rotated, rotation, rotations
 from agentmem.errors import ModelUnavailable
 from agentmem.model import seam
 from agentmem.model.random import random_model
@@ -147,3 +147,24 @@ def test_a_model_that_places_its_keys_otherwise_is_refused(monkeypatch: pytest.M
         x, self.dims, traditional=False, base=self.base, scale=1.0, offset=2 * offset))  # fmt: skip
     with pytest.raises(ModelUnavailable, match="unknown way"):
         rotations(model)
+
+
+def test_layers_that_turn_alike_turn_as_each_would_alone() -> None:
+    shared = 1.0 / mx.arange(1, 33).astype(mx.float32)
+    plain = Rotation(64, base=10000.0)
+    own = [
+        plain, Rotation(64, base=500.0), plain, Rotation(64, freqs=shared), Rotation(64, freqs=2 * shared),
+        Rotation(0), Rotation(64, freqs=shared), Rotation(64, base=10000.0), plain,
+    ]  # fmt: skip
+    heads = [2, 2, 2, 2, 2, 2, 2, 2, 3]
+    keys = [mx.random.normal((h, 5, 64), key=mx.random.key(n)) for n, h in enumerate(heads)]
+    for alone, k, got in zip(own, keys, rotated(own, keys, 77), strict=True):
+        assert mx.array_equal(got, alone.rotate(k, 77))
+
+
+def test_equal_frequencies_are_one_array_and_turn_together() -> None:
+    model = random_model("llama", seed=0, rope_scaling=LLAMA3 | {"rope_theta": 10000.0})
+    seam.install(model.model)
+    first, second = rotations(model.model)
+    assert first.freqs is not None
+    assert first.freqs is second.freqs
