@@ -119,7 +119,7 @@ def chat_call(
     }
     if session is not None:
         who["session"] = session
-    for name in ("persist", "reuse"):
+    for name in ("persist", "reuse", "planner"):
         if (value := options.pop(name, None)) is not None:
             who[name] = value
     body = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from agentmem.compose.composer import Composer, Policy, spans_of
+from agentmem.compose.policy import DEFAULT
 from agentmem.compose.rotation import Rotation, rotations
 from agentmem.engine.course import Course
 from agentmem.engine.lessons import Lessons, read_from_its_beginning
@@ -88,7 +89,7 @@ class Composing:
     def _course(self, sequence: Sequence, composer: Composer) -> Course | None:
         assert sequence.agent is not None
         ids, known, row = sequence.ids, sequence.reused, sequence.agent.row
-        start, policy = time.perf_counter(), Policy(sequence.reuse)
+        start, policy = time.perf_counter(), Policy(sequence.reuse, sequence.request.planner or DEFAULT)
         found = composer.plan(row.namespace, ids, sequence.content, known, policy, row.name)
         if found is None:
             sequence.notes = (f"not composed: {composer.why_not}",)

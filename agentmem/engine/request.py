@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from agentmem.compose.reuse import REUSES, Reuse
+from agentmem.compose.reuse import PLANNERS, REUSES, Planner, Reuse
 from agentmem.errors import AgentMemError, BadRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
@@ -57,7 +57,7 @@ class ChatRequest:
     the whole conversation, with `"server"` they follow the session's stored conversation.
     `n` replies are made to one prompt; the session keeps the first. `top_logprobs`: how many of the
     likeliest tokens to report beside each token of a reply, 0 for the token alone, None for nothing. `reuse`: see
-    `Reuse`; None for what the agent has.
+    `Reuse`; None for what the agent has. `planner` is how it is composed, if it is; None for the default.
     """
 
     agent: str
@@ -74,6 +74,7 @@ class ChatRequest:
     n: int = 1
     top_logprobs: int | None = None
     reuse: Reuse | None = None
+    planner: Planner | None = None
 
     def __post_init__(self) -> None:
         check_name(self.agent)
@@ -85,6 +86,8 @@ class ChatRequest:
             raise BadRequest("max_tokens must be at least 1", param="max_tokens")
         if self.reuse is not None and self.reuse not in REUSES:
             raise BadRequest(f"reuse is one of {', '.join(REUSES)}", param="reuse")
+        if self.planner is not None and self.planner not in PLANNERS:
+            raise BadRequest(f"planner is one of {', '.join(PLANNERS)}", param="planner")
         if not 1 <= self.n <= MAX_CHOICES:
             raise BadRequest(f"n must be 1 to {MAX_CHOICES}", param="n")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from agentmem.compose.reuse import Reuse
+from agentmem.compose.reuse import Planner, Reuse
 from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
 from agentmem.server.errors import invalid, unsupported
 from agentmem.server.messages import Message, Text
@@ -55,6 +55,7 @@ class AgentFields(Body):
     namespace: str | None = None
     history: Literal["client", "server"] = "client"
     reuse: Reuse | None = None
+    planner: Planner | None = None
     persist: StrictBool | None = None
 
 

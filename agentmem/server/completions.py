@@ -58,6 +58,7 @@ def chat_request(request: Request, body: ChatBody) -> ChatRequest:
         history=body.agentmem.history,
         persist=body.agentmem.persist,
         reuse=body.agentmem.reuse,
+        planner=body.agentmem.planner,
         max_tokens=body.reply_limit,
         stop=list(body.stop or []),
         sampling=body.sampling(),

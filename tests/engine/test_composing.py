@@ -38,6 +38,7 @@ class Dictated(Composer):
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(Library(0, 0), audit_share=0.0)
         self.read, self.wrong, self.plans = 3, 0.0, True
+        self.asked: list[str] = []
         self.heard: list[tuple[list[int], list[Span], Look, Provenance]] = []
         self._runtime = runtime
 
@@ -52,6 +53,7 @@ class Dictated(Composer):
         agent: str = "",
     ) -> Composition | None:  # fmt: skip
         at = known + self.read
+        self.asked.append(policy.planner)
         if not self.plans or len(ids) <= at + PUT:
             return None
         state, ids = self.whole(ids).state(at, at + PUT), tuple(ids)
@@ -315,3 +317,12 @@ def test_a_course_that_fails_on_its_way_fails_alone(
     assert Running(runtime, composed("c")).end().text
     with pytest.raises(BadRequest, match="reuse is one of"):
         composed("c", reuse="always")
+
+
+def test_a_request_may_say_how_it_is_composed(pair: tuple[Runtime, Dictated]) -> None:
+    runtime, composer = pair
+    Running(runtime, composed("a")).end()
+    Running(runtime, composed("b", planner="lego")).end()
+    assert runtime._call(lambda: composer.asked) == ["kvcomm+tail", "lego"]
+    with pytest.raises(BadRequest, match="planner is one of"):
+        composed("c", planner="paper")

@@ -85,8 +85,10 @@ def test_what_may_be_reused_is_asked_of_an_agent_or_of_a_request(
     off = client.chat("reuse-ada", "And then?", max_tokens=2, reuse="off")
     assert (off.cached_tokens, off.composed_tokens) == (0, 0)
     assert client.explain("reuse-ada")["reason"] == "off"
-    body = {"messages": [{"role": "user", "content": "x"}], "agentmem": {"agent": "x", "reuse": "some"}}
-    assert daemon.http.post("/v1/chat/completions", json=body).status_code == 400
+    for wrong in ({"reuse": "some"}, {"planner": "blend"}):
+        body = {"messages": [{"role": "user", "content": "x"}], "agentmem": {"agent": "x", **wrong}}
+        assert daemon.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert client.chat("reuse-ada", "And so?", max_tokens=2, reuse="composed", planner="lego").text
 
 
 def test_an_ephemeral_agent_says_that_it_is_not_committed(client: AgentMemClient) -> None:
