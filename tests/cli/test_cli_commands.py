@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import click
 import pytest
 
+from agentmem.cli.bench import BENCHMARKS
 from agentmem.cli.exits import Exit, exit_code
 from agentmem.cli.main import cli
 from agentmem.daemon import DaemonNotRunning
@@ -16,9 +17,7 @@ from agentmem.errors import AlreadyRunning, BadRequest, Forbidden, ModelUnavaila
 from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 
-PASSES_ARGUMENTS_ON = {
-    f"bench {name}" for name in ("restore", "store", "formats", "batch", "attention", "compose")
-}
+PASSES_ARGUMENTS_ON = {f"bench {name}" for name in BENCHMARKS}
 
 
 def walk(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
