@@ -78,6 +78,7 @@ def test_a_file_that_is_none_says_so(tmp_path: Path, content: str | None) -> Non
         locomo.read(path)
 
 
+@pytest.mark.slow
 def test_words_route_questions_about_planted_facts() -> None:
     dialogues = [generated(seed) for seed in range(4)]
     rates = hit_rates(encoder_of("hash512"), dialogues, 4)

@@ -104,6 +104,7 @@ def test_an_anchor_moves_to_another_pool_and_leaves_it() -> None:
     assert len(small) == 0
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.integers(0, 30), st.integers(1, 40), st.booleans()), max_size=40

@@ -113,6 +113,7 @@ def test_a_text_that_is_its_own_anchor_needs_no_other(world: Stage, asked: list[
     assert divergence(logits, world.follow(plan)[1]) < 0.1 * moved, "its own offset, but for the packing"
 
 
+@pytest.mark.slow
 def test_what_was_prepared_is_what_the_next_plan_asks_for(
     world: Stage, asked: list[Piece], monkeypatch: pytest.MonkeyPatch
 ) -> None:
