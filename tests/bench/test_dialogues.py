@@ -87,6 +87,7 @@ def test_words_route_questions_about_planted_facts() -> None:
     assert rates["each"].keys() == {d.name for d in dialogues}
 
 
+@pytest.mark.slow
 def test_the_bench_has_a_row_for_each_and_checks_what_was_promised() -> None:
     result = run([encoder_of("hash512")], {"planted": [generated(0)]}, counts=(2, 4))
     assert [(r["set"], r["episodes"]) for r in result["rows"]] == [("planted", 2), ("planted", 4)]
