@@ -2,13 +2,8 @@
 
 #define LOG2_E 1.44269504f
 
-// Words that other groups may have written while this kernel runs: read from where all of them write
-FN void far_two(PRIVATE float* to, const GLOBAL float* from) {
-  to[0] = FAR(from);
-  to[1] = FAR(from + 1);
-}
-
-// order [count]: the entries. sinks [heads], where there are any. out [DV].
+// order [count]: the entries, which other groups may have written while this kernel runs: FAR reads where all of them write.
+// sinks [heads], where there are any. out [DV].
 template <int DV, class T, class Sinks>
 FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GLOBAL unsigned* order, unsigned count,
                 Sinks sinks, bool sunk, unsigned heads, unsigned head, GLOBAL T* out, unsigned lane) {
@@ -23,10 +18,8 @@ FN void combine(const GLOBAL float* partial, const GLOBAL float* stats, const GL
     // Lanes that have no entry take the first once more, and nothing of it
     const bool real = first + lane < count;
     const unsigned at = order[real ? first + lane : 0] * heads + head;
-    float stat[2];
-    far_two(stat, stats + 2 * at);
-    const float weight = real ? EXP2(stat[0] - top) : 0.0f;
-    sum += weight * stat[1];
+    const float weight = real ? EXP2(FAR(stats + 2 * at) - top) : 0.0f;
+    sum += weight * FAR(stats + 2 * at + 1);
     const unsigned here = min(count - first, 32u);
     ONE_BY_ONE for (unsigned eight = 0; eight < here; eight += 8) {
       UNROLL for (unsigned i = 0; i < 8; i++) {

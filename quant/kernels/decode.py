@@ -41,7 +41,7 @@ FILES = ("plan.h", "shape.h", "query.h", "tile.h", "combine.h", "decode.h")
 COMBINE = ("combine.h", "plan.h")
 _BODY = """
   using S = DecodeShape<H, R, DK, DV, KB, KG, VB, VG, PACKS, BF, WIDE, MAPS>;
-  SHARED alignas(16) unsigned held[GROUP * S::LAID_WORDS > S::QUERY_WORDS ? GROUP * S::LAID_WORDS : S::QUERY_WORDS];
+  alignas(16) SHARED unsigned held[GROUP * S::LAID_WORDS > S::QUERY_WORDS ? GROUP * S::LAID_WORDS : S::QUERY_WORDS];
   flash_decode<S, GROUP, T>(
       queries, keys, values, map, arena, tails, plan, state, settings, sinks, SUNK, (GLOBAL unsigned*)arrivals, partial, rows,
       out, held, group, tid, lane, row, col);
