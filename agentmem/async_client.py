@@ -24,6 +24,7 @@ from agentmem.wire import (
     chat_call,
     create_call,
     decode,
+    episodes_call,
     explain_call,
     fork_call,
     http_options,
@@ -129,12 +130,12 @@ class AsyncAgentMemClient:
         """See `AgentMemClient.evict`."""
         return await self._ask(agent_call("POST", name, self.namespace, "evict"))
 
-    async def create(self, name: str, **policy: Any) -> dict[str, Any]:
-        """A new agent without turns; `policy`: pinned, persist, quota_bytes, encrypt, reuse. Raises AlreadyExists."""
-        return await self._ask(create_call(name, self.namespace, policy))
+    async def create(self, name: str, **asked: Any) -> dict[str, Any]:
+        """A new agent without turns; `asked`: pinned, persist, quota_bytes, encrypt, reuse, policy. Raises AlreadyExists."""
+        return await self._ask(create_call(name, self.namespace, asked))
 
     async def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change `pinned`, `quota_bytes` or `reuse` of an agent. Raises NotFound."""
+        """See `AgentMemClient.set_policy`."""
         return await self._ask(policy_call(name, self.namespace, changes))
 
     async def fork(
@@ -162,6 +163,10 @@ class AsyncAgentMemClient:
     async def explain(self, name: str, session: str | None = None) -> dict[str, Any]:
         """See `AgentMemClient.explain`."""
         return await self._ask(explain_call(name, self.namespace, session))
+
+    async def episodes(self, name: str, session: str | None = None) -> dict[str, Any]:
+        """See `AgentMemClient.episodes`."""
+        return await self._ask(episodes_call(name, self.namespace, session))
 
     async def export(
         self, name: str, path: str | Path, *, force: bool = False, progress: Progress | None = None

@@ -26,6 +26,7 @@ from agentmem.wire import (
     chat_call,
     create_call,
     decode,
+    episodes_call,
     explain_call,
     fork_call,
     http_options,
@@ -151,12 +152,16 @@ class AgentMemClient:
         """Take an agent's state out of RAM; it stays on disk. Raises NotFound."""
         return self._ask(agent_call("POST", name, self.namespace, "evict"))
 
-    def create(self, name: str, **policy: Any) -> dict[str, Any]:
-        """A new agent without turns; `policy`: pinned, persist, quota_bytes, encrypt, reuse. Raises AlreadyExists."""
-        return self._ask(create_call(name, self.namespace, policy))
+    def create(self, name: str, **asked: Any) -> dict[str, Any]:
+        """A new agent without turns; `asked`: pinned, persist, quota_bytes, encrypt, reuse, policy. Raises AlreadyExists."""
+        return self._ask(create_call(name, self.namespace, asked))
 
     def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change `pinned`, `quota_bytes` or `reuse` of an agent. Raises NotFound."""
+        """Change `pinned`, `quota_bytes`, `reuse` or `policy` of an agent. Raises NotFound.
+
+        `policy` is how much of its past it keeps at hand: {"kind": "episodic", "budget_tokens": 8192},
+        {"kind": "window", "recent": 4096}, or None for all of it.
+        """
         return self._ask(policy_call(name, self.namespace, changes))
 
     def fork(
@@ -182,6 +187,10 @@ class AgentMemClient:
     def explain(self, name: str, session: str | None = None) -> dict[str, Any]:
         """Why the last turn was reused as far as it was. Raises NotFound."""
         return self._ask(explain_call(name, self.namespace, session))
+
+    def episodes(self, name: str, session: str | None = None) -> dict[str, Any]:
+        """What a session's conversation is about, and what of it is at hand. Raises NotFound."""
+        return self._ask(episodes_call(name, self.namespace, session))
 
     def export(
         self, name: str, path: str | Path, *, force: bool = False, progress: Progress | None = None

@@ -150,8 +150,8 @@ def append_call(
     return agent_call("POST", agent, namespace, "append")._replace(body=body)
 
 
-def create_call(agent: str, namespace: str, policy: dict[str, Any]) -> Call:
-    return Call("POST", "/v1/agents", {"agent": agent, **policy}, {"namespace": namespace})
+def create_call(agent: str, namespace: str, asked: dict[str, Any]) -> Call:
+    return Call("POST", "/v1/agents", {"agent": agent, **asked}, {"namespace": namespace})
 
 
 def policy_call(agent: str, namespace: str, changes: dict[str, Any]) -> Call:
@@ -177,9 +177,16 @@ def text_call(kind: str, name: str, namespace: str, text: str) -> Call:
 
 
 def explain_call(agent: str, namespace: str, session: str | None) -> Call:
-    return agent_call(
-        "GET", agent, namespace, "explain", **({"session": session} if session is not None else {})
-    )
+    return _session_call(agent, namespace, "explain", session)
+
+
+def episodes_call(agent: str, namespace: str, session: str | None) -> Call:
+    return _session_call(agent, namespace, "episodes", session)
+
+
+def _session_call(agent: str, namespace: str, verb: str, session: str | None) -> Call:
+    named = {"session": session} if session is not None else {}
+    return agent_call("GET", agent, namespace, verb, **named)
 
 
 _KINDS: tuple[type[AgentMemError], ...] = (

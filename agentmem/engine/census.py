@@ -11,6 +11,7 @@ from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine.memory import Agent, Memory
 from agentmem.engine.request import AgentInfo, State
+from agentmem.episode.policy import memory_policy
 
 
 class Census:
@@ -55,6 +56,7 @@ class Census:
     def _info(self, agent: Agent, pages: list[Page], users: Counter[Page], used: dict[int, int]) -> AgentInfo:
         g, totals, rate = self._pool.geometry, agent.row.totals, self._rate()
         slots = {s for p in pages for s in p.slots or ()}
+        spoken = {name: s for name, s in agent.sessions.items() if "#" not in name}
         cached = int(totals.get("cached_tokens", 0))
         unique = self._rows(p for p in pages if users[p] == 1)
         return AgentInfo(
@@ -62,8 +64,8 @@ class Census:
             namespace=agent.row.namespace,
             model=self._model,
             state=state_of(pages),
-            sessions=sorted(agent.sessions),
-            tokens=sum(s.conversation.length for s in agent.sessions.values()),
+            sessions=sorted(spoken),
+            tokens=sum(s.conversation.length for s in spoken.values()),
             turns=int(totals.get("turns", 0)),
             ram_bytes=len(slots) * g.slot_bytes,
             disk_bytes=self._disk_bytes(agent, pages, used),
@@ -78,6 +80,7 @@ class Census:
             pinned=agent.pinned,
             persist=agent.persist,
             reuse=agent.reuse,
+            policy=memory_policy(agent.row.policy).model_dump(),
             quota_bytes=agent.row.policy.get("quota_bytes"),
             encrypted=agent.encrypted,
             locked=agent.locked,

@@ -18,6 +18,7 @@ from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.index import TurnRow
 from agentmem.compose.reuse import Reuse
 from agentmem.engine.request import check_name
+from agentmem.episode.policy import MemoryPolicy, memory_policy
 from agentmem.errors import BadRequest
 
 MAX_SESSIONS = 10_000
@@ -74,6 +75,7 @@ class PolicyRecord(Part):
     pinned: bool = False
     quota_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     reuse: Reuse | None = None
+    memory: MemoryPolicy | None = None
 
 
 class Manifest(Part):
@@ -103,6 +105,7 @@ def policy_record(policy: dict[str, Any]) -> PolicyRecord:
         pinned=policy.get("pinned", False),
         quota_bytes=policy.get("quota_bytes"),
         reuse=policy.get("reuse"),
+        memory=memory_policy(policy) if policy.get("memory") is not None else None,
     )
 
 
@@ -116,7 +119,8 @@ def policy_of(manifest: Manifest, *, trust: bool) -> dict[str, Any]:
     quota = {"quota_bytes": record.quota_bytes} if record.quota_bytes is not None else {}
     may = record.reuse is not None and (trust or record.reuse in ("exact", "off"))
     reuse = {"reuse": record.reuse} if may else {}
-    return pinned | quota | reuse
+    memory = {"memory": record.memory.model_dump()} if record.memory is not None else {}
+    return pinned | quota | reuse | memory
 
 
 def read_manifest(archive: Archive) -> Manifest:

@@ -203,8 +203,9 @@ class AgentInfo(TypedDict):
     """One agent as `agents` and `show` report it. Times are epoch seconds.
 
     `disk_bytes` is its share of everything on disk; `unique_bytes` and `shared_bytes` are rows that only it, and that other
-    agents too, use. `reuse` is what its prompts may use of remembered state. `encrypted` says where the key is (off, file,
-    keyring), `locked` that it is not there. `lineage` says what the agent was forked from: parent, session, turn.
+    agents too, use. `reuse` is what its prompts may use of remembered state, `policy` how much of its past it keeps at hand.
+    `encrypted` says where the key is (off, file, keyring), `locked` that it is not there. `lineage` says what the agent was
+    forked from: parent, session, turn.
     """
 
     agent: str
@@ -227,6 +228,7 @@ class AgentInfo(TypedDict):
     pinned: bool
     persist: bool
     reuse: Reuse
+    policy: dict[str, Any]
     quota_bytes: int | None
     encrypted: str
     locked: bool

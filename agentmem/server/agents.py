@@ -1,4 +1,4 @@
-"""`/v1/agents`: list, create, show, change, fork, warm, evict, pin, append, explain, forget. All need the token."""
+"""`/v1/agents`: list, create, show, change, fork, warm, evict, pin, append, explain, episodes, forget. All need the token."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def agents_router(service: Service) -> APIRouter:
     @router.post("")
     def create_agent(namespace: Namespace, body: CreateBody) -> dict[str, Any]:
         """A new agent without turns."""
-        return dict(runtime.create(check_name(body.agent), body.policy(), namespace))
+        return dict(runtime.create(check_name(body.agent), body.asked(), namespace))
 
     @router.get("/{agent}")
     def show_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def agents_router(service: Service) -> APIRouter:
 
     @router.patch("/{agent}")
     def change_agent(agent: Agent, namespace: Namespace, body: PolicyBody) -> dict[str, Any]:
-        """Change what is asked of an agent: pinned, quota_bytes, reuse."""
+        """Change what is asked of an agent: pinned, quota_bytes, reuse, policy."""
         return dict(runtime.set_policy(agent, body.changes(), namespace))
 
     @router.post("/{agent}/pin")
@@ -105,5 +105,10 @@ def agents_router(service: Service) -> APIRouter:
     def explain_agent(agent: Agent, namespace: Namespace, session: Session) -> dict[str, Any]:
         """Why the last turn was reused as far as it was."""
         return runtime.explain(agent, session, namespace)
+
+    @router.get("/{agent}/episodes")
+    def agent_episodes(agent: Agent, namespace: Namespace, session: Session) -> dict[str, Any]:
+        """What a session's conversation is about, and what of it is at hand."""
+        return runtime.episodes(agent, session, namespace)
 
     return router

@@ -19,6 +19,7 @@ from pydantic import (
 
 from agentmem.compose.reuse import Planner, Reuse
 from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
+from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
 from agentmem.server.errors import invalid, unsupported
 from agentmem.server.messages import Message, Text
 
@@ -37,6 +38,14 @@ StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _by_kind(value: Any) -> Any:
+    """A policy as the model of its kind, so that errors name its fields and not the kinds that it could have been."""
+    for kind in (Full, Episodic, Window):
+        if isinstance(value, dict) and value.get("kind") == kind.model_fields["kind"].default:
+            return kind.model_validate(value)
+    return value
 
 
 class Body(BaseModel):
@@ -168,19 +177,24 @@ class ChatBody(Body):
 
 
 class PolicyBody(Body):
-    """`PATCH /v1/agents/{agent}`: what is named changes; a quota of null takes it away."""
+    """`PATCH /v1/agents/{agent}`: what is named changes; a quota of null takes it away.
+
+    `policy` says how much of its past the agent keeps at hand; null is all of it. Its unknown fields are refused.
+    """
 
     pinned: StrictBool | None = None
     quota_bytes: Annotated[StrictInt, Field(ge=1, lt=INT64)] | None = None
     reuse: Reuse | None = None
+    policy: Annotated[MemoryPolicy | None, BeforeValidator(_by_kind)] = None
 
     def changes(self) -> dict[str, Any]:
         """The policies that the request names."""
-        return {
-            k: v
-            for k, v in self.model_dump(include=set(PolicyBody.model_fields)).items()
-            if k in self.model_fields_set and (v is not None or k == "quota_bytes")
-        }
+        plain = self.model_dump(include={"pinned", "quota_bytes", "reuse"} & self.model_fields_set)
+        changes = {k: v for k, v in plain.items() if v is not None or k == "quota_bytes"}
+        if "policy" in self.model_fields_set:
+            kept = self.policy
+            changes["memory"] = None if kept is None or isinstance(kept, Full) else kept.model_dump()
+        return changes
 
 
 class CreateBody(PolicyBody):
@@ -193,7 +207,8 @@ class CreateBody(PolicyBody):
     persist: StrictBool = True
     encrypt: Literal["off", "file", "keyring"] | None = None
 
-    def policy(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
+        """All that is asked of the new agent."""
         persist = {} if self.persist else {"persist": False}
         encrypt = {} if self.encrypt is None else {"encrypt": self.encrypt}
         return self.changes() | persist | encrypt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,13 @@ def test_a_fork_over_http(daemon: Daemon, client: AgentMemClient) -> None:
         ("/v1/agents", {"agent": "p-x", "quota_bytes": 0}, "quota_bytes"),
         ("/v1/agents", {"agent": "p-x", "pinned": "yes"}, "pinned"),
         ("/v1/agents", {"agent": "p-x", "reuse": "always"}, "reuse"),
+        ("/v1/agents", {"agent": "p-x", "policy": "episodic"}, "policy"),
+        ("/v1/agents", {"agent": "p-x", "policy": {}}, "policy"),
+        ("/v1/agents", {"agent": "p-x", "policy": {"kind": "small"}}, "policy"),
+        ("/v1/agents", {"agent": "p-x", "policy": {"kind": ["full"]}}, "policy"),
+        ("/v1/agents", {"agent": "p-x", "policy": {"kind": "episodic"}}, "policy.budget_tokens"),
+        ("/v1/agents", {"agent": "p-x", "policy": {"kind": "window", "recent": 255}}, "policy.recent"),
+        ("/v1/agents", {"agent": "p-x", "policy": {"kind": "full", "recent": 512}}, "policy.recent"),
         ("/v1/store/prune", {}, "older_s"),
         ("/v1/store/prune", {"older_s": -1}, "older_s"),
         ("/v1/store/prune", {"older_s": 1, "namespace": "a/b"}, "namespace"),
@@ -91,6 +99,42 @@ def test_what_may_be_reused_is_asked_of_an_agent_or_of_a_request(
     assert client.chat("reuse-ada", "And so?", max_tokens=2, reuse="composed", planner="lego").text
 
 
+EPISODIC = {"kind": "episodic", "budget_tokens": 8192}
+WINDOW = {"kind": "window", "recent": 4096, "sinks": 8}
+
+
+def test_how_much_of_its_past_an_agent_keeps(daemon: Daemon, client: AgentMemClient) -> None:
+    """Defaults are filled in; what is not named stays; `full` and null are the way back."""
+    filled = {**EPISODIC, "episodes": None, "block_tokens": 1024}
+    assert client.create("m-ada", policy=EPISODIC, pinned=True)["policy"] == filled
+    assert client.set_policy("m-ada", pinned=False)["policy"] == filled
+    assert client.set_policy("m-ada", policy=WINDOW)["policy"] == WINDOW
+    listed = {agent["agent"]: agent["policy"] for agent in client.agents()}
+    assert listed["m-ada"] == client.agent("m-ada")["policy"] == WINDOW
+    assert client.set_policy("m-ada", policy={"kind": "full"})["policy"] == {"kind": "full"}
+    client.set_policy("m-ada", policy=EPISODIC)
+    assert client.set_policy("m-ada", policy=None)["policy"] == {"kind": "full"}
+    assert client.create("m-bob")["policy"] == {"kind": "full"}
+    refused: tuple[object, ...] = ({"kind": "window"}, {"kind": "episodic", "budget_tokens": "8192"}, [])
+    for wrong in refused:
+        assert daemon.http.patch("/v1/agents/m-ada", json={"policy": wrong}).status_code == 400
+    assert client.agent("m-ada")["policy"] == {"kind": "full"}
+    with pytest.raises(NotFound):
+        client.set_policy("m-nobody", policy=WINDOW)
+
+
+def test_a_fork_and_an_import_keep_what_was_asked(client: AgentMemClient, tmp_path: Path) -> None:
+    """An import need not be trusted: how much it keeps is of no weight to other agents."""
+    client.create("t-ada", policy=WINDOW)
+    client.chat("t-ada", "hello", max_tokens=2)
+    assert client.fork("t-ada", "t-fork")["policy"] == WINDOW
+    client.export("t-ada", tmp_path / "ada")
+    assert client.import_agent(tmp_path / "ada", "t-eve")["agent"]["policy"] == WINDOW
+    client.chat("t-bob", "hello", max_tokens=2)
+    client.export("t-bob", tmp_path / "plain")
+    assert client.import_agent(tmp_path / "plain", "t-plain")["agent"]["policy"] == {"kind": "full"}
+
+
 def test_an_ephemeral_agent_says_that_it_is_not_committed(client: AgentMemClient) -> None:
     reply = client.chat("e-ghost", "hello there", max_tokens=2, persist=False)
     assert reply.memory["committed"] is False
@@ -115,6 +159,7 @@ def test_prune_and_store_by_both_clients(daemon: Daemon, client: AgentMemClient)
             assert (await other.fork("r-ada", "r-bob"))["agent"] == "r-bob"
             assert (await other.create("r-eve"))["turns"] == 0
             assert (await other.set_policy("r-eve", pinned=True))["pinned"] is True
+            assert (await other.set_policy("r-eve", policy=WINDOW))["policy"] == WINDOW
             await other.forget("r-eve")
 
     asyncio.run(same())
