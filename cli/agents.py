@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import click
 
+from agentmem.cli.memory import in_words
 from agentmem.cli.output import (
     console,
     format_ago,
@@ -99,6 +100,7 @@ def show(agent: str, as_json: bool) -> None:
             ("in RAM", format_bytes(info["ram_bytes"])),
             ("pinned", "yes" if info["pinned"] else "no"),
             ("reuse", info["reuse"]),
+            ("memory", in_words(info["policy"])),
             ("quota", format_bytes(info["quota_bytes"]) if info["quota_bytes"] else "the daemon's"),
             ("encrypted", _encryption(info)),
             ("lineage", _lineage(info)),

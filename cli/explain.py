@@ -16,6 +16,7 @@ REASONS = {
     "quarantined": "its state was damaged and is put aside; its tokens were read again",
     "evicted": "its state had left the disk, to make room or by prune; its tokens were read again",
     "composed": "an earlier turn was composed; such state is not kept, so its tokens were read or composed again",
+    "compressed": "an earlier turn saw a shortened past; such state is not exact, so its tokens were read again",
     "off": "nothing that is remembered was to be used",
     "fingerprint_changed": "its state is that of another model, tokenizer, template, KV format or page size",
 }
@@ -41,12 +42,14 @@ def explain(agent: str, session: str | None, as_json: bool) -> None:
                                f"{format_count(told['kept_tokens'])} of them kept"),
             ("state before", told["state_before"]),
             ("prompt", f"{format_count(told['prompt_tokens'])} tokens: {format_count(told['exact_tokens'])} remembered, "
-                       f"{_composed(told)}{format_count(told['prefilled_tokens'])} read"),
+                       f"{_some(told, 'composed')}{_some(told, 'compressed')}{format_count(told['prefilled_tokens'])} read"),
             *(("composed" if told.get("composed_tokens") else "reuse", line) for line in told.get("composition", ())),
+            *(("memory", line) for line in told.get("memory", ())),
             ("cost", f"{format_ms(told['restore_ms'])} restored, {format_ms(told['prefill_ms'])} read"),
         ]
     )  # fmt: skip
 
 
-def _composed(told: dict[str, Any]) -> str:
-    return f"{format_count(told['composed_tokens'])} composed, " if told.get("composed_tokens") else ""
+def _some(told: dict[str, Any], kind: str) -> str:
+    count = told.get(f"{kind}_tokens")
+    return f"{format_count(count)} {kind}, " if count else ""

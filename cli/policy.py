@@ -8,6 +8,7 @@ import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from agentmem.cli.agents import tell_where
+from agentmem.cli.memory import KINDS, in_words, policy_from, size_options
 from agentmem.cli.output import format_bytes, json_option, print_json
 from agentmem.client import AgentMemClient
 
@@ -45,6 +46,8 @@ reuse_option = click.option(
     help="Where the key of what it leaves on disk is kept. Default: as the daemon is set.",
 )
 @reuse_option
+@click.option("--memory", "kind", type=KINDS, help="How much of its past it keeps at hand. Default: full.")
+@size_options
 @json_option
 def create(
     agent: str,
@@ -53,27 +56,32 @@ def create(
     ephemeral: bool,
     encrypt: str | None,
     reuse: str | None,
+    kind: str | None,
     as_json: bool,
+    **sizes: int | None,
 ) -> None:
     """Make an agent before its first turn, with a policy. Agents without one are made by their first turn."""
-    policy: dict[str, Any] = {"pinned": True} if pinned else {}
-    policy |= {"quota_bytes": quota} if quota is not None else {}
-    policy |= {"persist": False} if ephemeral else {}
-    policy |= {"encrypt": encrypt} if encrypt is not None else {}
-    policy |= {"reuse": reuse} if reuse is not None else {}
+    memory = policy_from(kind, **sizes)
+    asked: dict[str, Any] = {"pinned": True} if pinned else {}
+    asked |= {"quota_bytes": quota} if quota is not None else {}
+    asked |= {"persist": False} if ephemeral else {}
+    asked |= {"encrypt": encrypt} if encrypt is not None else {}
+    asked |= {"reuse": reuse} if reuse is not None else {}
+    asked |= {"policy": memory} if memory is not None else {}
     with AgentMemClient() as client:
-        info = client.create(agent, **policy)
+        info = client.create(agent, **asked)
     if as_json:
         print_json({"agent": info})
         return
-    asked = [
+    words = [
         *(["pinned"] if info["pinned"] else []),
         *([f"at most {format_bytes(info['quota_bytes'])} on disk"] if info["quota_bytes"] else []),
         *([] if info["persist"] else ["in RAM only"]),
         *([f"reuse {info['reuse']}"] if info["reuse"] != "exact" else []),
+        *([f"memory {in_words(info['policy'])}"] if info["policy"]["kind"] != "full" else []),
         *([f"encrypted ({info['encrypted']})"] if info["encrypted"] != "off" else []),
     ]
-    click.echo(f"{info['agent']} is made: {', '.join(asked) or 'nothing asked of it'}")
+    click.echo(f"{info['agent']} is made: {', '.join(words) or 'nothing asked of it'}")
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""`create`, `quota`, `explain`."""
+"""`create`, `quota`, `memory`, `explain`."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def test_what_may_be_reused(daemon: Home) -> None:
         == 0
     )
     assert invoke("run", "mixed", "And now?", "--reuse", "much").exit_code == 2
+
+
+def test_how_much_of_its_past_an_agent_keeps(daemon: Home) -> None:
+    line = ("create", "old", "--memory", "episodic", "--budget-tokens", "8192", "--episodes", "4")
+    assert invoke(*line).stdout == "old is made: memory episodic, 8 192 tokens of an episode, 4 episodes\n"
+    told = parse(invoke("memory", "old", "window", "--recent", "4096", "--sinks", "8", "--json"))["agent"]
+    assert told["policy"] == {"kind": "window", "recent": 4096, "sinks": 8}
+    row = next(r for r in invoke("show", "old").stdout.splitlines() if r.startswith("memory"))
+    assert row.endswith("window, the first 8 and the newest 4 096 tokens")
+    assert invoke("memory", "old", "full").stdout == "old: memory full\n"
+    assert parse(invoke("show", "old", "--json"))["agent"]["policy"] == {"kind": "full"}
+    assert invoke("memory", "old", "window", "--recent", "1").exit_code == 2
+    assert invoke("memory", "nobody", "full").exit_code == 4
 
 
 def test_an_agent_is_made_encrypted(daemon: Home) -> None:
