@@ -28,12 +28,16 @@ from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
 from agentmem.engine.composing import Composing
 from agentmem.engine.compositions import Compositions
+from agentmem.engine.encoders import Encoders
 from agentmem.engine.engine import Engine
+from agentmem.engine.episodes import Episodes
+from agentmem.engine.folds import Folds
 from agentmem.engine.layout import layout
 from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
 from agentmem.engine.pace import Pace
 from agentmem.engine.planner import Planner
+from agentmem.engine.recall import Recall
 from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
 from agentmem.engine.roster import Roster
 from agentmem.engine.runner import Runner
@@ -188,11 +192,16 @@ class Runtime(Roster):
         )
         self._memory = Memory(self._store, self._pool, model.tokenizer, settings.encrypt)
         self._memory.load()
+        recall = Recall(self._pool, self._store)
+        encoders = Encoders(settings.episode_encoder, settings.paths.models, lambda: self._engine.wake())
+        folds = Folds(self._memory, self._pool, recall, runner.network, model.tokenizer, encoders)
+        episodes = Episodes(self._pool, folds, encoders)
         planner = Planner(
             self._memory,
             self._pool,
             model.tokenizer,
             self._admission,
+            episodes,
             max_context=self.max_context,
             max_reply=settings.max_reply,
         )
@@ -204,8 +213,8 @@ class Runtime(Roster):
             max_batch=settings.max_batch,
         )  # fmt: skip
         self._engine = Engine(
-            runner, self._memory, self._pool, self._store, planner, chosen(self._self_test),
-            scheduler, lobby, self._composing(model, runner), max_batch=settings.max_batch,
+            runner, self._memory, self._pool, self._store, recall, planner, chosen(self._self_test),
+            scheduler, lobby, self._composing(model, runner), episodes, max_batch=settings.max_batch,
             wait_for_commit=settings.commit == "full",
         )  # fmt: skip
         self._census = Census(
@@ -214,7 +223,6 @@ class Runtime(Roster):
         self._budget = Budget(self._memory, self._pool, self._store, limits(settings))
         self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
         self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
-        recall = self._engine.recall
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
     def _composing(self, model: LoadedModel, runner: Runner) -> Composing:

@@ -43,6 +43,10 @@ class Settings(BaseSettings):
         ge=0,
         description="bytes of segments and anchors for composed reuse, in RAM and again on disk",
     )
+    episode_encoder: str = Field(
+        default="minilm",
+        description="what tells the episodes of a long life apart: minilm, hash512, a folder, or org/name",
+    )
     scrub_mb_s: float = Field(
         default=4.0, ge=0, description="megabytes per second that are read again in idle time; 0: none"
     )

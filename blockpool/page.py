@@ -60,6 +60,16 @@ class Page:
         return len(self.tokens)
 
     @property
+    def veiled(self) -> bool:
+        """Whether its rows are no prefix's: its ids are inverted."""
+        return int(self.tokens[0]) < 0
+
+    @property
+    def said(self) -> Tokens:
+        """Its token ids as they were fed."""
+        return veiled(self.tokens) if self.veiled else self.tokens
+
+    @property
     def stored(self) -> bool:
         """Whether its rows are anywhere."""
         return self.slots is not None or self.pieces is not None
@@ -95,6 +105,14 @@ def bytes_by_extent(pages: Iterable[Page], row_bytes: Callable[[bool], int]) -> 
     for piece in (x for p in pages for x in p.pieces or ()):
         sizes[piece.extent] = sizes.get(piece.extent, 0) + piece.rows * row_bytes(piece.raw)
     return sizes
+
+
+def veiled(ids: Sequence[int] | Tokens) -> Tokens:
+    """Token ids as pages have them whose rows are no prefix's, such as what was computed behind a shortened past: all inverted.
+
+    No vocabulary has a negative id, so no prompt finds such a page; only who knows of it does. Its own inverse.
+    """
+    return np.invert(np.asarray(ids, dtype=np.int32))
 
 
 def page_key(parent: bytes, tokens: Tokens) -> bytes:
@@ -192,17 +210,17 @@ def _continuations(page: Page, text: bytes) -> Iterator[tuple[int, Page]]:
     yield from ((rows, c) for rows, c in near[1:] if c.slots is not None and rows == near[0][0])
 
 
-def match_chain(head: Page, ids: Sequence[int] | Tokens) -> Match:
-    """How much of `ids` the chain that ends in `head` covers."""
+def match_chain(head: Page, ids: Sequence[int] | Tokens, *, veils: bool = False) -> Match:
+    """How much of `ids` the chain that ends in `head` covers; up to its first veiled page unless `veils` count too."""
     wanted = np.asarray(ids, dtype=np.int32)
     text = wanted.tobytes()
     pages: list[Page] = []
     at, rows = 0, 0
     for page in head.chain():
-        if not page.stored:
+        if not page.stored or (page.veiled and not veils):
             break
-        whole = text.startswith(page.tokens.tobytes(), 4 * at)
-        n = page.rows if whole else common_prefix(page.tokens, wanted[at:])
+        said = page.said
+        n = page.rows if text.startswith(said.tobytes(), 4 * at) else common_prefix(said, wanted[at:])
         if n == 0:
             break
         pages.append(page)

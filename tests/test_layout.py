@@ -36,7 +36,9 @@ ALLOWED = {
         "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.episode",
         "agentmem.errors",
     },
-    "agentmem.server": {*CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request", "agentmem.compose.reuse"},
+    "agentmem.server": {
+        *CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request", "agentmem.compose.reuse", "agentmem.episode.policy",
+    },
     "agentmem.bench": {
         *CLIENT_SIDE, "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
         "agentmem.compose", "agentmem.episode", "agentmem.runtime",

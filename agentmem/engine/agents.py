@@ -9,6 +9,10 @@ from agentmem.blockpool.page import Page
 from agentmem.blockpool.vault import vault_of
 from agentmem.compose.reuse import Reuse
 from agentmem.engine.conversation import Conversation
+from agentmem.episode.policy import Episodic, Full, Window, memory_policy
+
+HIDDEN = "#"
+"""In names of sessions that are parts of others; see `check_name`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +31,11 @@ class Session:
     busy: bool = False
     damaged: bool = False
     log_bytes: int = 0
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it holds something of another session, such as a view of an episode; no client can name one."""
+        return HIDDEN in self.row.name
 
     def replay(self) -> None:
         """Build the conversation from the log. Precondition: it is empty."""
@@ -76,6 +85,16 @@ class Agent:
     def reuse(self) -> Reuse:
         """What of remembered state its prompts may use, where a request does not say."""
         return self.row.policy.get("reuse", "exact")
+
+    @property
+    def memory(self) -> Full | Episodic | Window:
+        """How much of its past it keeps at hand."""
+        return memory_policy(self.row.policy)
+
+    @property
+    def spoken(self) -> dict[str, Session]:
+        """Its sessions without the hidden ones."""
+        return {name: s for name, s in self.sessions.items() if not s.hidden}
 
     @property
     def encrypted(self) -> str:

@@ -111,7 +111,7 @@ class Departure:
             raise locked(name)
         sessions = [
             (s.row.name, list(s.row.turns), _stored(s), s.row.text)
-            for s in agent.sessions.values()
+            for s in agent.spoken.values()
             if s.row.turns
         ]
         held = [head for _, _, head, _ in sessions if head is not None]
@@ -185,10 +185,10 @@ def _turn(turn: TurnRow, text: bool) -> TurnRecord:
 
 
 def _stored(session: Session) -> Page | None:
-    """The last page that the session can be continued from."""
+    """The last page that the session can be continued from. What is veiled stays: only this home's views know what it is of."""
     last = None
     for page in session.head.chain() if session.head is not None else []:
-        if page.slots is None and page.pieces is None:
+        if page.veiled or (page.slots is None and page.pieces is None):
             break
         last = page
     return last

@@ -12,6 +12,7 @@ from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine.composing import Composing
 from agentmem.engine.draw import Chosen
+from agentmem.engine.episodes import Episodes
 from agentmem.engine.followers import Followers
 from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
@@ -46,14 +47,16 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Runner, memory: Memory, pool: Pool, store: Store, planner: Planner, path: Path,
-        scheduler: Scheduler[Sequence], lobby: Lobby, composing: Composing, *, max_batch: int, wait_for_commit: bool,
+        self, runner: Runner, memory: Memory, pool: Pool, store: Store, recall: Recall, planner: Planner, path: Path,
+        scheduler: Scheduler[Sequence], lobby: Lobby, composing: Composing, episodes: Episodes, *,
+        max_batch: int, wait_for_commit: bool,
     ) -> None:  # fmt: skip
         self.runner, self.model = runner, runner.model
         self.memory, self.pool, self.store, self.planner = memory, pool, store, planner
-        self.recall = Recall(pool, store)
-        self.prefetch = Prefetch(pool, memory, self.recall)
+        self.recall = recall
+        self.prefetch = Prefetch(pool, memory, recall, episodes.foreseen)
         self.scheduler, self.pace, self.lobby, self.composing = scheduler, scheduler.pace, lobby, composing
+        self.episodes = episodes
         self.followers = Followers(pool.geometry.page_tokens)
         self.returns = Returns(self, planner, memory)
         self.passes = Passes(runner, scheduler.pace, self._fail, self.retry_or_fail)
@@ -142,6 +145,8 @@ class Engine:
         if work.decoding and outcomes:
             self.pace.stepped(1e3 * (time.perf_counter() - start))
         rested = not self.active and self.composing.rest(alone=not self.waiting)
+        if self.episodes.urgent or not (rested or self.active or self.waiting):
+            rested |= self.episodes.rest()
         return drained or rested or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
 
     def _drain(self) -> bool:
@@ -187,6 +192,7 @@ class Engine:
             sequence.finish, sequence.phase = "cancelled", "done"
             self.planner.drop(sequence)
             self._report(sequence, 0, False)
+        self.lobby.waiting = [s for s in self.waiting if s.phase != "done"]
         misfits = 0
         ordered = self.lobby.ordered()
         for sequence in ordered:
@@ -199,10 +205,12 @@ class Engine:
                 self._fail(sequence, reported(error))
                 continue
             if admitted:
-                self.lobby.admitted(sequence)
-                self.active.append(sequence)
+                part = self.planner.stretch(sequence)
+                if part is None:
+                    self.lobby.admitted(sequence)
+                self.active.append(part or sequence)
                 self.prefetch.release(sequence)
-                self.returns.restore(sequence)
+                self.returns.restore(part or sequence)
                 continue
             misfits += 1
             if misfits == LOOKAHEAD or self.lobby.must_be_next(sequence):
@@ -223,8 +231,10 @@ class Engine:
         assert sequence.match is not None
         if sequence.phase == "done":
             return
-        table = Table(self.pool, self.path)
-        table.load(sequence.match, sequence.reused)
+        table, past = Table(self.pool, self.path), sequence.past
+        if past.shown is not None:
+            table.show(past.shown)
+        table.load(past.newer, sequence.reused - (past.shown.tokens if past.shown is not None else 0))
         table.stream = stream
         sequence.table = table
         self.planner.unpin(sequence)
@@ -331,6 +341,7 @@ class Engine:
             self.active.remove(sequence)
 
         agent = sequence.agent
+        self.episodes.ended(agent, sequence.session)
 
         def committed(written: int, error: Exception | None) -> None:
             self._report(sequence, written, error is None and agent.persist)

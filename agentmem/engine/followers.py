@@ -47,6 +47,8 @@ class Followers:
         assert its is not None
         if its.row.space != agent.row.space or other.whole.course is not None:
             return 0
+        if other.table is not None and other.table.approximate:
+            return 0
         if (sequence, other) not in self._common:
             most = min(len(sequence.ids) - int(sequence.generate), len(other.ids))
             same = np.equal(sequence.ids[:most], other.ids[:most])
@@ -64,5 +66,6 @@ class Followers:
 
 
 def _follows(sequence: Sequence) -> bool:
-    """One that is composed goes its own way, and so does one that is to use nothing that is remembered."""
-    return sequence.course is None and sequence.reuse != "off"
+    """One that is composed, or whose past is shortened, goes its own way, and so does one that is to use nothing remembered."""
+    approximate = sequence.table is not None and sequence.table.approximate
+    return sequence.course is None and sequence.reuse != "off" and not approximate

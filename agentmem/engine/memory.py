@@ -197,6 +197,31 @@ class Memory:
             self.journal.keep_in_ram(head)
             done(0, None)
 
+    def hidden(self, agent: Agent, name: str) -> Session:
+        """A hidden session of the agent, made now where it does not exist; what is noted in it makes it last."""
+        if name not in agent.sessions:
+            row = SessionRow(self.next_id("sessions"), agent.row.id, name, None)
+            agent.sessions[name] = Session(row, Conversation(self._tokenizer))
+        return agent.sessions[name]
+
+    def note(
+        self, agent: Agent, session: Session, stats: dict[str, Any], head: Page | None, done: Done
+    ) -> None:
+        """Log something of a hidden session that is no turn of the agent's, with state up to `head`; `done` as in `finish`."""
+        assert session.hidden
+        turn = TurnRow(
+            session.conversation.turns + 1, 0, 0, np.zeros(0, np.int32), [], [], stats, time.time()
+        )
+        session.conversation.apply(turn)
+        session.row.turns.append(turn)
+        session.log_bytes += log_bytes(turn)
+        session.move_head(head)
+        if agent.persist:
+            self.journal.add(agent, session, turn, head, done)
+        else:
+            self.journal.keep_in_ram(head)
+            done(0, None)
+
     @property
     def unwritten(self) -> int:
         """Turns whose commit has not ended."""
@@ -220,9 +245,9 @@ class Memory:
 
     def session(self, agent: Agent, name: str | None) -> Session:
         """A session by name, or the one used last; raises NotFound."""
-        if name is None and agent.sessions:
-            return max(agent.sessions.values(), key=lambda s: s.row.turns[-1].created if s.row.turns else 0.0)
-        if name is None or name not in agent.sessions:
+        if name is None and agent.spoken:
+            return max(agent.spoken.values(), key=lambda s: s.row.turns[-1].created if s.row.turns else 0.0)
+        if name is None or name not in agent.spoken:
             raise NotFound(f"agent {agent.row.name!r} has no session {name!r}", param="session")
         return agent.sessions[name]
 

@@ -7,16 +7,18 @@ import time
 from typing import Any
 
 from agentmem.blockpool.index import TurnRow
-from agentmem.blockpool.page import Match
 from agentmem.blockpool.pool import Pool
 from agentmem.compose.reuse import Reuse
 from agentmem.engine.admission import Admission
 from agentmem.engine.conversation import Alignment
+from agentmem.engine.episodes import Episodes
 from agentmem.engine.memory import Memory
+from agentmem.engine.past import NOTHING, Past
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Started
 from agentmem.engine.sampler import Sampler
 from agentmem.engine.sequence import Sequence
+from agentmem.episode.policy import Full, most_rows, stretch
 from agentmem.errors import BadRequest, ContextOverflow
 from agentmem.model.chat import ChatTokenizer
 
@@ -25,8 +27,10 @@ class Planner:
     """Plans one request at a time. Engine thread only."""
 
     def __init__(
-        self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, admission: Admission, *, max_context: int, max_reply: int
+        self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, admission: Admission, episodes: Episodes, *,
+        max_context: int, max_reply: int,
     ) -> None:  # fmt: skip
+        self._episodes = episodes
         self._memory = memory
         self._pool = pool
         self._tokenizer = tokenizer
@@ -44,6 +48,8 @@ class Planner:
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
+        if not self._ready(sequence):
+            return False
         need = sequence.worst_slots(self._pool.geometry)
         taken = sum(s.worst_slots(self._pool.geometry) for s in active)
         if taken and need + taken > self._pool.slots.count:
@@ -56,6 +62,22 @@ class Planner:
         sequence.planned = time.perf_counter()
         self.replan(sequence)
         return True
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether what the turn starts from is small enough; else it is cut down, and asked for again."""
+        assert sequence.agent is not None
+        if isinstance(sequence.agent.memory, Full) or sequence.reuse == "off":
+            return True
+        return self._past(sequence).ready
+
+    def _past(self, sequence: Sequence) -> Past:
+        """The remembered prefix, or what stands for one."""
+        assert sequence.agent is not None
+        assert sequence.session is not None
+        if sequence.reuse == "off":
+            return NOTHING
+        exact = self._memory.match(sequence.agent, sequence.session, sequence.ids)
+        return self._episodes.past(sequence, exact)
 
     def _render(self, sequence: Sequence) -> None:
         """Messages -> canonical token ids of the prompt; checks that prompt and reply fit."""
@@ -70,6 +92,8 @@ class Planner:
         sequence.ids = session.conversation.ids[: alignment.keep] + alignment.ids
         if not sequence.ids:
             raise BadRequest("the messages hold no text", param="messages")
+        assert sequence.agent is not None
+        sequence.most = most_rows(sequence.agent.memory, self._pool.geometry.page_tokens)
         self._fit(sequence)
         if any(not 0 <= token < self._tokenizer.vocab_size for token in request.sampling.logit_bias):
             raise BadRequest(
@@ -85,8 +109,13 @@ class Planner:
         agent = sequence.agent
         assert agent is not None
         wanted = sequence.request.reuse or agent.reuse
-        if wanted in ("composed", "auto") and not (agent.persist and agent.encrypted == "off"):
+        if wanted not in ("composed", "auto"):
+            return wanted
+        if not (agent.persist and agent.encrypted == "off"):
             sequence.notes = ("not composed: the agent is encrypted, or kept off the disk",)
+            return "exact"
+        if not isinstance(agent.memory, Full):
+            sequence.notes = ("not composed: the agent's memory is not kept whole",)
             return "exact"
         return wanted
 
@@ -118,6 +147,14 @@ class Planner:
                 ("not composed: memory_limit has no room for its state",),
             )
 
+    def stretch(self, sequence: Sequence) -> Sequence | None:
+        """The beginning of an admitted prompt that is too long to be read before the past is cut down; None for most."""
+        assert sequence.agent is not None
+        end = stretch(sequence.agent.memory, sequence.reused, len(sequence.ids))
+        if end >= len(sequence.ids) or sequence.reuse == "off":
+            return None
+        return sequence.stretch(self._cut_short(sequence, end), end)
+
     def need(self, sequence: Sequence) -> int:
         """Slots that a request can take at most; of one that is not rendered yet, with a letter a token."""
         request = sequence.request
@@ -139,10 +176,13 @@ class Planner:
         session = sequence.session
         assert session is not None
         assert sequence.agent is not None
-        off = sequence.reuse == "off"
-        match = Match([], 0, 0) if off else self._memory.match(sequence.agent, session, sequence.ids)
+        past = self._past(sequence)
+        match = past.match
         reuse = min(match.tokens, len(sequence.ids) - int(sequence.generate))
-        sequence.match, sequence.reused = match, reuse
+        sequence.past, sequence.match, sequence.reused = past, match, reuse
+        own = 0 if past.shown is not None else sum(p.rows for p in match.pages if not p.veiled)
+        sequence.compressed = max(0, reuse - own)
+        self._episodes.began(sequence, past)
         in_ram = all(p.slots is not None for p in match.pages)
         sequence.state_before = (
             "cold" if not reuse else "hot" if in_ram and not sequence.prefetched else "warm"
@@ -170,7 +210,7 @@ class Planner:
             return
         sequence.announced = True
         r = sequence.request
-        prompt, reused, composed = len(sequence.ids), sequence.reused, sequence.composed
+        prompt, reused, composed = len(sequence.ids), sequence.exact, sequence.composed
         sequence.sink(Started(r.agent, r.session, prompt, reused, sequence.state_before, composed))
 
     def record(self, sequence: Sequence, fed: int) -> TurnRow:
@@ -189,7 +229,8 @@ class Planner:
             messages = [*messages, {"role": "assistant", "content": sequence.reply.text}]
         turn = session.conversation.record(alignment, spans, messages)
         turn.stats = self._stats(sequence, before)
-        self._count(sequence, sequence.agent.row.totals)
+        if not sequence.part:
+            self._count(sequence, sequence.agent.row.totals)
         return turn
 
     def _cut_short(self, sequence: Sequence, fed: int) -> Alignment:
@@ -204,8 +245,8 @@ class Planner:
 
         `new_session`: nothing was remembered. `extended`: all of it goes on. `input_changed`: the messages are not those of the
         session. The others say why there was no state of tokens that stayed the same: `quarantined` (damaged), `evicted` (it had
-        left the disk), `composed` (an earlier turn was, and such state is not kept), `off` (none was to be used),
-        `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
+        left the disk), `composed` or `compressed` (an earlier turn was, and such state counts for nothing else), `off` (none was
+        to be used), `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
         """
         session, alignment = sequence.session, sequence.alignment
         assert session is not None
@@ -220,7 +261,10 @@ class Planner:
                 return "fingerprint_changed"
             if sequence.reuse == "off":
                 return "off"
-            return "composed" if any(t.stats.get("composed_tokens") for t in session.row.turns) else "evicted"
+            for word in ("composed", "compressed"):
+                if any(t.stats.get(f"{word}_tokens") for t in session.row.turns):
+                    return word
+            return "evicted"
         return "extended" if alignment.keep >= before else "input_changed"
 
     def _stats(self, sequence: Sequence, before: int) -> dict[str, Any]:
@@ -238,6 +282,8 @@ class Planner:
             "finish": sequence.finish,
             "reuse": sequence.reuse,
             **({"composition": list(sequence.notes)} if sequence.notes else {}),
+            **({"memory": list(sequence.past.notes)} if sequence.past.notes else {}),
+            **({"part": True} if sequence.part else {}),
             "prompt_tokens": len(sequence.ids),
             "completion_tokens": usage["completion_tokens"],
             **{

@@ -7,9 +7,11 @@ from collections.abc import Sequence as Several
 
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
-from agentmem.engine.memory import Memory
+from agentmem.engine.memory import Agent, Memory, Session
 from agentmem.engine.recall import Recall
 from agentmem.engine.sequence import Sequence
+
+Foreseen = Callable[[Sequence, Agent, Session], list[Page]]
 
 PIECE_BYTES = 32 << 20
 """What is read at once: a restore that somebody waits for comes after no more than this."""
@@ -23,8 +25,9 @@ class Prefetch:
     request is admitted or gone; a read that has begun goes on to its end.
     """
 
-    def __init__(self, pool: Pool, memory: Memory, recall: Recall) -> None:
-        self._pool, self._memory, self._recall = pool, memory, recall
+    def __init__(self, pool: Pool, memory: Memory, recall: Recall, foreseen: Foreseen) -> None:
+        """`foreseen`: the pages that a request of a session is likely to start from."""
+        self._pool, self._memory, self._recall, self._foreseen = pool, memory, recall, foreseen
         self._pinned: dict[Sequence, list[Page]] = {}
         self._complete: set[Sequence] = set()
         self._reading: Sequence | None = None
@@ -87,11 +90,11 @@ class Prefetch:
         request, g = sequence.request, self._pool.geometry
         agent = self._memory.agent(request.namespace, request.agent)
         session = agent.sessions.get(request.session) if agent is not None else None
-        if session is None or session.head is None or session.busy:
+        if agent is None or session is None or session.head is None or session.busy:
             return []
         room = min(self._pool.slots.free, max(1, PIECE_BYTES // g.slot_bytes))
         pages: list[Page] = []
-        for page in session.head.chain():
+        for page in self._foreseen(sequence, agent, session):
             if page.slots is None and page.pieces is not None:
                 room -= g.slots_for(page.raw, page.rows)
                 if room < 0:

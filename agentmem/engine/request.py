@@ -95,13 +95,17 @@ class ChatRequest:
 
 
 class MemoryUsage(TypedDict):
-    """The `usage.agentmem` object. Times in milliseconds, everything else in tokens."""
+    """The `usage.agentmem` object. Times in milliseconds, everything else in tokens.
+
+    `compressed_tokens` of the prompt are remembered behind a shortened past; `evicted_tokens` of these have no state any more.
+    """
 
     agent: str
     session: str
     state_before: State
     exact_tokens: int
     composed_tokens: int
+    compressed_tokens: int
     evicted_tokens: int
     prefilled_tokens: int
     restored_tokens: int

@@ -93,6 +93,7 @@ class Roster:
 
             agent = self._memory.find(namespace, name)
             self._engine.composing.forget(namespace, name)
+            self._engine.episodes.forget(agent)
             self._memory.forget(agent, finish)
 
         self._when_idle(namespace, name, forget)
@@ -103,11 +104,14 @@ class Roster:
         return self._changed(lambda done: self._memory.create(namespace, name, policy, done))
 
     def set_policy(self, name: str, changes: dict[str, Any], namespace: str = "default") -> AgentInfo:
-        """Change `pinned`, `quota_bytes` or `reuse` of an agent. Raises NotFound."""
+        """Change `pinned`, `quota_bytes`, `reuse` or `memory` of an agent. Raises NotFound."""
 
         def change(done: Done) -> Agent:
             agent = self._memory.find(namespace, name)
+            before = agent.memory
             self._memory.set_policy(agent, changes, done)
+            if agent.memory != before:
+                self._engine.episodes.changed(agent)
             return agent
 
         return self._changed(change)
@@ -173,7 +177,7 @@ class Roster:
         """Why the last turn was or was not reused. Raises NotFound."""
 
         def explain() -> dict[str, Any]:
-            sessions = self._memory.find(namespace, name).sessions
+            sessions = self._memory.find(namespace, name).spoken
             wanted = (
                 [sessions[session]] if session in sessions else [] if session else list(sessions.values())
             )
@@ -183,6 +187,15 @@ class Roster:
             return {"agent": name, "turn": last.n, "created": last.created, **last.stats}
 
         return self._call(explain)
+
+    def episodes(self, name: str, session: str | None = None, namespace: str = "default") -> dict[str, Any]:
+        """What an agent's memory is made of: the episodes of a session, by default the one used last. Raises NotFound."""
+
+        def report() -> dict[str, Any]:
+            agent = self._memory.find(namespace, name)
+            return self._engine.episodes.report(agent, self._memory.session(agent, session))
+
+        return self._call(report)
 
     def _call(self, job: Callable[[], T]) -> T:
         """Run `job` on the engine thread and wait for its result."""

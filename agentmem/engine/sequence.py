@@ -14,12 +14,14 @@ from agentmem.compose.reuse import Reuse
 from agentmem.engine.conversation import Alignment, Span
 from agentmem.engine.course import Course
 from agentmem.engine.memory import Agent, Session
+from agentmem.engine.past import NOTHING, Past
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import (
     ChatRequest,
     Choice,
     Delta,
     Event,
+    Failed,
     Finished,
     FinishReason,
     MemoryUsage,
@@ -43,7 +45,9 @@ class Sequence:
     `others` are the further replies of a request that wants several: sequences of their own from the end of the prompt on,
     of which nothing is kept. The `first` one stays in phase `ended` until all of them are done.
     A composed prompt follows a `course` behind its exact `prefix`, which is all of it that becomes pages; `notes` say what of it
-    is composed, or why nothing is. `content` has the spans of its messages, where it may be composed.
+    is composed, or why nothing is. `content` has the spans of its messages, where it may be composed. What is remembered of its
+    `past` may be `compressed` for so many tokens of what is `reused`; `most` tokens of its prompt have rows then.
+    One that is read in stretches knew (tokens, compressed ones) `before` the first; each of these is a `part`.
     """
 
     request: ChatRequest
@@ -84,6 +88,11 @@ class Sequence:
     prefix: Table | None = None
     composed: int = 0
     notes: tuple[str, ...] = ()
+    past: Past = field(default_factory=lambda: NOTHING)
+    compressed: int = 0
+    most: int | None = None
+    before: tuple[int, int] | None = None
+    part: bool = False
     first: Sequence | None = None
     index: int = 0
     others: list[Sequence] = field(default_factory=list)
@@ -139,6 +148,28 @@ class Sequence:
         assert self.sampler is not None
         return [self.sampler, *(self.sampler.sibling(i) for i in range(1, n))]
 
+    def stretch(self, alignment: Alignment, end: int) -> Sequence:
+        """The first `end` tokens of its prompt as a turn of their own, from what is remembered now; it waits for that.
+
+        If that turn fails, so has this one.
+        """
+        assert self.session is not None
+
+        def failed(event: Event) -> None:
+            if isinstance(event, Failed):
+                self.phase = "done"
+                self.sink(event)
+
+        part = Sequence(
+            self.request, self.ticket, failed, generate=False, agent=self.agent, session=self.session,
+            messages=self.session.conversation.messages, alignment=alignment, ids=self.ids[:end], match=self.match,
+            past=self.past, reused=self.reused, compressed=self.compressed, most=self.most, pinned=self.pinned,
+            state_before=self.state_before, planned=self.planned, announced=True, prefetched=self.prefetched, part=True,
+        )  # fmt: skip
+        self.before = self.before or (self.reused, self.compressed)
+        self.session, self.match, self.pinned, self.prefetched = None, None, [], 0
+        return part
+
     def fork(self, reply: Reply) -> Sequence:
         """One more reply to the same prompt, which the table holds and the model has just run."""
         assert self.table is not None
@@ -177,6 +208,12 @@ class Sequence:
             self.sink(Delta(text, self.index, logprobs))
 
     @property
+    def exact(self) -> int:
+        """Tokens that are reused as if the conversation had never been interrupted."""
+        known, compressed = self.before or (self.reused, self.compressed)
+        return known - compressed
+
+    @property
     def width(self) -> int:
         """How many sequences the request makes of a batch."""
         return self.request.n if self.first is None else 0
@@ -184,7 +221,12 @@ class Sequence:
     @property
     def totals(self) -> list[int]:
         """Tokens of each sequence of the request at its end."""
-        return [len(self.ids) + self.max_tokens] * self.width
+        return [self._held + self.max_tokens] * self.width
+
+    @property
+    def _held(self) -> int:
+        """Tokens of the prompt that have rows, at most."""
+        return len(self.ids) if self.most is None else min(self.most, len(self.ids))
 
     @property
     def composing(self) -> int:
@@ -196,7 +238,7 @@ class Sequence:
         if self.first is not None:
             return 0
         others = (self.request.n - 1) * geometry.worst_slots(geometry.page_tokens + self.max_tokens + 1)
-        return geometry.worst_slots(len(self.ids) + self.max_tokens + 1) + others
+        return geometry.worst_slots(self._held + self.max_tokens + 1) + others
 
     @property
     def prompt_done(self) -> bool:
@@ -238,10 +280,11 @@ class Sequence:
             agent=self.request.agent,
             session=self.request.session,
             state_before=self.state_before,
-            exact_tokens=self.reused,
+            exact_tokens=self.exact,
             composed_tokens=self.composed,
-            evicted_tokens=0,
-            prefilled_tokens=len(self.ids) - self.reused - self.composed,
+            compressed_tokens=(self.before or (0, self.compressed))[1],
+            evicted_tokens=self.past.shown.gap if self.past.shown is not None else 0,
+            prefilled_tokens=len(self.ids) - (self.before or (self.reused, 0))[0] - self.composed,
             restored_tokens=self.restored,
             restore_ms=round(self.restore_ms, 3),
             prefill_ms=round(self.prefill_ms, 3),
@@ -253,6 +296,6 @@ class Sequence:
             "prompt_tokens": len(self.ids),
             "completion_tokens": completion,
             "total_tokens": len(self.ids) + completion,
-            "prompt_tokens_details": {"cached_tokens": self.reused},
+            "prompt_tokens_details": {"cached_tokens": self.exact},
             "agentmem": dict(memory),
         }

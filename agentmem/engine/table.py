@@ -2,6 +2,8 @@
 
 | page 0, raw | packed | packed | ... (a cut page keeps its first rows) | tail: raw rows, < page_tokens |
   blocks, in the arena                                                   a place among the pool's tails
+
+Where something is `shown` in place of the past, its blocks come first; then length and rows are two things.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from agentmem.blockpool.page import Match, Page, PageTree
+from agentmem.blockpool.page import Match, Page, PageTree, veiled
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.siblings import ordered
+from agentmem.engine.shown import Shown
 from agentmem.engine.stream import Stream
 from agentmem.engine.views import History, LayerView
 from agentmem.quant.attention import Path
@@ -51,7 +54,7 @@ class Block:
 
 
 class Table:
-    """State of a sequence's first `len(table)` tokens. Engine thread only.
+    """State of a sequence's first `len(table)` tokens, of which some may have no row. Engine thread only.
 
     Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it. With a `stream`, its pages
     are still on their way: only `views` know how to wait for them. While it `keeps`, pages that it packs have their raw rows too.
@@ -70,20 +73,41 @@ class Table:
         self._reach: Reach | None = None
         self.stream: Stream | None = None
         self.keeps = False
+        self.shown: Shown | None = None
+        self.approximate = False
 
     def __len__(self) -> int:
         if self._paged is None:
-            self._paged = sum(b.rows for b in self.blocks)
+            gap = self.shown.gap if self.shown is not None else 0
+            self._paged = gap + sum(b.rows for b in self.blocks)
         return self._paged + len(self.tail_tokens)
+
+    def show(self, shown: Shown) -> None:
+        """Stand at `shown.tokens` with its rows, all of whose pages are in RAM. Precondition: the table is empty."""
+        assert not len(self)
+        g = self.pool.geometry
+        self.pool.pin(shown.pages)
+        self._pinned = shown.pages
+        for page in shown.pages:
+            assert page.slots is not None
+            rows = shown.sinks if page is shown.first else page.rows
+            slots = page.slots[: g.slots_for(page.raw, rows)]
+            self.blocks.append(Block(slots, page.raw, page.said[:rows], page))
+        self.shown, self.approximate = shown, True
+        self._blocks_changed()
 
     def _blocks_changed(self) -> None:
         self._paged, self._reach = None, None
 
     def load(self, match: Match, tokens: int) -> None:
-        """Take over the first `tokens` tokens of a match, all of whose pages are in RAM."""
+        """Take over the first `tokens` tokens of a match, all of whose pages are in RAM; behind what is shown, if anything is.
+
+        What comes behind veiled pages is approximate as they are.
+        """
         self._blocks_changed()
         self.pool.pin(match.pages)
-        self._pinned = list(match.pages)
+        self._pinned = [*self._pinned, *match.pages]
+        self.approximate = self.approximate or any(page.veiled for page in match.pages)
         left = tokens
         for page in match.pages:
             rows = min(left, page.rows)
@@ -95,19 +119,20 @@ class Table:
         assert page.slots is not None
         g = self.pool.geometry
         if rows == page.rows and not (page.raw and rows < g.page_tokens):
-            self.blocks.append(Block(page.slots, page.raw, page.tokens, page))
+            self.blocks.append(Block(page.slots, page.raw, page.said, page))
         elif page.raw:
             self._refill(page.slots, rows)
-            self.tail_tokens = [int(t) for t in page.tokens[:rows]]
+            self.tail_tokens = [int(t) for t in page.said[:rows]]
             self.tail_origin = (page, rows)
         else:
             self.pool.slots.share(page.slots)
-            self.blocks.append(Block(page.slots, False, page.tokens[:rows], None, (page, rows)))
+            self.blocks.append(Block(page.slots, False, page.said[:rows], None, (page, rows)))
 
     def fork(self) -> Table:
         """Another table with the same state: it shares the pages, and has a tail of its own."""
         other = Table(self.pool, self.path)
         other._blocks_changed()
+        other.shown, other.approximate = self.shown, self.approximate
         other._pinned = list(self._pinned)
         self.pool.pin(other._pinned)
         for block in self.blocks:
@@ -161,7 +186,7 @@ class Table:
 
     def _raw_page(self, number: int) -> bool:
         format = self.pool.geometry.codecs[0].format
-        return not format.packs or (format.raw_first_page and number == 0)
+        return not format.packs or (format.raw_first_page and number == 0 and self.shown is None)
 
     def absorb(
         self, views: Sequence[HasRows], tokens: list[int]
@@ -297,11 +322,12 @@ class Table:
     def settle(self, root: Page) -> Page:
         """Turn the table into pages of the tree behind `root`; returns the last one. The tail gets slots of its own.
 
-        Raises Overloaded, with the table unchanged, when there are none. The table is over afterwards.
+        What is shown stays out: pages come behind its base. New ones are veiled where the table is approximate. Raises
+        Overloaded, with the table unchanged, when there are no slots. The table is over afterwards.
         """
         tail_slots = self._settle_tail_slots()
-        tree, parent = self.pool.tree_of(root), root
-        for block in self.blocks:
+        tree, parent = self.pool.tree_of(root), root if self.shown is None else self.shown.base
+        for block in self.blocks[len(self.shown.pages) if self.shown is not None else 0 :]:
             if block.page is None:
                 block.page = self._place(tree, parent, block)
             parent = block.page
@@ -320,11 +346,12 @@ class Table:
 
     def _place(self, tree: PageTree, parent: Page, block: Block) -> Page:
         """The block as a page behind `parent`: a new one, or the one that holds the same tokens in the same bits."""
-        page = self._same(parent, block)
+        tokens = veiled(block.tokens) if self.approximate else block.tokens
+        page = self._same(parent, block, tokens)
         if page is not None:
             self.pool.release(block.slots)
             return page
-        page = tree.add(parent, block.tokens, raw=block.raw)
+        page = tree.add(parent, tokens, raw=block.raw)
         page.origin = block.origin
         self.pool.settle(page, block.slots)
         return page
@@ -336,9 +363,9 @@ class Table:
             return None
         return self.pool.take(self.pool.geometry.slots_for(True, rows))
 
-    def _same(self, parent: Page, block: Block) -> Page | None:
+    def _same(self, parent: Page, block: Block, tokens: np.ndarray) -> Page | None:
         """Two sequences that ran side by side may have computed the same state: one copy is enough."""
-        for page in parent.children.same(ordered(block.tokens)):
+        for page in parent.children.same(ordered(tokens)):
             if page.slots is None or page.raw != block.raw:
                 continue
             if page.slots == block.slots or self.pool.arena.same(
@@ -357,7 +384,7 @@ class Table:
         self.pool.unpin(self._pinned)
         self.unreserve()
         self.pool.tails.release(self.place)
-        self._pinned, self.blocks, self.tail_tokens = [], [], []
+        self._pinned, self.blocks, self.tail_tokens, self.shown = [], [], [], None
         self._blocks_changed()
 
 

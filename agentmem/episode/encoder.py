@@ -43,26 +43,25 @@ def thresholds_of(name: str) -> Thresholds:
     return Thresholds(0.22, 0.35) if name == HashedEncoder.name else Thresholds(0.30, 0.45)
 
 
-def encoder_of(name: str, models: Path | None = None, progress: Progress = silent) -> Encoder:
-    """Load "minilm", "hash512", a sentence-transformers folder, or "org/name" of the Hugging Face hub.
+def weights_of(name: str, models: Path | None = None, progress: Progress = silent) -> Path | None:
+    """The folder of an encoder's weights, fetched where they are not there yet; None for hash512, which has none. Any thread.
 
-    All but hash512 are MLX objects: load and run them on the engine thread. `models`: where weights are kept, the home's
-    folder of models by default. Raises ModelUnavailable with what to do about it.
+    `name`: "minilm", "hash512", a sentence-transformers folder, or "org/name" of the Hugging Face hub. `models`: where weights
+    are kept, the home's folder of models by default. Raises ModelUnavailable with what to do about it.
     """
     if name == HashedEncoder.name:
-        return HashedEncoder()
+        return None
     from agentmem.episode.minilm import minilm_folder
-    from agentmem.episode.sentences import SentenceEncoder
 
     models = models or Home(default_home()).models
     if name == "minilm":
-        return SentenceEncoder.load(minilm_folder(models, progress), name)
+        return minilm_folder(models, progress)
     path = Path(name).expanduser()
     if path.is_dir():
-        return SentenceEncoder.load(path, path.resolve().name)
+        return path.resolve()
     if hub.is_repository(name):
         try:
-            return SentenceEncoder.load(hub.hub_folder(name, models, progress), name)
+            return hub.hub_folder(name, models, progress)
         except ModelUnavailable as error:
             raise ModelUnavailable(
                 f"{error.message}. As an encoder 'minilm' needs a package index only, 'hash512' nothing at all"
@@ -71,3 +70,18 @@ def encoder_of(name: str, models: Path | None = None, progress: Progress = silen
         f"There is no encoder {name!r}: name 'minilm', 'hash512', a sentence-transformers folder, "
         "or a BERT of the Hugging Face hub (org/name)"
     )
+
+
+def encoder_of(name: str, models: Path | None = None, progress: Progress = silent) -> Encoder:
+    """Load an encoder; see `weights_of`. All but hash512 are MLX objects: load and run them on the engine thread."""
+    return encoder_in(name, weights_of(name, models, progress))
+
+
+def encoder_in(name: str, folder: Path | None) -> Encoder:
+    """The encoder whose weights are in a folder. Raises ModelUnavailable."""
+    if folder is None:
+        return HashedEncoder()
+    from agentmem.episode.sentences import SentenceEncoder
+
+    known = name == "minilm" or not Path(name).expanduser().is_dir()
+    return SentenceEncoder.load(folder, name if known else folder.name)

@@ -16,6 +16,8 @@ from agentmem.quant.attention import whole_attention
 Fetch = Callable[[], Line]
 Scores = list[list[np.ndarray]]
 """Of each layer, of each head: float32 [n] of its body and tail."""
+Past = tuple[mx.array, mx.array, mx.array | None]
+"""As `Line.past` gives it."""
 
 
 class Pass:
@@ -45,9 +47,13 @@ class Pass:
         queries = line.kind.key_map.queries(queries)
         past = line.past(keys.dtype)
         self.seen(line, queries, past, scale)
-        return _attention(queries, self.keys, values, past, scale, sinks)
+        return _attention(queries, self.keys, values, self.before(past), scale, sinks)
 
-    def seen(self, line: Line, queries: mx.array, past: tuple[Any, ...], scale: float) -> None:
+    def before(self, past: Past) -> Past:
+        """What the pass attends to besides itself."""
+        return past
+
+    def seen(self, line: Line, queries: mx.array, past: Past, scale: float) -> None:
         """What else is to be made of a layer's queries, mapped, and its rows."""
 
 
@@ -64,10 +70,90 @@ class Scored(Pass):
         mx.eval(out)  # so that no layer's rows wait for the layers behind it
         return out
 
-    def seen(self, line: Line, queries: mx.array, past: tuple[Any, ...], scale: float) -> None:
+    def seen(self, line: Line, queries: mx.array, past: Past, scale: float) -> None:
         keys, _, visible = past
         found = cross_scores(queries[0], keys, scale=scale, visible=visible, chunk=self._chunk)
         self.scores = line.candidates(np.array(found))
+
+
+class ScoredOn(Scored):
+    """The same behind earlier pieces of its prompt, whose keys, mapped, and values [1, heads, n, dim] are `said`.
+
+    Precondition: heads have rows of equal number.
+    """
+
+    def __init__(self, fetch: Fetch, offset: int, chunk: int, said: Sequence[mx.array]) -> None:
+        super().__init__(fetch, offset, chunk)
+        self.said = said
+
+    def before(self, past: Past) -> Past:
+        keys, values, visible = past
+        assert visible is None
+        if not self.said:
+            return past
+        own_keys, own_values = self.said
+        return (
+            mx.concatenate([keys, own_keys[0]], axis=1),
+            mx.concatenate([values, own_values[0]], axis=1),
+            None,
+        )
+
+    def attend(self, *arrays: mx.array, **options: Any) -> mx.array:
+        out = super().attend(*arrays, **options)
+        own = [self.keys, self.values]
+        if self.said:
+            own = [mx.concatenate([a, b], axis=2) for a, b in zip(self.said, own, strict=True)]
+        self.said = own
+        mx.eval(own)
+        return out
+
+
+class Sounding:
+    """Scores the rows of every layer by a prompt behind position `offset`, a piece of the prompt each `step`.
+
+    Every token's softmax is its own, so the maximum over pieces is that of the whole prompt.
+    """
+
+    def __init__(
+        self, network: Network, lines: Sequence[Fetch], prompt: Sequence[int], offset: int, piece: int = CHUNK
+    ) -> None:
+        assert prompt
+        self._network, self._lines, self._prompt, self._offset, self._piece = (
+            network,
+            lines,
+            list(prompt),
+            offset,
+            piece,
+        )
+        self._said: list[Sequence[mx.array]] = [() for _ in lines]
+        self._at = 0
+        self.scores: Scores = []
+
+    @property
+    def done(self) -> bool:
+        return self._at >= len(self._prompt)
+
+    def step(self) -> bool:
+        """Read the next piece; returns whether that was the last one."""
+        some = self._prompt[self._at : self._at + self._piece]
+        offset = self._offset + self._at
+        passes = [
+            ScoredOn(line, offset, self._piece, said)
+            for line, said in zip(self._lines, self._said, strict=True)
+        ]
+        self._network.logits(mx.array([some], dtype=mx.int32), passes, [])
+        self._said = [p.said for p in passes]
+        found = [p.scores for p in passes]
+        self.scores = (
+            found
+            if not self.scores
+            else [
+                [np.maximum(a, b) for a, b in zip(before, now, strict=True)]
+                for before, now in zip(self.scores, found, strict=True)
+            ]
+        )
+        self._at += len(some)
+        return self.done
 
 
 def prompt_scores(
@@ -81,8 +167,7 @@ def prompt_scores(
 
 
 def _attention(
-    queries: mx.array, keys: mx.array, values: mx.array, past: tuple[mx.array, mx.array, mx.array | None],
-    scale: float, sinks: mx.array | None,
+    queries: mx.array, keys: mx.array, values: mx.array, past: Past, scale: float, sinks: mx.array | None,
 ) -> mx.array:  # fmt: skip
     batch, heads, n = keys.shape[:3]
     old_keys, old_values, visible = past

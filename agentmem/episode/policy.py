@@ -55,3 +55,25 @@ def memory_policy(policy: Mapping[str, Any]) -> Full | Episodic | Window:
     """What an agent's policies, as its row has them, say under `memory`; `FULL` where they say nothing."""
     said = policy.get("memory")
     return FULL if said is None else _ADAPTER.validate_python(said)
+
+
+def stretch(policy: Full | Episodic | Window, known: int, prompt: int) -> int:
+    """Tokens of a prompt, `known` of which are remembered, up to which it may be read before the past is cut down."""
+    if isinstance(policy, Full):
+        return prompt
+    whole = (
+        policy.budget_tokens + policy.block_tokens if isinstance(policy, Episodic) else policy.recent + BLOCK
+    )
+    if prompt <= whole:
+        return prompt
+    block = policy.block_tokens if isinstance(policy, Episodic) else BLOCK
+    return min(prompt, max(whole, known + block))
+
+
+def most_rows(policy: Full | Episodic | Window, page_tokens: int) -> int | None:
+    """Tokens of a past and a prompt that have rows at once, at most; None for all of them."""
+    if isinstance(policy, Episodic):
+        return policy.budget_tokens + 3 * policy.block_tokens + page_tokens
+    if isinstance(policy, Window):
+        return policy.sinks + policy.recent + 2 * BLOCK + page_tokens
+    return None

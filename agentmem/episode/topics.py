@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from agentmem.episode.topic import (
     Topic,
     cluster,
     cosines,
-    represent,
     topic_of,
 )
 
@@ -104,7 +103,8 @@ class Topics:
     def built(self, topic: int) -> None:
         """The topic's part of the attention state was chosen by its representatives of now."""
         now = self._topics[topic]
-        self._built[topic] = now.centroid.copy(), list(now.representatives)
+        centroid = now.centroid.astype(np.float16).astype(np.float64)
+        self._built[topic] = centroid, list(now.representatives)
 
     def stale(self, topic: int) -> bool:
         """Whether the choice is another by now: half of the representatives changed, or the centroid moved; never chosen too."""
@@ -123,12 +123,24 @@ class Topics:
         if best is None or near[best] < self.growth.apart:
             self._pending.append(segment)
             return self._opened(segment)
-        topic = self._topics[best]
-        n = len(topic)
-        topic.centroid = (n * topic.centroid + np.asarray(row, np.float64)) / (n + 1)
-        topic.members.append(segment)
-        represent(topic, self.embeddings, self.growth.representatives)
+        self._put(best, [*self._topics[best].members, segment])
         return Assigned(segment, best)
+
+    def _put(self, number: int, members: list[int]) -> None:
+        self._topics[number] = topic_of(number, self.embeddings, members, self.growth.representatives)
+
+    def cut(self, segments: int) -> None:
+        """Forget the segments behind the first ones; topics without a segment go."""
+        self._rows, self._count = self._rows[:segments].copy(), segments
+        self._clustered = min(self._clustered, segments)
+        for topic in self.topics:
+            members = [m for m in topic.members if m < segments]
+            if members:
+                self._put(topic.id, members)
+            else:
+                del self._topics[topic.id]
+        self._pending = [s for s in self._pending if s < segments]
+        self._forget(set(self._built) | set(self.hits))
 
     def recluster(self, episodes: int | None = None) -> None:
         """Cluster all segments anew; a new topic takes the id of the old one that it is most like, overall (Hungarian method)."""
@@ -159,13 +171,13 @@ class Topics:
             "embeddings": self.embeddings.copy(),
             "labels": labels,
             "centroids": np.array([t.centroid for t in topics], np.float64).reshape(-1, dims),
-            "built": np.array([c for c, _ in self._built.values()], np.float64).reshape(-1, dims),
+            "built": np.array([c for _, (c, _) in sorted(self._built.items())], np.float64).reshape(-1, dims),
         }
         facts: dict[str, Any] = {
             "growth": asdict(self.growth),
             "topics": [[t.id, t.representatives, t.similarities] for t in topics],
-            "built": [[number, chosen] for number, (_, chosen) in self._built.items()],
-            "hits": [[number, hits] for number, hits in self.hits.items()],
+            "built": [[number, chosen] for number, (_, chosen) in sorted(self._built.items())],
+            "hits": [[number, hits] for number, hits in sorted(self.hits.items())],
             "clustered": self._clustered,
             "next": self._next,
         }
@@ -187,6 +199,26 @@ class Topics:
         self._pending = np.flatnonzero(labels == -1).tolist()
         self.hits = dict(facts["hits"])
         self._clustered, self._next = facts["clustered"], facts["next"]
+        return self
+
+    @classmethod
+    def relabelled(
+        cls, rows: Rows, labels: NDArray[np.int32], growth: Growth, topics: Sequence[int], hits: Sequence[tuple[int, int]],
+        clustered: int, following: int, built: Mapping[int, tuple[NDArray[np.float64], list[int]]],
+    ) -> Topics:  # fmt: skip
+        """Topics by the labels of their segments, -1 for pending ones; `following` is the id of the next one.
+
+        Raises ValueError where segments and labels, or labels and topics, do not go together.
+        """
+        self = cls(rows.shape[1], growth)
+        if len(labels) != len(rows) or set(labels.tolist()) - {-1} != set(topics):
+            raise ValueError("labels are not those of these segments and topics")
+        self._rows, self._count = np.asarray(rows, np.float32).copy(), len(rows)
+        for number in topics:
+            self._put(number, np.flatnonzero(labels == number).tolist())
+        self._pending = np.flatnonzero(labels == -1).tolist()
+        self._built, self.hits = dict(built), dict(hits)
+        self._clustered, self._next = clustered, following
         return self
 
     def _append(self, row: Rows) -> int:
@@ -228,10 +260,7 @@ class Topics:
             key=lambda pair: float(cosines(centroids[pair[0]][None], centroids[pair[1]])[0]),
         )
         into, gone = (topics[i] for i in closest)
-        n, m = len(into), len(gone)
-        into.centroid = (n * into.centroid + m * gone.centroid) / (n + m)
-        into.members = sorted(into.members + gone.members)
-        represent(into, self.embeddings, self.growth.representatives)
+        self._put(into.id, into.members + gone.members)
         del self._topics[gone.id]
         self.hits[into.id] = self.hits.get(into.id, 0) + self.hits.get(gone.id, 0)
         self._built.pop(into.id, None)

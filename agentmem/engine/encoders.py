@@ -1,0 +1,47 @@
+"""The encoder of episodic memory: there when its weights are, and nobody waits for them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from agentmem.episode.encoder import Encoder, encoder_in, weights_of
+from agentmem.episode.hashed import HashedEncoder
+from agentmem.errors import AgentMemError
+
+log = logging.getLogger(__name__)
+
+
+class Encoders:
+    """Engine thread only. `wake` is called from another thread when the weights are there."""
+
+    def __init__(self, name: str, models: Path, wake: Callable[[], None]) -> None:
+        self.name, self._models, self._wake = name, models, wake
+        self._weights: Future[Path | None] | None = None
+        self._encoder: Encoder | None = HashedEncoder() if name == HashedEncoder.name else None
+
+    def get(self) -> Encoder | None:
+        """The encoder; None while its weights are fetched, which begins now. Without them it is the one that needs none."""
+        if self._encoder is not None:
+            return self._encoder
+        if self._weights is None:
+            self._weights = Future()
+            threading.Thread(target=self._fetch, args=(self._weights,), name="encoder", daemon=True).start()
+        if not self._weights.done():
+            return None
+        try:
+            self._encoder = encoder_in(self.name, self._weights.result())
+        except (AgentMemError, OSError) as error:
+            log.warning("episodes are told apart by words alone (%s): %s", HashedEncoder.name, error)
+            self._encoder = HashedEncoder()
+        return self._encoder
+
+    def _fetch(self, outcome: Future[Path | None]) -> None:
+        try:
+            outcome.set_result(weights_of(self.name, self._models))
+        except BaseException as error:
+            outcome.set_exception(error if isinstance(error, AgentMemError) else OSError(str(error)))
+        self._wake()
