@@ -11,7 +11,6 @@ from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.engine.memory import Agent, Memory
 from agentmem.engine.request import AgentInfo, State
-from agentmem.episode.policy import memory_policy
 
 
 class Census:
@@ -56,7 +55,6 @@ class Census:
     def _info(self, agent: Agent, pages: list[Page], users: Counter[Page], used: dict[int, int]) -> AgentInfo:
         g, totals, rate = self._pool.geometry, agent.row.totals, self._rate()
         slots = {s for p in pages for s in p.slots or ()}
-        spoken = {name: s for name, s in agent.sessions.items() if "#" not in name}
         cached = int(totals.get("cached_tokens", 0))
         unique = self._rows(p for p in pages if users[p] == 1)
         return AgentInfo(
@@ -64,8 +62,8 @@ class Census:
             namespace=agent.row.namespace,
             model=self._model,
             state=state_of(pages),
-            sessions=sorted(spoken),
-            tokens=sum(s.conversation.length for s in spoken.values()),
+            sessions=sorted(agent.spoken),
+            tokens=sum(s.conversation.length for s in agent.spoken.values()),
             turns=int(totals.get("turns", 0)),
             ram_bytes=len(slots) * g.slot_bytes,
             disk_bytes=self._disk_bytes(agent, pages, used),
@@ -80,7 +78,7 @@ class Census:
             pinned=agent.pinned,
             persist=agent.persist,
             reuse=agent.reuse,
-            policy=memory_policy(agent.row.policy).model_dump(),
+            policy=agent.memory.model_dump(),
             quota_bytes=agent.row.policy.get("quota_bytes"),
             encrypted=agent.encrypted,
             locked=agent.locked,
