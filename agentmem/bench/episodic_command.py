@@ -8,14 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agentmem.bench.command import MODEL, Result, benchmark, checks, model_of, numbers, say
+from agentmem.bench.command import BITS, MODEL, SHAPE, Result, benchmark, checks, model_of, numbers, say
 from agentmem.home import Home, default_home
 
 if TYPE_CHECKING:
     from agentmem.bench.transcripts import Dialogue
 
 
+def _lived_table(result: Result) -> str:
+    lines = ["history   tokens  first token  rows stay  rows at most"]
+    lines += [
+        f"{r['times']:6d}x {r['tokens']:8d} {r['ttft_ms']:9.1f} ms {r['resident_tokens']:10d} {r['peak_rows']:13.0f}"
+        for r in result["rows"]
+    ]
+    return "\n".join([*lines, checks(result)])
+
+
 def _table(result: Result) -> str:
+    if "switch" in result:
+        return _lived_table(result)
     if "rows" in result and "comparisons" not in result:
         from agentmem.bench.routing import table
 
@@ -68,6 +79,16 @@ def _table(result: Result) -> str:
     click.option(
         "--routing", is_flag=True, help="Only how often a question's episode holds its evidence; runs no language model."
     ),
+    SHAPE,
+    BITS,
+    click.option("--lived", is_flag=True, help="Only turns of the daemon: first token, rows in RAM, a change of episode."),
+    click.option("--budget", default=2048, type=click.IntRange(256), help="Rows of an episode, for --lived."),
+    click.option(
+        "--times",
+        default="4,16",
+        callback=numbers("ratios", "4,16", 2, 64),
+        help="A history's tokens are as many times the budget, for --lived.",
+    ),
     click.option("--prompt-tokens", default=1024, type=click.IntRange(64), help="Tokens of a patched prompt at most."),
     click.option(
         "--journal",
@@ -78,7 +99,7 @@ def _table(result: Result) -> str:
 def episodic(
     model: str, data: Path | None, names: tuple[str, ...], generated: int, policies: tuple[str, ...],
     compressions: list[int], encoder: str, journal: Path | None, heads: str, prompt_tokens: int, routing: bool,
-    **options: Any,
+    shape: str | None, bits: str, lived: bool, budget: int, times: list[int], **options: Any,
 ) -> Result:  # fmt: skip
     """Long conversations in a small budget: episodes, and what they are compared with, against the full cache."""
     from agentmem.bench.answers import Journal
@@ -88,6 +109,12 @@ def episodic(
     from agentmem.episode.encoder import encoder_of
     from agentmem.episode.selection import Heads
 
+    if lived:
+        from agentmem.bench.lived import measure
+
+        return measure(
+            model_of(model, shape, bits), options["format"], budget, options["block"], times, 5, say
+        )
     if unknown := set(policies) - set(POLICIES):
         raise click.BadParameter(f"there is no policy {min(unknown)!r}; there are {', '.join(POLICIES)}")
     try:

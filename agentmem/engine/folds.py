@@ -36,13 +36,15 @@ class _Wanted:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A view in the making, of the episode `topic`, up to the page `base`; `pinned` pages are in use."""
+    """A view in the making, of the episode `topic`, up to the page `base`; `pinned` pages are in use, of which it has `brought`
+    some into RAM."""
 
     lived: Lived
     topic: int
     base: Page
     folding: Folding
     pinned: list[Page] = field(default_factory=list)
+    brought: list[Page] = field(default_factory=list)
     reading: bool = False
     failed: bool = False
 
@@ -198,7 +200,7 @@ class Folds:
             return False
         wanted = job.folding.wanted()
         if job.pinned != wanted:
-            self._pool.unpin(job.pinned)
+            self._let_go(job)
             job.pinned = wanted
             self._pool.pin(wanted)
         missing = [p for p in wanted if p.slots is None]
@@ -225,7 +227,14 @@ class Folds:
         except Overloaded:
             return False
         job.reading = True
+        job.brought += missing
         return True
+
+    def _let_go(self, job: _Job) -> None:
+        """The pages that a job has used may leave RAM, and those do that it has brought."""
+        self._pool.unpin(job.pinned)
+        self._evict(job.brought)
+        job.pinned, job.brought = [], []
 
     def _keep(self, job: _Job) -> None:
         """The view is chosen: its pages go to disk, and those of the one before it go."""
@@ -234,6 +243,7 @@ class Folds:
             self._end_job()
             return
         number = (lived.session.row.id << 16) + self.made & 0x7FFFFFFF
+        self._let_go(job)
         try:
             head = job.folding.place(number)
         except Overloaded:
@@ -255,7 +265,7 @@ class Folds:
     def _end_job(self) -> None:
         job, self._job = self._job, None
         if job is not None:
-            self._pool.unpin(job.pinned)
+            self._let_go(job)
 
     def _settle(self, lived: Lived) -> None:
         """Nothing is left to be made: let go of views of episodes that are no more, and write what has changed."""

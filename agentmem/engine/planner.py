@@ -48,7 +48,8 @@ class Planner:
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
-        if not self._ready(sequence):
+        past = None if isinstance(agent.memory, Full) else self._past(sequence)
+        if past is not None and not past.ready:
             return False
         need = sequence.worst_slots(self._pool.geometry)
         taken = sum(s.worst_slots(self._pool.geometry) for s in active)
@@ -60,15 +61,8 @@ class Planner:
             return False
         session.busy = True
         sequence.planned = time.perf_counter()
-        self.replan(sequence)
+        self._start_from(sequence, past or self._past(sequence))
         return True
-
-    def _ready(self, sequence: Sequence) -> bool:
-        """Whether what the turn starts from is small enough; else it is cut down, and asked for again."""
-        assert sequence.agent is not None
-        if isinstance(sequence.agent.memory, Full) or sequence.reuse == "off":
-            return True
-        return self._past(sequence).ready
 
     def _past(self, sequence: Sequence) -> Past:
         """The remembered prefix, or what stands for one."""
@@ -172,11 +166,11 @@ class Planner:
         return self._pool.slots.count - sum(s.worst_slots(self._pool.geometry) for s in active)
 
     def replan(self, sequence: Sequence) -> None:
-        """Choose the remembered prefix; its pages stay pinned until the table holds them. At least one token is left to feed."""
-        session = sequence.session
-        assert session is not None
-        assert sequence.agent is not None
-        past = self._past(sequence)
+        """Choose the remembered prefix again: some of it turned out damaged."""
+        self._start_from(sequence, self._past(sequence))
+
+    def _start_from(self, sequence: Sequence, past: Past) -> None:
+        """The pages of the past stay pinned until the table holds them. At least one token is left to feed."""
         match = past.match
         reuse = min(match.tokens, len(sequence.ids) - int(sequence.generate))
         sequence.past, sequence.match, sequence.reused = past, match, reuse
