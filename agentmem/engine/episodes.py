@@ -47,6 +47,12 @@ class Episodes:
 
     def foreseen(self, sequence: Sequence, agent: Agent, session: Session) -> list[Page]:
         """The pages that a request which waits is likely to start from: its episode's, and the newest."""
+        return self.likely(agent, session, sequence.request.messages)
+
+    def likely(
+        self, agent: Agent, session: Session, messages: list[dict[str, Any]] | None = None
+    ) -> list[Page]:
+        """The same for what is going to be said, or for the episode of the last turn."""
         chain = session.head.chain() if session.head is not None else []
         policy = agent.memory
         if isinstance(policy, Window):
@@ -56,7 +62,8 @@ class Episodes:
             return chain if self.folds.short(agent, session) else []
         views = self.lives.views(agent, session)
         lived = self.lives.of(agent, session, encoder)
-        view = views.get(self._routed(sequence.request.messages, lived)[0])
+        topic = lived.topics()[0] if messages is None else self._routed(messages, lived)[0]
+        view = views.get(topic)
         return (
             [chain[0], *view.pages, *(p for p in chain if p.start >= view.tokens)] if view is not None else []
         )
@@ -79,7 +86,9 @@ class Episodes:
         lived = self.lives.of(agent, session, encoder)
         ends = {p.key.hex(): i for i, p in enumerate(match.pages) if p.end <= usable}
         views = {t: v for t, v in self.lives.views(agent, session).items() if v.base in ends}
-        near = {t: v for t, v in views.items() if match.tokens - v.tokens <= 2 * policy.block_tokens}
+        long = len(sequence.ids) - match.tokens > policy.block_tokens
+        newest = policy.block_tokens if long else 2 * policy.block_tokens
+        near = {t: v for t, v in views.items() if match.tokens - v.tokens <= newest}
         chosen, why = self._routed(sequence.messages, lived)
         if chosen not in near and near:
             other = lived.active if lived.active in near else max(near, key=lambda t: near[t].tokens)

@@ -54,6 +54,11 @@ class Folding:
         g = self._pool.geometry
         return kinds_of(g.codecs, g.key_maps)
 
+    @property
+    def replaced(self) -> list[Page]:
+        """The pages of the older view."""
+        return list(self._view)
+
     def wanted(self) -> list[Page]:
         """Pages that must be in RAM, and stay there, while the next stretch competes."""
         if not self._stretch:

@@ -151,7 +151,7 @@ class Folds:
     def _begin(self) -> bool:
         """Begin with the view that is needed most."""
         encoder = self._encoders.get()
-        if encoder is None:
+        if encoder is None or self._memory.unwritten:  # what is not on disk cannot leave RAM
             return False
         for session, wanted in self._urgent.items():
             lived = self.lives.of(wanted.agent, session, encoder)
@@ -244,6 +244,7 @@ class Folds:
             return
         number = (lived.session.row.id << 16) + self.made & 0x7FFFFFFF
         self._let_go(job)
+        self._evict(p for p in job.folding.replaced if p.pieces is not None)
         try:
             head = job.folding.place(number)
         except Overloaded:

@@ -49,7 +49,7 @@ class Planner:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
         past = None if isinstance(agent.memory, Full) else self._past(sequence)
-        if past is not None and not past.ready:
+        if past is not None and not (past.ready and self._has_room(sequence, past)):
             return False
         need = sequence.worst_slots(self._pool.geometry)
         taken = sum(s.worst_slots(self._pool.geometry) for s in active)
@@ -63,6 +63,12 @@ class Planner:
         sequence.planned = time.perf_counter()
         self._start_from(sequence, past or self._past(sequence))
         return True
+
+    def _has_room(self, sequence: Sequence, past: Past) -> bool:
+        """Whether a prompt that is read in stretches may go on: what is not on disk yet cannot leave RAM."""
+        assert sequence.agent is not None
+        end = stretch(sequence.agent.memory, past.match.tokens, len(sequence.ids))
+        return end == len(sequence.ids) or not self._memory.unwritten
 
     def _past(self, sequence: Sequence) -> Past:
         """The remembered prefix, or what stands for one."""

@@ -39,12 +39,13 @@ class Roster:
         return self._call(lambda: self._census.agent(self._memory.find(namespace, name)))
 
     def warm(self, name: str, namespace: str = "default") -> AgentInfo:
-        """Bring an agent's pages from disk into RAM. Raises NotFound, or Overloaded when they do not fit."""
+        """Bring from disk into RAM what an agent's next turn starts from. Raises NotFound, or Overloaded when they do not fit."""
         done: Future[AgentInfo] = Future()
 
         def start() -> None:
             agent = self._memory.find(namespace, name)
-            pages = [p for p in agent.pages() if p.slots is None and p.pieces is not None]
+            shown = [p for s in agent.spoken.values() for p in self._engine.episodes.likely(agent, s)]
+            pages = [p for p in dict.fromkeys(shown) if p.slots is None and p.pieces is not None]
             self._pool.pin(pages)
 
             def finish(bad: dict[int, str], _: float) -> None:

@@ -115,8 +115,9 @@ def test_rotation_none_is_the_identity_and_others_are_refused() -> None:
         rotate(x, "spiral")
 
 
-@pytest.mark.parametrize(("n", "total"), [(2, 2), (40, 90), (130, 300)])
-def test_short_attention_is_fused_attention(n: int, total: int) -> None:
-    queries, keys, values = normal(1, 1, 6, n, 32), normal(2, 1, 2, total, 32), normal(3, 1, 2, total, 24)
+@pytest.mark.parametrize(("batch", "n", "total"), [(1, 2, 2), (1, 40, 90), (1, 130, 300), (3, 20, 50)])
+def test_short_attention_is_fused_attention(batch: int, n: int, total: int) -> None:
+    queries, keys = normal(1, batch, 6, n, 32), normal(2, batch, 2, total, 32)
+    values = normal(3, batch, 2, total, 24)
     want = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask="causal")
     assert largest(short_attention(queries, keys, values, scale=0.3) - want) < 1e-5
