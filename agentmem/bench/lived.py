@@ -79,10 +79,10 @@ class LivedBench:
             self.say(
                 f"{times} budgets: {rows[-1]['tokens']} tokens in {seconds:.0f} s, {rows[-1]['peak_rows']:.0f} rows at most"
             )
+        turns_of = self._turns([f"times-{row['times']}" for row in rows])
         for row in rows:
             name = f"times-{row['times']}"
-            self.runtime.warm(name)
-            turns = [self._asked(name) for _ in range(2 + self.repeats)][2:]
+            turns = turns_of[name]
             row["same_episode_restored"] = sum(restored for restored, _ in turns if restored is not None)
             row["ttfts_ms"] = [ms for _, ms in turns]
             row["ttft_ms"] = float(np.median(row["ttfts_ms"]))
@@ -111,6 +111,16 @@ class LivedBench:
                 said, number = said + int(some * self._tokens), number + 1
             self.runtime.append(ChatRequest(name, messages, history="server"))
             self._settle()
+
+    def _turns(self, names: Sequence[str]) -> dict[str, list[tuple[int | None, float]]]:
+        """What each agent's turns took, one of each in turn; the first ones do not count."""
+        turns: dict[str, list[tuple[int | None, float]]] = {name: [] for name in names}
+        for name in names:
+            self.runtime.warm(name)
+        for _ in range(2 + 3 * self.repeats):
+            for name in names:
+                turns[name].append(self._asked(name))
+        return {name: found[2:] for name, found in turns.items()}
 
     def _asked(self, name: str) -> tuple[int | None, float]:
         """A turn: tokens that were restored, None where it went to another episode, and milliseconds to its first token."""
