@@ -213,14 +213,14 @@ def _continuations(page: Page, text: bytes) -> Iterator[tuple[int, Page]]:
 def match_chain(head: Page, ids: Sequence[int] | Tokens, *, veils: bool = False) -> Match:
     """How much of `ids` the chain that ends in `head` covers; up to its first veiled page unless `veils` count too."""
     wanted = np.asarray(ids, dtype=np.int32)
-    text = wanted.tobytes()
+    text, veiled_text = wanted.tobytes(), veiled(wanted).tobytes() if veils else b""
     pages: list[Page] = []
     at, rows = 0, 0
     for page in head.chain():
         if not page.stored or (page.veiled and not veils):
             break
-        said = page.said
-        n = page.rows if text.startswith(said.tobytes(), 4 * at) else common_prefix(said, wanted[at:])
+        whole = (veiled_text if page.veiled else text).startswith(page.tokens.tobytes(), 4 * at)
+        n = page.rows if whole else common_prefix(page.said, wanted[at:])
         if n == 0:
             break
         pages.append(page)

@@ -24,6 +24,7 @@ from agentmem.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SET_UP, TOUR, MEASURED, COMPOSED = "Set up", "A tour", "What was measured where", "Composed reuse"
+LONG = "Long lives in a small budget"
 PORT = "8377"
 
 
@@ -103,7 +104,7 @@ def run(block: Block, environment: dict[str, str], folder: Path) -> str:
 
 
 def test_every_block_is_run_by_a_test() -> None:
-    assert {block.heading for block in blocks()} == {SET_UP, TOUR, MEASURED, COMPOSED}
+    assert {block.heading for block in blocks()} == {SET_UP, TOUR, MEASURED, COMPOSED, LONG}
     assert {block.language for block in blocks()} == {"sh", "python"}
     assert len(SET_UP_LINES) == 2
     assert TEXT.count("```") == 2 * len(blocks())
@@ -138,6 +139,15 @@ def test_composed_reuse_is_asked_for_and_explained(tour: dict[str, str], tmp_pat
     assert "analyst is made: reuse composed" in said
     assert re.search(r"^reuse +not composed: ", said, re.MULTILINE)
     assert "VERDICT" in said
+    assert read_record(Home(Path(tour["AGENTMEM_HOME"]))) is None
+
+
+@pytest.mark.slow
+def test_a_long_life_is_asked_for_and_looked_at(tour: dict[str, str], tmp_path: Path) -> None:
+    (block,) = (block for block in blocks() if block.heading == LONG)
+    said = run(block, tour, tmp_path)
+    assert "analyst is made: memory episodic, 1 024 tokens of an episode" in said
+    assert re.search(r"^analyst, session default: memory episodic", said, re.MULTILINE)
     assert read_record(Home(Path(tour["AGENTMEM_HOME"]))) is None
 
 

@@ -77,6 +77,8 @@ class CommitRows:
 def _base(page: Page, own: Collection[Page]) -> tuple[Piece, ...]:
     if page.origin is None or page.origin[0].pieces is None or page.origin[0] not in own:
         return ()
+    if page.origin[0].veiled != page.veiled:  # an extent's ids are those of the pages that lie in it
+        return ()
     return clip(page.origin[0].pieces, page.origin[1])
 
 

@@ -77,19 +77,24 @@ class Conversation:
 
     def _matching(self, text: str) -> tuple[int, int]:
         """(tokens, characters of `text`) of the longest stand that ends at a special token."""
-        best, keep, at = (0, 0), 0, 0
+        ends, differing = [(0, 0)], None
         for i, span in enumerate(self.spans):
+            keep, at = ends[-1]
             length = self._span_match(i, text, at)
             if length is None:
-                within = self._anchor(span, text, at)
-                return (keep + within[0], at + within[1]) if within else best
-            anchor = self._anchor(span, text, at)
-            if anchor:
-                best = (keep + anchor[0], at + anchor[1])
-            keep, at = keep + len(span.ids), at + length
-            if self._clean(text, at):
-                best = (keep, at)
-        return best
+                differing = span
+                break
+            ends.append((keep + len(span.ids), at + length))
+        if differing is not None and (within := self._anchor(differing, text, ends[-1][1])):
+            return ends[-1][0] + within[0], ends[-1][1] + within[1]
+        # From the end, where the stand mostly is: a long conversation has thousands of tokens to look through.
+        for i in range(len(ends) - 1, 0, -1):
+            (keep, at), span = ends[i - 1], self.spans[i - 1]
+            if self._clean(text, ends[i][1]):
+                return ends[i]
+            if anchor := self._anchor(span, text, at):
+                return keep + anchor[0], at + anchor[1]
+        return 0, 0
 
     def _span_match(self, i: int, text: str, at: int) -> int | None:
         """Characters of `text` from `at` that equal span `i`; None when they differ.

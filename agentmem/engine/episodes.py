@@ -6,6 +6,7 @@ episode, and every token since that view was made. What is computed then is appr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from agentmem.blockpool.page import Match, Page, match_chain
@@ -14,7 +15,7 @@ from agentmem.engine.agents import Agent, Session
 from agentmem.engine.encoders import Encoders
 from agentmem.engine.folds import SINKS, Folds
 from agentmem.engine.lives import WHOLE, Lived, View
-from agentmem.engine.past import Past
+from agentmem.engine.past import NOTHING, Past
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.shown import Shown
 from agentmem.episode.policy import Episodic, Full, Window
@@ -26,18 +27,19 @@ class Episodes:
     def __init__(self, pool: Pool, folds: Folds, encoders: Encoders) -> None:
         self.pool, self.folds, self.encoders, self.lives = pool, folds, encoders, folds.lives
 
-    def past(self, sequence: Sequence, exact: Match) -> Past:
-        """What the turn starts from; `exact` is the longest prefix that any prompt may use."""
+    def past(self, sequence: Sequence, exact: Callable[[], Match]) -> Past:
+        """What the turn starts from; `exact` looks up the longest prefix that any prompt may use."""
         agent, session = sequence.agent, sequence.session
         assert agent is not None
         assert session is not None
         policy = agent.memory
         if isinstance(policy, Full):
-            return Past(exact)
-        match = exact
-        if session.head is not None:
-            own = match_chain(session.head, sequence.ids, veils=True)
-            match = own if own.tokens > exact.tokens else exact
+            return Past(exact())
+        match = (
+            match_chain(session.head, sequence.ids, veils=True) if session.head is not None else NOTHING.match
+        )
+        if sequence.alignment is None or match.tokens + 1 < sequence.alignment.keep or not match.tokens:
+            match = max(match, exact(), key=lambda m: m.tokens)
         usable = min(match.tokens, len(sequence.ids) - int(sequence.generate))
         if isinstance(policy, Window):
             return self._windowed(match, usable, policy)
@@ -153,7 +155,8 @@ class Episodes:
 
     def report(self, agent: Agent, session: Session) -> dict[str, Any]:
         """The episodes of a session."""
-        encoder, policy = self.encoders.get(), agent.memory
+        policy = agent.memory
+        encoder = self.encoders.get() if isinstance(policy, Episodic) else None
         found: dict[str, Any] = {
             "agent": agent.row.name, "session": session.row.name, "policy": policy.model_dump(),
             "tokens": session.conversation.length, "encoder": encoder.name if encoder is not None else None, "episodes": [],
@@ -164,7 +167,12 @@ class Episodes:
         resident = sum(p.rows for p in pages if p.slots is not None)
         found["resident_tokens"] = resident
         found["evicted_tokens"] = 0
-        if isinstance(policy, Full) or encoder is None:
+        if isinstance(policy, Window) and chain:
+            shown_window = self._windowed(
+                Match(chain, chain[-1].rows, chain[-1].end), chain[-1].end, policy
+            ).shown
+            found["evicted_tokens"] = shown_window.gap if shown_window is not None else 0
+        if encoder is None:
             return found
         lived = self.lives.of(agent, session, encoder)
         if lived.active in views:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from agentmem.blockpool.failpoint import failpoint
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.pool import Pool
 from agentmem.engine.agents import Agent, Session
@@ -15,7 +16,7 @@ from agentmem.engine.lives import WHOLE, Lived, Lives
 from agentmem.engine.memory import Memory
 from agentmem.engine.recall import Recall
 from agentmem.episode.patched import Chat
-from agentmem.episode.policy import Episodic
+from agentmem.episode.policy import Episodic, Full, Window
 from agentmem.errors import Overloaded
 from agentmem.model.network import Network
 
@@ -81,7 +82,7 @@ class Folds:
 
     def due(self, agent: Agent, session: Session) -> None:
         """A turn is over: look, when there is time, whether its session is to be folded."""
-        if isinstance(agent.memory, Episodic):
+        if not isinstance(agent.memory, Full):
             self._due[session] = agent
             self.lives.touched(session)
 
@@ -133,7 +134,9 @@ class Folds:
 
     def _grow(self) -> bool:
         """Take a few messages of a session into its topics."""
-        encoder = self._encoders.get()
+        for session in [s for s, a in self._due.items() if isinstance(a.memory, Window)]:
+            self._leave_window(self._due.pop(session), session)
+        encoder = self._encoders.get() if self._due or self._urgent else None
         if encoder is None:
             return False
         for session, agent in [*((s, w.agent) for s, w in self._urgent.items()), *self._due.items()]:
@@ -145,6 +148,7 @@ class Folds:
                 lived.grow()
                 if lived.grown:
                     self.lives.note(lived)
+                    failpoint("topics.grown")
                 return True
         return False
 
@@ -190,6 +194,7 @@ class Folds:
             lived.prompt(topic, self._tokenizer), keep=keep, block=block,
         )  # fmt: skip
         self._job = _Job(lived, topic, newer[-1], folding)
+        failpoint("view.begun")
         return True
 
     def _go_on(self, job: _Job) -> bool:
@@ -207,6 +212,7 @@ class Folds:
         if missing:
             return self._read(job, missing)
         if job.folding.step():
+            failpoint("view.scored")
             self._keep(job)
         return True
 
@@ -251,9 +257,11 @@ class Folds:
             self._end_job()
             return
         self.made += 1
+        failpoint("view.placed")
         before: list[Page] = []
 
         def done(written: int, error: Exception | None) -> None:
+            failpoint("view.kept")
             self.drop(before)
             self._leave_ram(lived)
 
@@ -279,7 +287,7 @@ class Folds:
         """Pages of views that are no more leave disk and RAM."""
         if not pages:
             return
-        self._memory.drop(pages, lambda *_: None)
+        self._memory.drop(pages, lambda *_: failpoint("view.dropped"))
         self._evict(pages)
 
     def _leave_ram(self, lived: Lived) -> None:
@@ -295,6 +303,16 @@ class Folds:
         older = [p for p in session.head.chain()[1:] if p.end <= shown.tokens]
         rest = [p for v in views.values() if v is not shown for p in v.pages]
         self._evict(p for p in (*older, *rest) if p not in others and p.pieces is not None)
+
+    def _leave_window(self, agent: Agent, session: Session) -> None:
+        """What lies behind the window leaves RAM, once it is on disk."""
+        policy, head = agent.memory, session.head
+        if agent.forgotten or head is None or not isinstance(policy, Window):
+            return
+        p = self._pool.geometry.page_tokens
+        older = [page for page in head.chain()[1:] if page.end <= head.end - policy.recent - p]
+        others = {page for a in self._memory.agents() if a is not agent for page in a.pages()}
+        self._evict(page for page in older if page not in others and page.pieces is not None)
 
     def _evict(self, pages: Iterable[Page]) -> None:
         for page in pages:

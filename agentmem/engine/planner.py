@@ -76,8 +76,8 @@ class Planner:
         assert sequence.session is not None
         if sequence.reuse == "off":
             return NOTHING
-        exact = self._memory.match(sequence.agent, sequence.session, sequence.ids)
-        return self._episodes.past(sequence, exact)
+        agent, session = sequence.agent, sequence.session
+        return self._episodes.past(sequence, lambda: self._memory.match(agent, session, sequence.ids))
 
     def _render(self, sequence: Sequence) -> None:
         """Messages -> canonical token ids of the prompt; checks that prompt and reply fit."""

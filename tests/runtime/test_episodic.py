@@ -61,6 +61,7 @@ def test_what_fits_the_budget_is_what_full_memory_gives(tmp_path: Path) -> None:
     assert not any(memory(one)["compressed_tokens"] for one in said[0])
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_a_long_life_stays_within_its_budget_and_says_what_is_left_out(tmp_path: Path) -> None:
     runtime = opened(tmp_path)
     runtime.create("old", {"memory": EPISODIC})
@@ -101,6 +102,7 @@ def replies(
     return said
 
 
+@pytest.mark.slow(minutes=0.2)
 @pytest.mark.parametrize("policy", [EPISODIC, WINDOW], ids=lambda p: p["kind"])
 def test_a_restart_changes_nothing(tmp_path: Path, policy: dict[str, Any]) -> None:
     going_on = replies(tmp_path / "a", restart_every=0, policy=policy)
@@ -112,6 +114,7 @@ def test_a_restart_changes_nothing(tmp_path: Path, policy: dict[str, Any]) -> No
     ]
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_full_memory_comes_back_from_the_token_log(tmp_path: Path) -> None:
     whole, cut = opened(tmp_path / "a"), opened(tmp_path / "b")
     cut.create("agent", {"memory": EPISODIC})
@@ -135,6 +138,7 @@ def test_full_memory_comes_back_from_the_token_log(tmp_path: Path) -> None:
         cut.close()
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_a_prompt_longer_than_the_budget_is_read_in_stretches(tmp_path: Path) -> None:
     runtime = opened(tmp_path)
     runtime.create("reader", {"memory": EPISODIC})
@@ -170,11 +174,15 @@ def test_a_window_keeps_the_sinks_and_the_newest(tmp_path: Path) -> None:
         tokens, left_out = said[-1].usage["prompt_tokens"], memory(said[-1])["evicted_tokens"]
         assert tokens - left_out <= WINDOW["recent"] + WINDOW["sinks"] + 64 + 300
         assert left_out > 2 * BUDGET
+        told = runtime.episodes("agent")
+        assert told["evicted_tokens"] >= left_out
+        assert told["resident_tokens"] <= WINDOW["recent"] + 3 * 64 + 300
         assert "window" in runtime.explain("agent")["memory"][0]
     finally:
         runtime.close()
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_agents_of_all_policies_speak_at_once_as_each_does_alone(tmp_path: Path) -> None:
     policies = {"full": {"kind": "full"}, "episodic": EPISODIC, "window": WINDOW}
     said: dict[str, list[list[str]]] = {}
@@ -201,6 +209,7 @@ def test_agents_of_all_policies_speak_at_once_as_each_does_alone(tmp_path: Path)
     assert said["alone"] == said["together"]
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_a_fork_goes_on_and_a_forgotten_agent_leaves_nothing(tmp_path: Path) -> None:
     runtime = opened(tmp_path)
     runtime.create("agent", {"memory": EPISODIC})
@@ -218,6 +227,7 @@ def test_a_fork_goes_on_and_a_forgotten_agent_leaves_nothing(tmp_path: Path) -> 
         runtime.close()
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_history_that_is_edited_is_cut_down_anew(tmp_path: Path) -> None:
     runtime = opened(tmp_path)
     runtime.create("agent", {"memory": EPISODIC})
