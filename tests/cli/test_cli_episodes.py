@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from agentmem.home import Home
 from tests.cli.cli_line import invoke, parse
 from tests.cli.conftest import served
 from tests.engine.turns import words
+
+pytestmark = pytest.mark.slow(minutes=0.2)  # many turns come before what is looked at
 
 EPISODIC = {"kind": "episodic", "budget_tokens": 256, "block_tokens": 256, "episodes": 2}
 
@@ -30,7 +33,16 @@ def elder(tmp_path_factory: pytest.TempPathFactory, models: Path, tiny_model: Pa
             client.create(name, policy=policy)
             for _ in range(16):
                 client.chat(name, words(rng, 30), max_tokens=6)
+        _settled(client)
         yield home
+
+
+def _settled(client: AgentMemClient) -> None:
+    """Wait until the topics and views of what was said are there."""
+    before, now = None, client.episodes("old")
+    while now != before:
+        time.sleep(0.5)
+        before, now = now, client.episodes("old")
 
 
 @pytest.fixture(autouse=True)

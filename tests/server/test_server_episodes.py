@@ -14,6 +14,8 @@ from agentmem.errors import BadRequest, NotFound
 from tests.engine.turns import words
 from tests.server.conftest import Daemon
 
+pytestmark = pytest.mark.slow(minutes=0.3)  # many turns come before what is looked at
+
 BUDGET, BLOCK = 320, 256
 EPISODIC = {"kind": "episodic", "budget_tokens": BUDGET, "block_tokens": BLOCK, "episodes": 2}
 OF_A_SESSION = {
