@@ -54,10 +54,11 @@ def by_the_book(runtime: Runtime, pages: list[Any], prompt: list[int]) -> list[m
     out = []
     for line, codec in zip(held.lines, g.codecs, strict=True):
         body = line.body.reshape(line.heads, KEEP, -1)
-        packs = hasattr(line.kind.body, "joined")
-        out.append(
-            line.kind.body.joined(body) if packs else codec.raw(*line.kind.body.parts(body, codec.stored))
-        )
+        kind = line.kind.body
+        if isinstance(kind, PackedHeads):
+            out.append(kind.joined(body))
+        else:
+            out.append(codec.raw(*kind.parts(body, codec.stored)))
     return out
 
 
