@@ -45,6 +45,8 @@ class Episodes:
             return self._windowed(match, usable, policy)
         if match.tokens <= policy.budget_tokens + policy.block_tokens:
             return Past(match)
+        if session in self.folds.broken:
+            return Past(match, notes=("kept whole: its memory could not be folded; see the daemon's log",))
         return self._episode(sequence, agent, session, match, usable, policy)
 
     def foreseen(self, sequence: Sequence, agent: Agent, session: Session) -> list[Page]:

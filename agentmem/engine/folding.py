@@ -47,7 +47,6 @@ class Folding:
         self._words: list[mx.array] | None = None
         self._stretch: list[Page] = []
         self._sounding: Sounding | None = None
-        self.tokens = pages[-1].end
 
     @cached_property
     def _kinds(self) -> list[LayerKind]:

@@ -51,7 +51,7 @@ class _Job:
 
 
 class Folds:
-    """Engine thread only. `made` counts views."""
+    """Engine thread only. `made` counts views. Sessions that could not be folded are `broken`: they are kept whole from then on."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Folds:
         self._due: dict[Session, Agent] = {}
         self._urgent: dict[Session, _Wanted] = {}
         self._job: _Job | None = None
+        self.broken: set[Session] = set()
         self.made = 0
 
     @property
@@ -126,7 +127,8 @@ class Folds:
                 return self._go_on(self._job)
             return self._grow() or self._begin()
         except Exception:
-            log.exception("an agent's memory could not be folded")
+            log.exception("an agent's memory could not be folded; it is kept whole until the next start")
+            self.broken |= {self._job.lived.session} if self._job is not None else {*self._urgent, *self._due}
             self._end_job()
             self._urgent.clear()
             self._due.clear()
@@ -159,7 +161,7 @@ class Folds:
             return False
         for session, wanted in self._urgent.items():
             lived = self.lives.of(wanted.agent, session, encoder)
-            if self._start(lived, wanted.topic, wanted.pages):
+            if self._start(lived, wanted.topic, wanted.pages, urgent=True):
                 return True
         for session, agent in list(self._due.items()):
             if session.busy or session.head is None:
@@ -172,8 +174,8 @@ class Folds:
             self._settle(lived)
         return False
 
-    def _start(self, lived: Lived, topic: int, pages: list[Page]) -> bool:
-        """Begin to make the view of an episode, if the one that there is does not do."""
+    def _start(self, lived: Lived, topic: int, pages: list[Page], urgent: bool = False) -> bool:
+        """Begin to make the view of an episode, if the one that there is does not do. An `urgent` one is made of whatever is new."""
         policy = lived.agent.memory
         if not isinstance(policy, Episodic) or not pages:
             return False
@@ -181,11 +183,11 @@ class Folds:
         keep = (policy.budget_tokens - SINKS) // p * p
         view = self.lives.views(lived.agent, lived.session).get(topic)
         ends = {page.key.hex(): i for i, page in enumerate(pages)}
-        stale = topic != WHOLE and lived.life.stale(topic)
+        stale = topic != WHOLE and not urgent and lived.life.stale(topic)
         if view is not None and (view.base not in ends or view.rows != keep or stale):
             view = None
         newer = pages if view is None else pages[ends[view.base] + 1 :]
-        patience = policy.block_tokens // 2 if topic == lived.active else policy.block_tokens
+        patience = 1 if urgent else policy.block_tokens // (2 if topic == lived.active else 1)
         if sum(page.rows for page in newer) < (keep + SINKS if view is None else patience):
             return False
         block = policy.block_tokens if view is not None else max(policy.block_tokens, policy.budget_tokens)
@@ -296,7 +298,7 @@ class Folds:
         if agent.forgotten:
             return
         views = self.lives.views(agent, session)
-        shown = views.get(lived.topics()[0] if lived.active is None else lived.active)
+        shown = views.get(lived.topics()[0])
         if shown is None or session.head is None:
             return
         others = {p for a in self._memory.agents() if a is not agent for p in a.pages()}

@@ -67,7 +67,7 @@ class Lived:
         self.touched = False
 
     def topics(self) -> list[int]:
-        """The episodes there are, the active one first, then by how often they were asked for."""
+        """The episodes there are, the active one first if it is still there, then by how often they were asked for."""
         ids = [topic.id for topic in self.life.topics] or [WHOLE]
         return sorted(ids, key=lambda t: (t != self.active, -self.life.hits.get(t, 0), t))
 

@@ -161,7 +161,7 @@ class Topics:
         self._forget(set(self._built) | set(self.hits))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Everything, as plain arrays and what JSON can hold; `restored` makes the same of it."""
+        """Everything, as plain arrays and what JSON can hold; `relabelled` makes the same of it."""
         topics = self.topics
         labels = np.full(self._count, -1, np.int32)
         for topic in topics:
@@ -182,24 +182,6 @@ class Topics:
             "next": self._next,
         }
         return arrays, facts
-
-    @classmethod
-    def restored(cls, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> Topics:
-        """What `state` was taken of. Raises ValueError or KeyError for anything else."""
-        rows, labels = np.asarray(arrays["embeddings"], np.float32), arrays["labels"]
-        self = cls(rows.shape[1], Growth(**facts["growth"]))
-        self._rows, self._count = rows.copy(), len(rows)
-        if len(labels) != len(rows):
-            raise ValueError("there is not one label for each segment")
-        for (number, chosen, near), centroid in zip(facts["topics"], arrays["centroids"], strict=True):
-            members = np.flatnonzero(labels == number).tolist()
-            self._topics[number] = Topic(number, centroid.copy(), members, list(chosen), list(near))
-        for (number, chosen), centroid in zip(facts["built"], arrays["built"], strict=True):
-            self._built[number] = centroid.copy(), list(chosen)
-        self._pending = np.flatnonzero(labels == -1).tolist()
-        self.hits = dict(facts["hits"])
-        self._clustered, self._next = facts["clustered"], facts["next"]
-        return self
 
     @classmethod
     def relabelled(

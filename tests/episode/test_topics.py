@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,32 +186,6 @@ def take(topics: Topics, steps: list[tuple[str, int, int]]) -> None:
         elif topics.topics:
             one = topics.topics[which % len(topics.topics)].id
             (topics.built if kind == "build" else topics.hit)(one)
-
-
-@settings(max_examples=12, deadline=None)
-@given(before=STEPS, after=STEPS)
-def test_what_was_kept_and_taken_back_goes_on_the_same(
-    before: list[tuple[str, int, int]], after: list[tuple[str, int, int]]
-) -> None:
-    topics = Topics(DIMS, Growth(most=3))
-    take(topics, before)
-    arrays, facts = topics.state()
-    restored = Topics.restored(arrays, json.loads(json.dumps(facts)))
-    assert same(topics, restored)
-    take(topics, after)
-    take(restored, after)
-    assert same(topics, restored)
-    owners = sorted([m for t in topics.topics for m in t.members] + topics.pending)
-    assert owners == list(range(len(topics)))
-    assert len(topics.topics) <= 4
-
-
-def test_a_state_that_does_not_fit_is_refused() -> None:
-    arrays, facts = grown(near(0, 9)).state()
-    with pytest.raises(ValueError, match="one label for each segment"):
-        Topics.restored(arrays | {"labels": arrays["labels"][:-1]}, facts)
-    with pytest.raises(ValueError, match="zip"):
-        Topics.restored(arrays | {"centroids": arrays["centroids"][:0]}, facts)
 
 
 def test_titles_are_the_words_of_a_topic() -> None:

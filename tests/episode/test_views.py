@@ -15,12 +15,12 @@ from agentmem.engine.views import History
 from agentmem.episode.fold import folded, viewed
 from agentmem.episode.held import Held
 from agentmem.episode.line import Line
-from agentmem.episode.live import Live
 from agentmem.episode.passes import Pass
 from agentmem.episode.rows import LayerKind, kinds_of
 from agentmem.episode.selection import Heads
 from agentmem.episode.store import MemoryStore, Page, PageStore
 from agentmem.episode.views import View, materialised, store_scores, view_of
+from tests.episode.live import Live
 from tests.episode.state import BOTH, World, same, text, world_of
 
 SEEN = text(100)

@@ -242,3 +242,49 @@ def test_history_that_is_edited_is_cut_down_anew(tmp_path: Path) -> None:
         assert finished.usage["prompt_tokens"] - memory(finished)["evicted_tokens"] <= BUDGET + 3 * BLOCK
     finally:
         runtime.close()
+
+
+SUBJECTS = (
+    ("oil", "lamp", "wick", "flame", "keeper", "glass"),
+    ("tide", "harbour", "boat", "rope", "gull", "sail"),
+)
+
+
+def about(subject: int, rng: random.Random, n: int) -> str:
+    return " ".join(rng.choice(SUBJECTS[subject]) for _ in range(n))
+
+
+@pytest.mark.slow(minutes=0.3)
+def test_a_turn_goes_to_the_episode_that_it_is_about(tmp_path: Path) -> None:
+    runtime, rng = opened(tmp_path), random.Random(3)
+    runtime.create("agent", {"memory": EPISODIC})
+    for number in range(44):
+        turn(runtime, "agent", about(number // 4 % 2, rng, 6), max_tokens=3)
+        settled(runtime)
+    told = runtime.episodes("agent")["episodes"]
+    assert len(told) == 2
+    assert all(episode["tokens"] and episode["lines"] and episode["title"] for episode in told)
+    asked = []
+    for subject in (0, 1, 1, 0):
+        turn(runtime, "agent", about(subject, rng, 6), max_tokens=3)
+        settled(runtime)
+        found = runtime.episodes("agent")["episodes"]
+        (active,) = [episode for episode in found if episode["active"]]
+        assert f"episode {active['id']}" in runtime.explain("agent")["memory"][0]
+        asked.append(active["id"])
+    assert asked == [asked[0], asked[1], asked[1], asked[0]]
+    assert asked[0] != asked[1]
+    before = runtime.episodes("agent")["episodes"]
+    assert sum(episode["hits"] for episode in before) > 4
+    runtime.close()
+    runtime = opened(tmp_path)
+    try:
+        after = runtime.episodes("agent")["episodes"]
+        kept = ("id", "title", "lines", "segments", "built_through", "hits")
+        assert [[e[k] for k in kept] for e in after] == [[e[k] for k in kept] for e in before]
+        finished = turn(runtime, "agent", about(1, rng, 6), max_tokens=3)
+        assert runtime._engine.episodes.folds.made == 0
+        assert memory(finished)["state_before"] == "warm"
+        assert f"episode {asked[1]}" in runtime.explain("agent")["memory"][0]
+    finally:
+        runtime.close()
