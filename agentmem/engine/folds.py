@@ -51,17 +51,11 @@ class _Job:
 
 
 class Folds:
-    """Engine thread only. `made` counts views. Sessions that could not be folded are `broken`: they are kept whole from then on."""
+    """Engine thread only. `made` counts views. Sessions that could not be folded are `broken`: they are kept whole then."""
 
     def __init__(
-        self,
-        memory: Memory,
-        pool: Pool,
-        recall: Recall,
-        network: Network,
-        tokenizer: Chat,
-        encoders: Encoders,
-    ) -> None:
+        self, memory: Memory, pool: Pool, recall: Recall, network: Network, tokenizer: Chat, encoders: Encoders
+    ) -> None:  # fmt: skip
         self.lives = Lives(memory)
         self._memory, self._pool, self._recall = memory, pool, recall
         self._network, self._tokenizer, self._encoders = network, tokenizer, encoders
@@ -175,7 +169,7 @@ class Folds:
         return False
 
     def _start(self, lived: Lived, topic: int, pages: list[Page], urgent: bool = False) -> bool:
-        """Begin to make the view of an episode, if the one that there is does not do. An `urgent` one is made of whatever is new."""
+        """Begin to make the view of an episode, if the one that there is does not do. An `urgent` one is made of what there is."""
         policy = lived.agent.memory
         if not isinstance(policy, Episodic) or not pages:
             return False
