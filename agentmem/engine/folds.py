@@ -169,7 +169,7 @@ class Folds:
         return False
 
     def _start(self, lived: Lived, topic: int, pages: list[Page], urgent: bool = False) -> bool:
-        """Begin to make the view of an episode, if the one that there is does not do. An `urgent` one is made of what there is."""
+        """Begin to make the view of an episode, if the one that there is does not do; an `urgent` one of what there is."""
         policy = lived.agent.memory
         if not isinstance(policy, Episodic) or not pages:
             return False
