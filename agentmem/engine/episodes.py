@@ -93,7 +93,9 @@ class Episodes:
         long = len(sequence.ids) - match.tokens > policy.block_tokens
         newest = policy.block_tokens if long else 2 * policy.block_tokens
         near = {t: v for t, v in views.items() if match.tokens - v.tokens <= newest}
-        chosen, why = self._routed(sequence.messages, lived)
+        if sequence.routed is None or sequence.routed[0] not in lived.topics():
+            sequence.routed = self._routed(sequence.messages, lived)
+        chosen, why = sequence.routed
         if chosen not in near and near:
             other = lived.active if lived.active in near else max(near, key=lambda t: near[t].tokens)
             why = f"{why}; it is still being made, so episode {other} was used"

@@ -48,6 +48,7 @@ class Sequence:
     is composed, or why nothing is. `content` has the spans of its messages, where it may be composed. What is remembered of its
     `past` may be `compressed` for so many tokens of what is `reused`; `most` tokens of its prompt have rows then.
     One that is read in stretches knew (tokens, compressed ones) `before` the first; each of these is a `part`.
+    It was `routed` to an episode for a reason, once.
     """
 
     request: ChatRequest
@@ -92,6 +93,7 @@ class Sequence:
     compressed: int = 0
     most: int | None = None
     before: tuple[int, int] | None = None
+    routed: tuple[int, str] | None = None
     part: bool = False
     first: Sequence | None = None
     index: int = 0
