@@ -15,15 +15,23 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 KINDS = click.Choice(["full", "episodic", "window"])
 COLUMNS = ("EPISODE", "TITLE", "SEGMENTS", "TOKENS", "BYTES", "THROUGH", "STATE", "HITS")
 NEEDS = {"episodic": "budget_tokens", "window": "recent"}
-TAKES = {"full": set(), "episodic": {"budget_tokens", "episodes"}, "window": {"recent", "sinks"}}
+TAKES = {
+    "full": set(),
+    "episodic": {"budget_tokens", "block_tokens", "episodes"},
+    "window": {"recent", "sinks"},
+}
 
 
 def size_options(command: Decorated) -> Decorated:
-    """Give a command the sizes of memory policies; they arrive as `budget_tokens`, `episodes`, `recent` and `sinks`."""
+    """Give a command the sizes of memory policies; they arrive under the names of the options."""
     for name, text in (
         ("--sinks", "Of window: the first tokens that it keeps. Default: 4."),
         ("--recent", "Of window: the newest tokens that it keeps."),
         ("--episodes", "Of episodic: how many there are. Default: by the length of the conversation."),
+        (
+            "--block-tokens",
+            "Of episodic: newest tokens beside an episode before they compete. Default: 1024.",
+        ),
         ("--budget-tokens", "Of episodic: tokens of an episode that it keeps."),
     ):
         command = click.option(name, type=int, help=text)(command)

@@ -47,6 +47,9 @@ def test_how_much_of_its_past_an_agent_keeps(daemon: Home) -> None:
     assert told["policy"] == {"kind": "window", "recent": 4096, "sinks": 8}
     row = next(r for r in invoke("show", "old").stdout.splitlines() if r.startswith("memory"))
     assert row.endswith("window, the first 8 and the newest 4 096 tokens")
+    sizes = ("--budget-tokens", "2048", "--block-tokens", "512")
+    told = parse(invoke("memory", "old", "episodic", *sizes, "--json"))["agent"]["policy"]
+    assert (told["budget_tokens"], told["block_tokens"], told["episodes"]) == (2048, 512, None)
     assert invoke("memory", "old", "full").stdout == "old: memory full\n"
     assert parse(invoke("show", "old", "--json"))["agent"]["policy"] == {"kind": "full"}
     assert invoke("memory", "old", "window", "--recent", "1").exit_code == 2
