@@ -116,6 +116,8 @@ class Folds:
 
     def rest(self) -> bool:
         """There is time: do a piece of what is to be done; returns whether there was any."""
+        if not self.pending:
+            return False
         try:
             if self._job is not None:
                 return self._go_on(self._job)
@@ -132,11 +134,13 @@ class Folds:
         """Take a few messages of a session into its topics."""
         for session in [s for s, a in self._due.items() if isinstance(a.memory, Window)]:
             self._leave_window(self._due.pop(session), session)
-        encoder = self._encoders.get() if self._due or self._urgent else None
+        long = [(s, a) for s, a in self._due.items() if not self.short(a, s)]
+        encoder = self._encoders.get() if long or self._urgent else None
+        self._due = dict(long)
         if encoder is None:
             return False
         for session, agent in [*((s, w.agent) for s, w in self._urgent.items()), *self._due.items()]:
-            if agent.forgotten or self.short(agent, session):
+            if agent.forgotten:
                 self._due.pop(session, None)
                 continue
             lived = self.lives.of(agent, session, encoder)
@@ -150,7 +154,7 @@ class Folds:
 
     def _begin(self) -> bool:
         """Begin with the view that is needed most."""
-        encoder = self._encoders.get()
+        encoder = self._encoders.get() if self._due or self._urgent else None
         if encoder is None or self._memory.unwritten:  # what is not on disk cannot leave RAM
             return False
         for session, wanted in self._urgent.items():

@@ -19,8 +19,8 @@ EPISODIC = {"kind": "episodic", "budget_tokens": BUDGET, "block_tokens": BLOCK, 
 WINDOW = {"kind": "window", "recent": BLOCK, "sinks": 4}
 
 
-def opened(home: Path, **options: Any) -> Runtime:
-    return open_runtime(home, episode_encoder="hash512", ram_budget=32 << 20, **options)
+def opened(home: Path, encoder: str = "hash512") -> Runtime:
+    return open_runtime(home, episode_encoder=encoder, ram_budget=32 << 20)
 
 
 def settled(runtime: Runtime) -> None:
@@ -48,10 +48,11 @@ def texts(said: list[Finished]) -> list[str]:
 def test_what_fits_the_budget_is_what_full_memory_gives(tmp_path: Path) -> None:
     said = []
     for home, policy in (("a", {**EPISODIC, "budget_tokens": 8192}), ("b", {"kind": "full"})):
-        runtime = opened(tmp_path / home)
+        runtime = opened(tmp_path / home, "minilm")
         runtime.create("agent", {"memory": policy})
         try:
             said.append(talk(runtime, "agent", 8))
+            assert runtime._engine.episodes.encoders._weights is None  # nobody needs an encoder yet
         finally:
             runtime.close()
     assert texts(said[0]) == texts(said[1])
