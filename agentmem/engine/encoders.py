@@ -10,7 +10,6 @@ from pathlib import Path
 
 from agentmem.episode.encoder import Encoder, encoder_in, weights_of
 from agentmem.episode.hashed import HashedEncoder
-from agentmem.errors import AgentMemError
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Encoders:
             return None
         try:
             self._encoder = encoder_in(self.name, self._weights.result())
-        except (AgentMemError, OSError) as error:
+        except Exception as error:  # a folder may hold anything
             log.warning("episodes are told apart by words alone (%s): %s", HashedEncoder.name, error)
             self._encoder = HashedEncoder()
         return self._encoder
@@ -43,5 +42,5 @@ class Encoders:
         try:
             outcome.set_result(weights_of(self.name, self._models))
         except BaseException as error:
-            outcome.set_exception(error if isinstance(error, AgentMemError) else OSError(str(error)))
+            outcome.set_exception(error if isinstance(error, Exception) else OSError(str(error)))
         self._wake()

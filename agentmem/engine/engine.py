@@ -56,7 +56,7 @@ class Engine:
         self.recall = recall
         self.prefetch = Prefetch(pool, memory, recall, episodes.foreseen)
         self.scheduler, self.pace, self.lobby, self.composing = scheduler, scheduler.pace, lobby, composing
-        self.episodes = episodes
+        self.episodes, self.folds = episodes, episodes.folds
         self.followers = Followers(pool.geometry.page_tokens)
         self.returns = Returns(self, planner, memory)
         self.passes = Passes(runner, scheduler.pace, self._fail, self.retry_or_fail)
@@ -145,8 +145,8 @@ class Engine:
         if work.decoding and outcomes:
             self.pace.stepped(1e3 * (time.perf_counter() - start))
         rested = not self.active and self.composing.rest(alone=not self.waiting)
-        if self.episodes.urgent or not (rested or self.active or self.waiting):
-            rested |= self.episodes.rest()
+        if self.folds.urgent or not (rested or self.active or self.waiting):
+            rested |= self.folds.rest()
         return drained or rested or bool(outcomes) or (bool(work.decoding or work.chunks) and not self._again)
 
     def _drain(self) -> bool:
@@ -341,7 +341,7 @@ class Engine:
             self.active.remove(sequence)
 
         agent = sequence.agent
-        self.episodes.ended(agent, sequence.session)
+        self.folds.due(agent, sequence.session)
 
         def committed(written: int, error: Exception | None) -> None:
             self._report(sequence, written, error is None and agent.persist)

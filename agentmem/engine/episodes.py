@@ -133,29 +133,12 @@ class Episodes:
             if past.episode != WHOLE:
                 lived.life.hit(past.episode)
 
-    def ended(self, agent: Agent, session: Session) -> None:
-        """A turn is over."""
-        self.folds.due(agent, session)
-
     def changed(self, agent: Agent) -> None:
         """The agent's policy is another: views of before go, and are made anew where they are wanted."""
         self.folds.forget(agent)
         for session in agent.spoken.values():
             self.folds.drop(self.lives.take_views(agent, session, lambda _: True))
             self.folds.due(agent, session)
-
-    def forget(self, agent: Agent) -> None:
-        """The agent goes."""
-        self.folds.forget(agent)
-
-    @property
-    def urgent(self) -> bool:
-        """Whether a request waits until a past is cut down."""
-        return self.folds.urgent
-
-    def rest(self) -> bool:
-        """There is time: do a piece of what is to be done; returns whether there was any."""
-        return self.folds.rest()
 
     def report(self, agent: Agent, session: Session) -> dict[str, Any]:
         """The episodes of a session."""

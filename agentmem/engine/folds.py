@@ -77,7 +77,7 @@ class Folds:
 
     def due(self, agent: Agent, session: Session) -> None:
         """A turn is over: look, when there is time, whether its session is to be folded."""
-        if not isinstance(agent.memory, Full):
+        if not isinstance(agent.memory, Full) and session not in self.broken:
             self._due[session] = agent
             self.lives.touched(session)
 
@@ -299,10 +299,9 @@ class Folds:
         shown = views.get(lived.topics()[0])
         if shown is None or session.head is None:
             return
-        others = {p for a in self._memory.agents() if a is not agent for p in a.pages()}
         older = [p for p in session.head.chain()[1:] if p.end <= shown.tokens]
         rest = [p for v in views.values() if v is not shown for p in v.pages]
-        self._evict(p for p in (*older, *rest) if p not in others and p.pieces is not None)
+        self._memory.leave_ram(agent, (*older, *rest))
 
     def _leave_window(self, agent: Agent, session: Session) -> None:
         """What lies behind the window leaves RAM, once it is on disk."""
@@ -311,8 +310,7 @@ class Folds:
             return
         p = self._pool.geometry.page_tokens
         older = [page for page in head.chain()[1:] if page.end <= head.end - policy.recent - p]
-        others = {page for a in self._memory.agents() if a is not agent for page in a.pages()}
-        self._evict(page for page in older if page not in others and page.pieces is not None)
+        self._memory.leave_ram(agent, older)
 
     def _evict(self, pages: Iterable[Page]) -> None:
         for page in pages:

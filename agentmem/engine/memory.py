@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -186,8 +187,11 @@ class Memory:
 
         The turn of an agent that does not persist stays in RAM; `done` hears of no bytes and no error.
         """
+        agent.row.last_used = time.time()
+        self._log(agent, session, turn, head, done)
+
+    def _log(self, agent: Agent, session: Session, turn: TurnRow, head: Page | None, done: Done) -> None:
         turn.created = time.time()
-        agent.row.last_used = turn.created
         session.row.turns.append(turn)
         session.log_bytes += log_bytes(turn)
         session.move_head(head)
@@ -196,6 +200,13 @@ class Memory:
         else:
             self.journal.keep_in_ram(head)
             done(0, None)
+
+    def leave_ram(self, agent: Agent, pages: Iterable[Page]) -> None:
+        """Take pages of an agent out of RAM that are on disk, in nobody's use, and no other agent's too."""
+        others = {p for a in self._agents.values() if a is not agent for p in a.pages()}
+        for page in pages:
+            if page.slots is not None and page.pieces is not None and not page.pins and page not in others:
+                self.pool.evict(page)
 
     def hidden(self, agent: Agent, name: str) -> Session:
         """A hidden session of the agent, made now where it does not exist; what is noted in it makes it last."""
@@ -209,18 +220,9 @@ class Memory:
     ) -> None:
         """Log something of a hidden session that is no turn of the agent's, with state up to `head`; `done` as in `finish`."""
         assert session.hidden
-        turn = TurnRow(
-            session.conversation.turns + 1, 0, 0, np.zeros(0, np.int32), [], [], stats, time.time()
-        )
+        turn = TurnRow(session.conversation.turns + 1, 0, 0, np.zeros(0, np.int32), [], [], stats, 0.0)
         session.conversation.apply(turn)
-        session.row.turns.append(turn)
-        session.log_bytes += log_bytes(turn)
-        session.move_head(head)
-        if agent.persist:
-            self.journal.add(agent, session, turn, head, done)
-        else:
-            self.journal.keep_in_ram(head)
-            done(0, None)
+        self._log(agent, session, turn, head, done)
 
     @property
     def unwritten(self) -> int:

@@ -68,15 +68,7 @@ class Roster:
 
         def evict() -> AgentInfo:
             agent = self._memory.find(namespace, name)
-            others = {p for a in self._memory.agents() if a is not agent for p in a.pages()}
-            for page in agent.pages():
-                if (
-                    page.slots is not None
-                    and page.pieces is not None
-                    and not page.pins
-                    and page not in others
-                ):
-                    self._pool.evict(page)
+            self._memory.leave_ram(agent, agent.pages())
             return self._census.agent(agent)
 
         return self._when_idle(namespace, name, evict)
@@ -94,7 +86,7 @@ class Roster:
 
             agent = self._memory.find(namespace, name)
             self._engine.composing.forget(namespace, name)
-            self._engine.episodes.forget(agent)
+            self._engine.episodes.folds.forget(agent)
             self._memory.forget(agent, finish)
 
         self._when_idle(namespace, name, forget)

@@ -58,45 +58,23 @@ class Pass:
 
 
 class Scored(Pass):
-    """A pass that scores rows and leaves nothing behind."""
+    """A pass that scores rows, behind earlier pieces of its prompt, whose keys, mapped, and values [1, heads, n, dim] are `said`.
 
-    def __init__(self, fetch: Fetch, offset: int, chunk: int) -> None:
-        super().__init__(fetch, offset)
-        self._chunk = chunk
-        self.scores: list[np.ndarray] = []
-
-    def attend(self, *arrays: mx.array, **options: Any) -> mx.array:
-        out = super().attend(*arrays, **options)
-        mx.eval(out)  # so that no layer's rows wait for the layers behind it
-        return out
-
-    def seen(self, line: Line, queries: mx.array, past: Past, scale: float) -> None:
-        keys, _, visible = past
-        found = cross_scores(queries[0], keys, scale=scale, visible=visible, chunk=self._chunk)
-        self.scores = line.candidates(np.array(found))
-
-
-class ScoredOn(Scored):
-    """The same behind earlier pieces of its prompt, whose keys, mapped, and values [1, heads, n, dim] are `said`.
-
-    Precondition: heads have rows of equal number.
+    Precondition for a second piece: heads have rows of equal number.
     """
 
-    def __init__(self, fetch: Fetch, offset: int, chunk: int, said: Sequence[mx.array]) -> None:
-        super().__init__(fetch, offset, chunk)
-        self.said = said
+    def __init__(self, fetch: Fetch, offset: int, chunk: int, said: Sequence[mx.array] = ()) -> None:
+        super().__init__(fetch, offset)
+        self._chunk, self.said = chunk, said
+        self.scores: list[np.ndarray] = []
 
     def before(self, past: Past) -> Past:
-        keys, values, visible = past
-        assert visible is None
         if not self.said:
             return past
-        own_keys, own_values = self.said
-        return (
-            mx.concatenate([keys, own_keys[0]], axis=1),
-            mx.concatenate([values, own_values[0]], axis=1),
-            None,
-        )
+        (keys, values, visible), (own_keys, own_values) = past, self.said
+        assert visible is None
+        together = (mx.concatenate([a, b[0]], axis=1) for a, b in ((keys, own_keys), (values, own_values)))
+        return next(together), next(together), None
 
     def attend(self, *arrays: mx.array, **options: Any) -> mx.array:
         out = super().attend(*arrays, **options)
@@ -104,8 +82,13 @@ class ScoredOn(Scored):
         if self.said:
             own = [mx.concatenate([a, b], axis=2) for a, b in zip(self.said, own, strict=True)]
         self.said = own
-        mx.eval(own)
+        mx.eval(out, own)  # so that no layer's rows wait for the layers behind it
         return out
+
+    def seen(self, line: Line, queries: mx.array, past: Past, scale: float) -> None:
+        keys, _, visible = past
+        found = cross_scores(queries[0], keys, scale=scale, visible=visible, chunk=self._chunk)
+        self.scores = line.candidates(np.array(found))
 
 
 class Sounding:
@@ -118,13 +101,8 @@ class Sounding:
         self, network: Network, lines: Sequence[Fetch], prompt: Sequence[int], offset: int, piece: int = CHUNK
     ) -> None:
         assert prompt
-        self._network, self._lines, self._prompt, self._offset, self._piece = (
-            network,
-            lines,
-            list(prompt),
-            offset,
-            piece,
-        )
+        self._network, self._lines, self._prompt = network, lines, list(prompt)
+        self._offset, self._piece = offset, piece
         self._said: list[Sequence[mx.array]] = [() for _ in lines]
         self._at = 0
         self.scores: Scores = []
@@ -138,7 +116,7 @@ class Sounding:
         some = self._prompt[self._at : self._at + self._piece]
         offset = self._offset + self._at
         passes = [
-            ScoredOn(line, offset, self._piece, said)
+            Scored(line, offset, self._piece, said)
             for line, said in zip(self._lines, self._said, strict=True)
         ]
         self._network.logits(mx.array([some], dtype=mx.int32), passes, [])
