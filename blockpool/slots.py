@@ -17,6 +17,8 @@ class Slots:
         self.count = count
         self._refs = np.zeros(count, dtype=np.int32)
         self._free = count
+        self.peak = 0
+        """Most slots that were in use at once since this was last set."""
 
     @property
     def free(self) -> int:
@@ -33,6 +35,7 @@ class Slots:
         chosen = free[start : start + n]
         self._refs[chosen] = 1
         self._free -= n
+        self.peak = max(self.peak, self.count - self._free)
         return [int(s) for s in chosen]
 
     @staticmethod

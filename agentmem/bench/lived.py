@@ -6,6 +6,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,7 @@ class LivedBench:
             lambda: model,
         )  # fmt: skip
         self._tokens = len(model.tokenizer.encode(" ".join(_lines(0)))) / len(_lines(0))
-        self.peak = self._watched()
-
-    def _watched(self) -> list[int]:
-        """Bytes that slots took at most since it was last set to nothing."""
-        pool, peak = self.runtime._pool, [0]
-        take = pool.slots.take
-
-        def watched(n: int) -> Any:
-            peak[0] = max(peak[0], (pool.slots.count - pool.slots.free + n) * pool.geometry.slot_bytes)
-            return take(n)
-
-        pool.slots.take = watched  # type: ignore[method-assign]
-        return peak
+        self._slots = self.runtime._pool.slots
 
     def run(self, multiples: Sequence[int]) -> dict[str, Any]:
         rows = []
@@ -69,13 +58,13 @@ class LivedBench:
                 "episodes": 2,
             }
             self.runtime.create(name, {"memory": policy})
-            self.peak[0] = 0
+            self._slots.peak = 0
             begun = time.perf_counter()
             self._live(name, times * self.budget)
             seconds = time.perf_counter() - begun
             self.runtime.evict(name)
             rows.append({"times": times, "tokens": self.runtime.episodes(name)["tokens"], "live_s": seconds,
-                         "peak_rows": self.peak[0] / self.geometry.packed_row_bytes})  # fmt: skip
+                         "peak_rows": self._slots.peak * self.geometry.page_tokens})  # fmt: skip
             self.say(
                 f"{times} budgets: {rows[-1]['tokens']} tokens in {seconds:.0f} s, {rows[-1]['peak_rows']:.0f} rows at most"
             )
@@ -172,6 +161,7 @@ class LivedBench:
         return out
 
 
+@cache
 def _lines(subject: int) -> list[str]:
     """What is said about one of two subjects."""
     known = tomllib.loads(files("agentmem.bench").joinpath("topics.toml").read_text(encoding="utf-8"))

@@ -240,21 +240,21 @@ class Planner:
         return Alignment(keep, self._tokenizer.decode(ids), ids)
 
     @staticmethod
-    def _reason(sequence: Sequence, before: int) -> str:
-        """Why as much was reused as was, in a word; the session had `before` tokens.
+    def _reason(sequence: Sequence, before: int, kept: int) -> str:
+        """Why as much was reused as was, in a word; the session had `before` tokens, and `kept` of them.
 
         `new_session`: nothing was remembered. `extended`: all of it goes on. `input_changed`: the messages are not those of the
         session. The others say why there was no state of tokens that stayed the same: `quarantined` (damaged), `evicted` (it had
         left the disk), `composed` or `compressed` (an earlier turn was, and such state counts for nothing else), `off` (none was
         to be used), `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
         """
-        session, alignment = sequence.session, sequence.alignment
+        session, reused = sequence.session, (sequence.before or sequence).reused
         assert session is not None
-        assert alignment is not None
         if not before:
-            return "fingerprint_changed" if session.row.turns else "new_session"
+            whole = [t for t in session.row.turns if not t.stats.get("part")]
+            return "fingerprint_changed" if whole else "new_session"
         # The last token of a reply was sampled, not fed: it never has state.
-        if sequence.lost or sequence.reused + 1 < alignment.keep:
+        if sequence.lost or reused + 1 < kept:
             if sequence.lost or session.damaged:
                 return "quarantined"
             if session.row.foreign:
@@ -265,19 +265,21 @@ class Planner:
                 if any(t.stats.get(f"{word}_tokens") for t in session.row.turns):
                     return word
             return "evicted"
-        return "extended" if alignment.keep >= before else "input_changed"
+        return "extended" if kept >= before else "input_changed"
 
     def _stats(self, sequence: Sequence, before: int) -> dict[str, Any]:
         """What `explain` tells of this turn."""
         assert sequence.alignment is not None
         assert sequence.session is not None
-        reason = self._reason(sequence, before)
+        known = sequence.before
+        before, kept = (known.held, known.kept) if known is not None else (before, sequence.alignment.keep)
+        reason = self._reason(sequence, before, kept)
         sequence.session.damaged = sequence.session.row.foreign = False
         usage = sequence.usage(0, False)
         return {
             "reason": reason,
             "session_tokens_before": before,
-            "kept_tokens": sequence.alignment.keep,
+            "kept_tokens": kept,
             "identity_source": sequence.request.identity_source,
             "finish": sequence.finish,
             "reuse": sequence.reuse,

@@ -36,6 +36,16 @@ Phase = Literal["waiting", "restoring", "prefill", "decode", "ended", "closing",
 Finish = FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Tokens of a prompt that were remembered, some of them compressed; those that its session kept of `held` ones."""
+
+    reused: int
+    compressed: int
+    kept: int
+    held: int
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One request: its prompt over the session's state, its reply, and the figures that are reported for it.
@@ -47,7 +57,7 @@ class Sequence:
     A composed prompt follows a `course` behind its exact `prefix`, which is all of it that becomes pages; `notes` say what of it
     is composed, or why nothing is. `content` has the spans of its messages, where it may be composed. What is remembered of its
     `past` may be `compressed` for so many tokens of what is `reused`; `most` tokens of its prompt have rows then.
-    One that is read in stretches knew (tokens, compressed ones) `before` the first; each of these is a `part`.
+    One that is read in stretches has what was known `before` the first; each of these is a `part`.
     It was `routed` to an episode for a reason, once.
     """
 
@@ -92,7 +102,7 @@ class Sequence:
     past: Past = field(default_factory=lambda: NOTHING)
     compressed: int = 0
     most: int | None = None
-    before: tuple[int, int] | None = None
+    before: Known | None = None
     routed: tuple[int, str] | None = None
     part: bool = False
     first: Sequence | None = None
@@ -168,7 +178,10 @@ class Sequence:
             past=self.past, reused=self.reused, compressed=self.compressed, most=self.most, pinned=self.pinned,
             state_before=self.state_before, planned=self.planned, announced=True, prefetched=self.prefetched, part=True,
         )  # fmt: skip
-        self.before = self.before or (self.reused, self.compressed)
+        if self.before is None:
+            assert self.alignment is not None
+            held = len(self.session.conversation.ids)
+            self.before = Known(self.reused, self.compressed, self.alignment.keep, held)
         self.session, self.match, self.pinned, self.prefetched = None, None, [], 0
         return part
 
@@ -212,8 +225,8 @@ class Sequence:
     @property
     def exact(self) -> int:
         """Tokens that are reused as if the conversation had never been interrupted."""
-        known, compressed = self.before or (self.reused, self.compressed)
-        return known - compressed
+        known = self.before or self
+        return known.reused - known.compressed
 
     @property
     def width(self) -> int:
@@ -284,9 +297,9 @@ class Sequence:
             state_before=self.state_before,
             exact_tokens=self.exact,
             composed_tokens=self.composed,
-            compressed_tokens=(self.before or (0, self.compressed))[1],
+            compressed_tokens=(self.before or self).compressed,
             evicted_tokens=self.past.shown.gap if self.past.shown is not None else 0,
-            prefilled_tokens=len(self.ids) - (self.before or (self.reused, 0))[0] - self.composed,
+            prefilled_tokens=len(self.ids) - (self.before or self).reused - self.composed,
             restored_tokens=self.restored,
             restore_ms=round(self.restore_ms, 3),
             prefill_ms=round(self.prefill_ms, 3),

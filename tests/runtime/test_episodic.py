@@ -143,14 +143,7 @@ def test_full_memory_comes_back_from_the_token_log(tmp_path: Path) -> None:
 def test_a_prompt_longer_than_the_budget_is_read_in_stretches(tmp_path: Path) -> None:
     runtime = opened(tmp_path)
     runtime.create("reader", {"memory": EPISODIC})
-    pool, slots = runtime._pool, []
-    free = runtime._pool.slots.take
-
-    def take(n: int) -> Any:
-        slots.append(pool.slots.count - pool.slots.free + n)
-        return free(n)
-
-    pool.slots.take = take  # type: ignore[method-assign]
+    pool = runtime._pool
     try:
         text = words(random.Random(1), 1000)
         finished = turn(runtime, "reader", text, max_tokens=8)
@@ -159,8 +152,10 @@ def test_a_prompt_longer_than_the_budget_is_read_in_stretches(tmp_path: Path) ->
         assert memory(finished)["exact_tokens"] == 0
         held = BUDGET + 3 * BLOCK + pool.geometry.page_tokens
         spare = 2 * (BUDGET // pool.geometry.page_tokens)  # a view in the making beside the one that is shown
-        assert max(slots) <= pool.geometry.worst_slots(held) + spare
+        assert 0 < pool.slots.peak <= pool.geometry.worst_slots(held) + spare
+        assert runtime.explain("reader")["reason"] == "new_session"
         following = turn(runtime, "reader", "go on", max_tokens=8)
+        assert runtime.explain("reader")["reason"] == "extended"
         assert memory(following)["prefilled_tokens"] < 64
         assert runtime.agent("reader")["turns"] == 2
     finally:
