@@ -123,18 +123,15 @@ class Lives:
     def views(self, agent: Agent, session: Session) -> dict[int, View]:
         """The views whose rows are all somewhere, by episode."""
         found = {}
-        for name, hidden in agent.sessions.items():
-            of, _, topic = name.partition(f"{HIDDEN}view.")
-            if of != session.row.name or not topic or not hidden.row.turns or hidden.head is None:
-                continue
-            facts, pages = hidden.row.turns[-1].stats["view"], tuple(hidden.head.chain())
+        for topic, hidden, head in _made(agent, session):
+            facts, pages = hidden.row.turns[-1].stats["view"], tuple(head.chain())
             if all(p.stored for p in pages) and sum(p.rows for p in pages) == facts["rows"]:
-                found[int(topic)] = View(pages, facts["tokens"], facts["base"])
+                found[topic] = View(pages, facts["tokens"], facts["base"])
         return found
 
     def put_view(self, lived: Lived, topic: int, head: Page, base: Page, done: Done) -> list[Page]:
         """A view was made of the session's tokens up to `base`; returns the pages of the one before it, if there was one."""
-        hidden = self._memory.hidden(lived.agent, f"{lived.session.row.name}{HIDDEN}view.{topic}")
+        hidden = self._memory.hidden(lived.agent, f"{_views(lived.session)}{topic}")
         before = hidden.head.chain() if hidden.head is not None else []
         facts = {"tokens": base.end, "base": base.key.hex(), "rows": sum(p.rows for p in head.chain())}
         self._memory.note(lived.agent, hidden, {"view": facts}, head, done)
@@ -143,12 +140,22 @@ class Lives:
     def take_views(self, agent: Agent, session: Session, gone: Callable[[int], bool]) -> list[Page]:
         """Views of episodes that are `gone` end; returns their pages."""
         pages = []
-        for name, hidden in agent.sessions.items():
-            of, _, topic = name.partition(f"{HIDDEN}view.")
-            if of == session.row.name and topic and hidden.head is not None and gone(int(topic)):
-                pages += hidden.head.chain()
+        for topic, hidden, head in _made(agent, session):
+            if gone(topic):
+                pages += head.chain()
                 hidden.move_head(None)
         return pages
+
+
+def _made(agent: Agent, session: Session) -> list[tuple[int, Session, Page]]:
+    """Episodes that a view was made of, with the hidden session of each and the last page of its state."""
+    prefix = _views(session)
+    found = ((name.removeprefix(prefix), s) for name, s in agent.sessions.items() if name.startswith(prefix))
+    return [(int(topic), s, s.head) for topic, s in found if s.head is not None and s.row.turns]
+
+
+def _views(session: Session) -> str:
+    return f"{session.row.name}{HIDDEN}view."
 
 
 def _topics(session: Session) -> str:

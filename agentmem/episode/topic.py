@@ -65,6 +65,11 @@ def represent(topic: Topic, embeddings: Rows, count: int = REPRESENTATIVES) -> N
     topic.similarities = [float(near[i]) for i in chosen]
 
 
+def load_libraries() -> None:
+    """Bring in what clustering needs, which takes seconds the first time. Any thread."""
+    import sklearn.cluster  # noqa: F401
+
+
 def cluster(
     embeddings: Rows, episodes: int | None = None, seed: int = SEED, representatives: int = REPRESENTATIVES
 ) -> list[Topic]:
