@@ -22,7 +22,8 @@ class Record:
     """One question answered over one cache, `tokens` in its gold answer. kl: nats a token, full against compressed cache.
 
     top1: share of tokens whose likeliest one is the full cache's; nll: nats a token of the gold answer; exact: greedy decoding
-    would say it. planted: the answer is a planted fact; exact then says whether a greedy reply names it.
+    would say it. planted: the answer is a planted fact; exact then says
+    whether it was likelier than all else of its kind that was said.
     """
 
     conversation: str

@@ -35,7 +35,8 @@ def generated(seed: int, topics: int = TOPICS, utterances: int = UTTERANCES) -> 
     """Two people who come back to every topic in every session.
 
     On each topic one of them says a fact, and the other says the same of herself with another value; the question is about one
-    of the two. `topics` is 8 at most, `utterances` of a topic lie between 6 and 14.
+    of the two, and the reply begins with the words of the fact. `topics` is 8 at most, `utterances` of a topic lie between 6 and
+    14.
     """
     draw = random.Random(seed)
     known = tomllib.loads(files("agentmem.bench").joinpath("topics.toml").read_text(encoding="utf-8"))[
@@ -46,18 +47,22 @@ def generated(seed: int, topics: int = TOPICS, utterances: int = UTTERANCES) -> 
     words = draw.sample(WORDS, 2 * topics)
     digits = [str(n) for n in draw.sample(range(1000, 10000), 2 * topics)]
     told, asked = {}, {}
+    values: dict[str, list[str]] = {}
     for number, topic in enumerate(chosen):
         pool = words if topic["values"] == "words" else digits
         speaker, value, other = draw.randrange(2), pool[2 * number], pool[2 * number + 1]
         told[topic["name"]] = _told(topic, names, speaker, value, other, utterances, draw)
-        asked[topic["name"]] = topic["question"].format(speaker=names[speaker]), value
+        lead = topic["fact"].partition(" {value}")[0]
+        asked[topic["name"]] = topic["question"].format(speaker=names[speaker]), value, topic["values"], lead
+        values.setdefault(topic["values"], []).extend((value, other))
     sessions = _sessions(told, draw)
     said = [line for lines in sessions for line in lines]
-    questions = [
-        Question(*asked[line.topic], evidence=(number,), planted=True)
-        for number, line in enumerate(said)
-        if line.fact
-    ]
+    questions = []
+    for number, line in enumerate(said):
+        if line.fact:
+            text, value, kind, lead = asked[line.topic]
+            others = tuple(f" {v}" for v in values[kind] if v != value)
+            questions.append(Question(text, f" {value}", (number,), others=others, lead=lead))
     dates = _dates(len(sessions), draw)
     spoken = (tuple(Utterance(line.speaker, line.text) for line in lines) for lines in sessions)
     return Dialogue(f"planted-{seed}", tuple(zip(dates, spoken, strict=True)), tuple(questions))

@@ -109,8 +109,9 @@ class Contest:
         self.topics = cluster(self.embeddings, setting.episodes)
         self.full = ground.read(self.ids, ground.whole)
         asked = [ground.frame.question(q) for _, q in self.questions]
-        planted = {n: q.answer for n, (_, q) in enumerate(self.questions) if q.planted}
-        self.judge = Judge(self.full, asked, planted, ground.model.tokenizer)
+        encode = ground.model.tokenizer.encode
+        choices = {n: [encode(o) for o in q.others] for n, (_, q) in enumerate(self.questions) if q.planted}
+        self.judge = Judge(self.full, asked, choices)
         queries = ground.encoder.encode([q.text for _, q in self.questions], query=True)
         self.routes = [route(q, self.embeddings, self.topics, floor=-1.0).topic or 0 for q in queries]
         self._packed: MemoryStore | None = None

@@ -15,13 +15,19 @@ MARK = "\u2042"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`evidence`: numbers of the utterances that it is about; `dated`: it asks for a time; `planted`: for a planted fact."""
+    """`evidence`: numbers of the utterances that it is about; `dated`: it asks for a time; `others`: where it asks for a planted
+    fact, what was said of its kind besides, and `lead` is what the reply begins with."""
 
     text: str
     answer: str
     evidence: tuple[int, ...] = ()
     dated: bool = False
-    planted: bool = False
+    others: tuple[str, ...] = ()
+    lead: str = ""
+
+    @property
+    def planted(self) -> bool:
+        return bool(self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +70,9 @@ class Frame:
         return self.tokenizer.encode(f"\n\n{instruction}{self.foot}")
 
     def question(self, question: Question) -> tuple[list[int], list[int]]:
-        """The question behind a history, and its answer."""
+        """The question behind a history, the reply as far as it is given, and the answer."""
         text = ASK.format(question=question.text) + (f" {ASK_DATE}" if question.dated else "")
-        return self.asked(text), self.tokenizer.encode(question.answer)
+        return self.asked(text) + self.tokenizer.encode(question.lead), self.tokenizer.encode(question.answer)
 
 
 def first_that_fit(

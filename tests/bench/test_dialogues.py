@@ -26,7 +26,9 @@ def test_every_fact_is_said_once_and_asked_for(seed: int, topics: int, utterance
     for question in dialogue.questions:
         (evidence,) = question.evidence
         assert said[evidence].speaker in question.text
-        assert [n for n, u in enumerate(said) if question.answer in u.text.rstrip(".").split()] == [evidence]
+        for answer in (question.answer, *question.others):
+            assert sum(answer.strip() in u.text.rstrip(".").split() for u in said) == 1
+        assert said[evidence].text == f"{question.lead}{question.answer}."
     assert len({u.text for u in said}) == len(said)
 
 

@@ -10,6 +10,7 @@ import pytest
 from agentmem.bench.answers import Journal, Record, Table, ratio
 from agentmem.bench.dialogues import generated
 from agentmem.bench.episodic import POLICIES, Contest, Ground, Setting, run
+from agentmem.bench.judge import Judge
 from agentmem.bench.transcripts import Dialogue, Frame, Question, evenly, first_that_fit
 from agentmem.episode.hashed import HashedEncoder
 from agentmem.episode.selection import Heads
@@ -34,7 +35,10 @@ def short() -> Dialogue:
         Utterance("Ada" if i % 2 else "Bo", f"The tide of day {i} came in at {i}.") for i in range(12)
     )
     sessions = tuple((f"{n} May", said[n * 4 : n * 4 + 4]) for n in range(3))
-    asked = tuple(Question(f"When did day {i} come in?", f"At {i}", (i,), planted=i == 5) for i in (2, 5, 9))
+    asked = tuple(
+        Question(f"When did day {i} come in?", f"At {i}", (i,), others=("At 2", "At 9") * (i == 5))
+        for i in (2, 5, 9)
+    )
     return Dialogue("short", sessions, asked)
 
 
@@ -149,6 +153,15 @@ def test_means_are_over_tokens() -> None:
     b = [record(0, "b", 1.0, tokens=9), record(1, "b", 10.0)]
     assert next(r["kl"] for r in Table(a).rows()) == pytest.approx(0.9)
     assert ratio(a, b)[0] == pytest.approx(9 / 19)
+
+
+def test_a_planted_fact_is_recalled_when_no_other_of_its_kind_is_likelier(ground: Ground) -> None:
+    full = ground.read(ground.frame.history("The code is 4711."), ground.whole)
+    asked, answer, other = (ground.model.tokenizer.encode(t) for t in ("Which code?", " 4711", " 1234"))
+    found = [
+        Judge(full, [(asked, a)], {0: [b]}).scores(full)[0][3] for a, b in ((answer, other), (other, answer))
+    ]
+    assert sorted(found) == [False, True]
 
 
 @pytest.mark.slow
