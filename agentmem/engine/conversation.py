@@ -45,6 +45,7 @@ class Conversation:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._spans: list[Span] = []
+        self._ids: list[int] = []
         self._messages: list[dict[str, Any]] = []
         self._log: deque[tuple[TurnRow, bool]] = deque()
         self.turns = 0
@@ -62,8 +63,9 @@ class Conversation:
 
     @property
     def ids(self) -> list[int]:
-        """All token ids, those without state (an end-of-turn token that was sampled last) too; `length` of them."""
-        return [t for span in self.spans for t in span.ids]
+        """All token ids, those without state (an end-of-turn token that was sampled last) too; `length` of them. Not to keep."""
+        self._replay()
+        return self._ids
 
     def align(self, text: str) -> Alignment:
         """Line the rendered prompt `text` up with the session.
@@ -139,17 +141,20 @@ class Conversation:
             self._add([Span("prompt", alignment.text, alignment.ids)])
 
     def _add(self, spans: list[Span]) -> None:
-        self._spans.extend(spans)
-        self.length += sum(len(s.ids) for s in spans)
+        for span in spans:
+            self._spans.append(span)
+            self._ids += span.ids
+        self.length = len(self._ids)
 
     def truncate(self, keep: int) -> None:
         """Keep the first `keep` ids. A span is only ever cut behind one of its special tokens."""
         self._replay()
         self._cut(keep)
-        self.length = sum(len(s.ids) for s in self._spans)
+        self.length = len(self._ids)
 
     def _cut(self, keep: int) -> None:
         spans, self._spans = self._spans, []
+        del self._ids[keep:]
         for span in spans:
             if keep >= len(span.ids):
                 self._spans.append(span)
@@ -174,6 +179,7 @@ class Conversation:
             for kind, n, text in turn.spans:
                 ids = [int(t) for t in turn.ids[at : at + n]]
                 self._spans.append(Span(kind, self._tokenizer.decode(ids) if text is None else text, ids))
+                self._ids += ids
                 at += n
 
     def record(self, alignment: Alignment, added: list[Span], messages: list[dict[str, Any]]) -> TurnRow:

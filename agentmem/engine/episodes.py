@@ -130,6 +130,7 @@ class Episodes:
             assert encoder is not None
             lived = self.lives.of(sequence.agent, sequence.session, encoder)
             lived.active = past.episode
+            self.folds.only(lived)
             if past.episode != WHOLE:
                 lived.life.hit(past.episode)
 

@@ -14,18 +14,22 @@ from agentmem.episode.line import Line
 from agentmem.episode.passes import Sounding
 from agentmem.episode.rows import LayerKind, PackedHeads, kinds_of
 from agentmem.episode.selection import selected
+from agentmem.errors import Overloaded
 from agentmem.model.network import Network
 
 PIECE = 64
 """Tokens of a prompt that are read between two looks at who else waits."""
+TAKEN = 4
+"""Pages of an older view that are taken in at once."""
 
 
 class Folding:
     """Chooses the rows of a view among those of an older view and of the pages behind it (EpiCache, section 3.2; the
     specification's part C.3). Engine thread only.
 
-    At most `block` new rows compete at once, so that besides a view no more than that is asked into RAM. Rows move as they are
-    stored; those of a raw first page are packed, once.
+    At most `block` new rows compete at once. The view itself is never in the pool meanwhile: its pages are taken in a few at a
+    time, and put back a page at a time, so that a view and a block are the most that is in RAM. Rows move as they are stored;
+    those of a raw first page are packed, once.
     """
 
     def __init__(
@@ -35,16 +39,13 @@ class Folding:
         """`first` is page 0 of the session, whose `sinks` rows are in every view and compete in none. `keep`: rows of the view,
         whole pages of them."""
         assert keep % pool.geometry.page_tokens == 0
-        self._pool, self._network, self._prompt, self._keep, self._block = (
-            pool,
-            network,
-            list(prompt),
-            keep,
-            block,
-        )
+        self._pool, self._network, self._prompt = pool, network, list(prompt)
+        self._keep, self._block = keep, block
         self._first, self._sinks = first, sinks
-        self._view, self._pages, self._taken = list(view), list(pages), 0
-        self._words: list[mx.array] | None = None
+        self._older = list(view)
+        self._begin, self._pages = (self._older, list(pages)) if view else self._divided(pages)
+        self.taken: list[Page] = []
+        self._words: list[dict[int, mx.array]] = []
         self._stretch: list[Page] = []
         self._sounding: Sounding | None = None
 
@@ -53,28 +54,55 @@ class Folding:
         g = self._pool.geometry
         return kinds_of(g.codecs, g.key_maps)
 
+    def _divided(self, pages: Sequence[Page]) -> tuple[list[Page], list[Page]]:
+        """Pages that are a view without any choice, and those that compete with their rows: one at least."""
+        count = rows = 0
+        for page in pages[:-1]:
+            rows += page.rows - self._spared(page)
+            if rows > self._keep:
+                break
+            count += 1
+        return list(pages[:count]), list(pages[count:])
+
+    def _spared(self, page: Page) -> int:
+        """Rows of a page that do not compete."""
+        return self._sinks if page is self._first else 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that are held outside of the pool."""
+        return sum(int(next(iter(words.values())).shape[0]) for words in self._words)
+
     @property
     def replaced(self) -> list[Page]:
         """The pages of the older view."""
-        return list(self._view)
+        return self._older
+
+    @property
+    def _taking(self) -> list[Page]:
+        """Pages that are taken in next."""
+        return self._begin[len(self.taken) :][:TAKEN]
 
     def wanted(self) -> list[Page]:
-        """Pages that must be in RAM, and stay there, while the next stretch competes."""
+        """Pages that must be in RAM, and stay there, for the next step. Those that were `taken` need not."""
+        if self._taking:
+            return list(dict.fromkeys([self._first, *self._taking]))
         if not self._stretch:
             rows = 0
-            for page in self._pages[self._taken :]:
+            for page in self._pages:
                 if self._stretch and rows + page.rows > self._block:
                     break
                 self._stretch.append(page)
                 rows += page.rows
-        view = self._view if self._words is None else []
-        return list(dict.fromkeys([self._first, *view, *self._stretch]))
+        return list(dict.fromkeys([self._first, *self._stretch]))
 
     def step(self) -> bool:
-        """Read a piece of the prompt, or choose; returns whether the view is made. Precondition: what is `wanted` is in RAM.
-
-        When a stretch is through, `wanted` names other pages.
+        """Take in pages, read a piece of the prompt, or choose; returns whether the view is made. Precondition: what is `wanted`
+        is in RAM. Then `wanted` may name other pages.
         """
+        if self._taking:
+            self._take(self._taking)
+            return False
         if self._sounding is None:
             end = self._stretch[-1].end
             layers = range(self._pool.geometry.layers)
@@ -84,18 +112,22 @@ class Folding:
             self._sounding.step()
             return False
         self._choose(self._sounding.scores)
-        self._taken += len(self._stretch)
+        self.taken += self._stretch
+        self._pages = self._pages[len(self._stretch) :]
         self._stretch, self._sounding = [], None
-        return self._taken == len(self._pages)
+        return not self._pages
+
+    def _take(self, pages: Sequence[Page]) -> None:
+        layers = range(self._pool.geometry.layers)
+        words = [{n: mx.contiguous(self._rows(n, p)[self._spared(p) :]) for n in layers} for p in pages]
+        mx.eval([list(w.values()) for w in words])
+        self._words += words
+        self.taken += pages
 
     def _candidates(self, layer: int) -> mx.array:
         """Rows that compete, uint32 [n, packed_words]: those of the view, then those behind it."""
-        parts = (
-            [self._words[layer]] if self._words is not None else [self._rows(layer, p) for p in self._view]
-        )
-        for page in self._stretch:
-            rows = self._rows(layer, page)
-            parts.append(rows[self._sinks :] if page is self._first else rows)
+        parts = [words[layer] for words in self._words]
+        parts += [self._rows(layer, page)[self._spared(page) :] for page in self._stretch]
         return mx.concatenate(parts)
 
     def _rows(self, layer: int, page: Page) -> mx.array:
@@ -128,44 +160,53 @@ class Folding:
 
     def _choose(self, scores: list[list[np.ndarray]]) -> None:
         """Keep of each head its best rows; as many of all heads, so that they lie side by side as tokens' rows do."""
-        words = []
+        p = self._pool.geometry.page_tokens
+        made: list[dict[int, mx.array]] = [{} for _ in range(self._keep // p)]
         for layer, found in enumerate(scores):
             kind = self._kinds[layer]
             rows = _by_head(self._pool, layer, kind, self._candidates(layer))
-            chosen = np.stack(selected(found, self._keep))
-            kept = mx.take_along_axis(rows, mx.array(chosen)[:, :, None], axis=1)
-            words.append(_side_by_side(self._pool, layer, kind, kept))
-            mx.eval(words[-1])
-        self._words = words
+            chosen = mx.array(np.stack(selected(found, self._keep)))[:, :, None]
+            for i, words in enumerate(made):
+                part = mx.take_along_axis(rows, chosen[:, i * p : (i + 1) * p], axis=1)
+                words[layer] = _side_by_side(self._pool, layer, kind, part)
+            mx.eval([words[layer] for words in made])
+            for words in self._words:
+                del words[layer]
+        self._words = made
 
     def place(self, number: int) -> Page:
         """Put the view into pages of a chain of its own; returns the last one. `number` tells it from all other views.
 
-        Raises Overloaded, changing nothing, when there are no slots.
+        Raises Overloaded, and leaves no page, when there are no slots; the view is lost then.
         """
-        assert self._words is not None
-        g, p = self._pool.geometry, self._pool.geometry.page_tokens
-        raw = not g.codecs[0].format.packs
-        rows = int(self._words[0].shape[0])
-        sizes = g.slots_for(raw, p)
-        taken = self._pool.take(sizes * (rows // p))
-        page = self._pool.tree(self._first_space()).root
-        for i in range(rows // p):
-            slots = taken[i * sizes : (i + 1) * sizes]
-            part = [w[i * p : (i + 1) * p] for w in self._words]
-            mx.eval(part)
-            if raw:
-                self._pool.arena.write_raw(slots, part)
-            else:
-                self._pool.arena.write_packed(slots, part)
-            ids = np.arange(i * p, (i + 1) * p)
-            ids[0] = number if i == 0 else ids[0]
-            page = self._pool.tree_of(page).add(page, veiled(ids), raw=raw)
-            self._pool.settle(page, slots)
-        return page
+        p = self._pool.geometry.page_tokens
+        tree = self._pool.tree_of(self._first)
+        head, placed = tree.root, list[Page]()
+        try:
+            for i in range(self._keep // p):
+                slots = self._slots_with(list(self._words.pop(0).values()))
+                ids = np.arange(i * p, (i + 1) * p)
+                ids[0] = number if i == 0 else ids[0]
+                head = tree.add(head, veiled(ids), raw=not self._packs)
+                self._pool.settle(head, slots)
+                placed.append(head)
+        except Overloaded:
+            for page in reversed(placed):
+                self._pool.discard(page)
+            raise
+        return head
 
-    def _first_space(self) -> str:
-        return self._pool.tree_of(self._first).namespace
+    @property
+    def _packs(self) -> bool:
+        return self._pool.geometry.codecs[0].format.packs
+
+    def _slots_with(self, words: list[mx.array]) -> tuple[int, ...]:
+        """A page's words in slots of their own. Raises Overloaded."""
+        g = self._pool.geometry
+        slots = self._pool.take(g.slots_for(not self._packs, g.page_tokens))
+        write = self._pool.arena.write_packed if self._packs else self._pool.arena.write_raw
+        write(slots, words)
+        return slots
 
 
 def _by_head(pool: Pool, layer: int, kind: LayerKind, words: mx.array) -> mx.array:

@@ -51,7 +51,11 @@ class _Job:
 
 
 class Folds:
-    """Engine thread only. `made` counts views. Sessions that could not be folded are `broken`: they are kept whole then."""
+    """Engine thread only. `made` counts views, `most_rows` those in RAM while one was made, at most. Sessions that could not be
+    folded are `broken`: they are kept whole then.
+
+    While a view is made the others of its session are not in RAM. The one that turns see comes back before anybody asks.
+    """
 
     def __init__(
         self, memory: Memory, pool: Pool, recall: Recall, network: Network, tokenizer: Chat, encoders: Encoders
@@ -62,6 +66,9 @@ class Folds:
         self._due: dict[Session, Agent] = {}
         self._urgent: dict[Session, _Wanted] = {}
         self._job: _Job | None = None
+        self._aside: dict[Session, list[Page]] = {}
+        self._returning = 0
+        self.most_rows = 0
         self.broken: set[Session] = set()
         self.made = 0
 
@@ -73,7 +80,7 @@ class Folds:
     @property
     def pending(self) -> bool:
         """Whether anything is to be done."""
-        return bool(self._urgent or self._due or self._job)
+        return bool(self._urgent or self._due or self._job or self._returning)
 
     def due(self, agent: Agent, session: Session) -> None:
         """A turn is over: look, when there is time, whether its session is to be folded."""
@@ -93,6 +100,7 @@ class Folds:
         """The agent goes, or its policy is another."""
         self.lives.drop(agent)
         for session in agent.sessions.values():
+            self._aside.pop(session, None)
             self._due.pop(session, None)
             self._urgent.pop(session, None)
         if self._job is not None and self._job.lived.agent is agent:
@@ -120,6 +128,9 @@ class Folds:
             return False
         try:
             if self._job is not None:
+                slots = self._pool.slots.count - self._pool.slots.free
+                rows = slots * self._pool.geometry.page_tokens + self._job.folding.rows
+                self.most_rows = max(self.most_rows, rows)
                 return self._go_on(self._job)
             return self._grow() or self._begin()
         except Exception:
@@ -179,7 +190,8 @@ class Folds:
             return False
         p = self._pool.geometry.page_tokens
         keep = (policy.budget_tokens - SINKS) // p * p
-        view = self.lives.views(lived.agent, lived.session).get(topic)
+        views = self.lives.views(lived.agent, lived.session)
+        view = views.get(topic)
         ends = {page.key.hex(): i for i, page in enumerate(pages)}
         stale = topic != WHOLE and not urgent and lived.life.stale(topic)
         if view is not None and (view.base not in ends or view.rows != keep or stale):
@@ -188,14 +200,48 @@ class Folds:
         patience = 1 if urgent else policy.block_tokens // (2 if topic == lived.active else 1)
         if sum(page.rows for page in newer) < (keep + SINKS if view is None else patience):
             return False
-        block = policy.block_tokens if view is not None else max(policy.block_tokens, policy.budget_tokens)
         folding = Folding(
             self._pool, self._network, pages[0], SINKS, view.pages if view is not None else (), newer,
-            lived.prompt(topic, self._tokenizer), keep=keep, block=block,
+            lived.prompt(topic, self._tokenizer), keep=keep, block=policy.block_tokens,
         )  # fmt: skip
         self._job = _Job(lived, topic, newer[-1], folding)
+        self._set_aside(lived, [p for v in views.values() if v is not view for p in v.pages])
         failpoint("view.begun")
         return True
+
+    def only(self, lived: Lived) -> None:
+        """Turns see the active episode: the views of the others leave RAM."""
+        views = self.lives.views(lived.agent, lived.session)
+        others = [p for t, v in views.items() if t != lived.active for p in v.pages if p.slots is not None]
+        if others:
+            self._memory.leave_ram(lived.agent, others)
+
+    def _set_aside(self, lived: Lived, pages: list[Page]) -> None:
+        there = [p for p in pages if p.slots is not None]
+        self._memory.leave_ram(lived.agent, there)
+        self._aside.setdefault(lived.session, []).extend(p for p in there if p.slots is None)
+
+    def _bring_back(self, lived: Lived) -> None:
+        """Of what was set aside, what the session's turns see."""
+        aside = set(self._aside.pop(lived.session, ()))
+        shown = self.lives.views(lived.agent, lived.session).get(lived.topics()[0])
+        pages = [p for p in shown.pages if p in aside and p.slots is None] if shown is not None else []
+        if not pages or lived.agent.forgotten:
+            return
+
+        def done(bad: dict[int, str], _: float) -> None:
+            self._returning -= 1
+            self._pool.unpin(pages)
+            if bad:
+                self._memory.lose(bad)
+
+        self._pool.pin(pages)
+        try:
+            self._recall.start(pages, done)
+        except Overloaded:
+            self._pool.unpin(pages)
+            return
+        self._returning += 1
 
     def _go_on(self, job: _Job) -> bool:
         if job.failed or job.lived.agent.forgotten:
@@ -206,6 +252,7 @@ class Folds:
         wanted = job.folding.wanted()
         if job.pinned != wanted:
             self._let_go(job)
+            self._memory.leave_ram(job.lived.agent, [p for p in job.folding.taken if p.start or p.veiled])
             job.pinned = wanted
             self._pool.pin(wanted)
         missing = [p for p in wanted if p.slots is None]
@@ -250,7 +297,10 @@ class Folds:
             return
         number = (lived.session.row.id << 16) + self.made & 0x7FFFFFFF
         self._let_go(job)
-        self._evict(p for p in job.folding.replaced if p.pieces is not None)
+        older = lived.session.head.chain()[1:] if lived.session.head is not None else []
+        self._memory.leave_ram(
+            lived.agent, [*job.folding.taken, *(p for p in older if p.end <= job.base.end)]
+        )
         try:
             head = job.folding.place(number)
         except Overloaded:
@@ -282,6 +332,7 @@ class Folds:
         self.drop(self.lives.take_views(lived.agent, lived.session, lambda t: t not in topics))
         self.lives.note(lived)
         self._leave_ram(lived)
+        self._bring_back(lived)
 
     def drop(self, pages: list[Page]) -> None:
         """Pages of views that are no more leave disk and RAM."""

@@ -20,4 +20,5 @@ def test_long_lives_are_measured_to_the_end() -> None:
         assert all(ms > 0 for ms in row["ttfts_ms"])
     named = {c["name"]: c for c in result["checks"]}
     assert named["tokens restored by turns of the same episode"]["holds"]
+    assert named["rows in RAM at most / (budget + block + a tail of two)"]["holds"]
     assert len(named) == 3  # histories that are this near to each other have no ratio of first tokens

@@ -31,8 +31,10 @@ def chosen(
     while not over:
         fold.wanted()
         over = fold.step()
-    assert fold._words is not None
-    return fold, fold._words
+    return fold, [
+        mx.concatenate([page[layer] for page in fold._words])
+        for layer in range(runtime._pool.geometry.layers)
+    ]
 
 
 def by_the_book(runtime: Runtime, pages: list[Any], prompt: list[int]) -> list[mx.array]:
