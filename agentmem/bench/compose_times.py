@@ -17,10 +17,11 @@ import numpy as np
 from agentmem.bench.checks import check
 from agentmem.compose import planners
 from agentmem.compose.anchors import BASE_BITS, Pool
+from agentmem.compose.packed import PackedState
 from agentmem.compose.planners import Kvcomm, Piece, Steps
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.rotation import rotations
-from agentmem.compose.state import PackedState, State
+from agentmem.compose.state import State
 from agentmem.model import seam
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.network import Network

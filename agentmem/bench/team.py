@@ -13,10 +13,11 @@ import mlx.core as mx
 from agentmem.bench.greedy import answers
 from agentmem.bench.held import Holder, log_p
 from agentmem.compose.anchors import BASE_BITS
+from agentmem.compose.packed import PackedState
 from agentmem.compose.planners import Piece
 from agentmem.compose.prompt import Prompt
 from agentmem.compose.rotation import rotations
-from agentmem.compose.state import PackedState, State
+from agentmem.compose.state import State
 from agentmem.compose.template import Filling, Template
 from agentmem.engine.layout import layout
 from agentmem.model.loaded import LoadedModel

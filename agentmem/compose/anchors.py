@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from agentmem.compose.offsets import Gram, Kriging, Observed, traits
-from agentmem.compose.state import PackedState, State, key_width
+from agentmem.compose.packed import PackedState, Samples
+from agentmem.compose.state import State, key_width
 
 BASE_BITS, DELTA_BITS = 8, 2
 """An error is relative to what is packed: for an offset, a tenth of a key and weighted with hundreds of others, that of 2 bits
@@ -69,6 +70,7 @@ class Pool:
         self._fade = 0.5 ** (1 / half_life)
         self._slots: dict[str, OrderedDict[bytes, Anchor]] = {}
         self._grams: dict[str, tuple[Kriging, Gram]] = {}
+        self._samples: dict[tuple[str, str, bool], Samples] = {}
 
     @property
     def whole(self) -> bool:
@@ -81,7 +83,7 @@ class Pool:
     @property
     def nbytes(self) -> int:
         """With what is kept to make use of anchors faster."""
-        return self.anchor_bytes + sum(gram.nbytes for _, gram in self._grams.values())
+        return self.anchor_bytes + self._kept_bytes
 
     @property
     def anchor_bytes(self) -> int:
@@ -98,6 +100,30 @@ class Pool:
                 self._grams[slot] = offsets, found
         return found
 
+    def samples(
+        self, slot: str, consumer: str, offsets: Sequence[PackedState], at: Sequence[np.ndarray] | None = None
+    ) -> Samples:
+        """These offsets, at these places, side by side; kept until they are other ones, if there is room."""
+        name = slot, consumer, at is None
+        found, counts = self._samples.get(name), tuple(map(len, offsets if at is None else at))
+        if found is None or (*map(id, found.states), *found.counts) != (*map(id, offsets), *counts):
+            self._samples.pop(name, None)
+            found = Samples.of(offsets, at)
+            mx.eval(found.codes, found.scales, found.biases)
+            if self.nbytes + found.nbytes <= self.budget:
+                self._samples[name] = found
+        return found
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(g.nbytes for _, g in self._grams.values()) + sum(s.nbytes for s in self._samples.values())
+
+    def _let_go(self, slot: str) -> None:
+        """The slot's anchors change: what was kept of them goes."""
+        self._grams.pop(slot, None)
+        for name in [n for n in self._samples if n[0] == slot]:
+            del self._samples[name]
+
     def of_slot(self, slot: str) -> list[Anchor]:
         return list(self._slots.get(slot, {}).values())
 
@@ -110,12 +136,12 @@ class Pool:
         anchors = self._slots.setdefault(slot, OrderedDict())
         self._make_room(anchors)
         anchors[anchor.text] = anchor
-        self._grams.pop(slot, None)
+        self._let_go(slot)
         self._shrink(keep=anchor)
 
     def drop(self, slot: str, text: bytes | None = None) -> None:
         """Forget one anchor of a slot, or all of them."""
-        self._grams.pop(slot, None)
+        self._let_go(slot)
         if text is None:
             self._slots.pop(slot, None)
         elif slot in self._slots:
@@ -166,6 +192,7 @@ class Pool:
     def _shrink(self, keep: Anchor) -> None:
         if self.nbytes > self.budget:
             self._grams.clear()
+            self._samples.clear()
         while self.nbytes > self.budget:
             victims = [
                 (victim, anchors)

@@ -15,11 +15,11 @@ from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Case, Ledger
 from agentmem.compose.lesson import Lesson, Look
 from agentmem.compose.library import CONSUMER, Library
+from agentmem.compose.packed import PackedState
 from agentmem.compose.planners import Kvcomm, Put, Read, Steps
 from agentmem.compose.policy import DEFAULT, Policy
 from agentmem.compose.recognise import FIXED, SHORTEST, Span, parts_of, spans_of
 from agentmem.compose.segment import EXACT, Provenance, Segment
-from agentmem.compose.state import PackedState
 from agentmem.compose.ways import way
 from agentmem.model.chat import ChatTokenizer
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from agentmem.blockpool.keepsake import Array, Keepsake, KeepsakeDamaged
 from agentmem.compose.anchors import Anchor
+from agentmem.compose.packed import PackedState
 from agentmem.compose.segment import Fixed, Provenance, Segment
-from agentmem.compose.state import PackedState
 from agentmem.quant.format import LayerShape
 
 _TYPES = {

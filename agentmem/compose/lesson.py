@@ -11,9 +11,10 @@ import mlx.core as mx
 from agentmem.compose.anchors import BASE_BITS
 from agentmem.compose.assembly import Layout, segment_of
 from agentmem.compose.library import Library
+from agentmem.compose.packed import PackedState
 from agentmem.compose.recognise import Part
 from agentmem.compose.segment import Fixed, Held, Segment
-from agentmem.compose.state import PackedState, State
+from agentmem.compose.state import State
 
 Look = Callable[[int, int], State]
 

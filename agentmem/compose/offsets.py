@@ -14,7 +14,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from agentmem.compose.state import PackedState, State, above_first, key_width, unpacked_rows, weighed
+from agentmem.compose.packed import Samples
+from agentmem.compose.state import State, above_first, key_width
 from agentmem.quant.format import LayerShape
 
 TRAITS = 512
@@ -94,15 +95,15 @@ class Kriging:
         after = self._after(base, mx.stack([a.after.rows for a in anchors]), gram)
         return State(weights @ mx.concatenate(rows) * deep, base.shapes), after
 
-    def packed(self, base: State, slots: Sequence[PackedState], gram: Gram) -> State:
-        """The slot's offsets out of the anchors' packed ones, without unpacking them all at once."""
+    def packed(self, base: State, slots: Samples, gram: Gram) -> State:
+        """The slot's offsets out of the anchors' packed ones at the places that count."""
         weights = self.weights(traits(base), gram)
-        return State(weighed(weights, slots, gram.at) * above_first(base.shapes), base.shapes)
+        return State(slots.weighed(weights) * above_first(base.shapes), base.shapes)
 
-    def packed_after(self, base: State, afters: Sequence[PackedState], gram: Gram) -> State:
+    def packed_after(self, base: State, afters: Samples, gram: Gram) -> State:
         """The same of the fixed text behind the slot, whose text is `base`."""
-        n = len(afters[0])
-        return self._after(base, unpacked_rows(afters).reshape(len(afters), n, -1), gram)
+        anchors, n = len(afters.states), afters.counts[0]
+        return self._after(base, afters.rows().reshape(anchors, n, -1), gram)
 
     def _after(self, base: State, afters: mx.array, gram: Gram) -> State:
         """afters float32 [a, n, width]."""

@@ -168,7 +168,10 @@ class Kvcomm:
         """Compute now what depends on this slot's anchors alone, rather than with the next prompt."""
         anchors = self.pool.eligible(slot, self.consumer, 0)
         if anchors and isinstance(self.offsets, Kriging):
-            self.pool.gram(slot, anchors, self.offsets)
+            gram = self.pool.gram(slot, anchors, self.offsets)
+            slots, afters = zip(*(a.offsets[self.consumer] for a in anchors), strict=True)
+            self.pool.samples(slot, self.consumer, slots, gram.at)
+            self.pool.samples(slot, self.consumer, afters)
 
     def shift(self, piece: Piece, anchors: Sequence[Anchor]) -> tuple[State, State]:
         """What a slot's text, and the fixed text behind it, go through, by anchors that `anchors` found."""
@@ -181,14 +184,16 @@ class Kvcomm:
         if anchors[0].text == piece.text:
             return packed[0].unpacked()
         assert piece.slot is not None
-        return offsets.packed(piece.base, packed, self.pool.gram(piece.slot, anchors, offsets))
+        gram = self.pool.gram(piece.slot, anchors, offsets)
+        return offsets.packed(piece.base, self.pool.samples(piece.slot, self.consumer, packed, gram.at), gram)
 
     def _after(self, piece: Piece, anchors: Sequence[Anchor], offsets: Kriging) -> State:
         packed = [a.offsets[self.consumer][1] for a in anchors]
         if anchors[0].text == piece.text:
             return packed[0].unpacked()
         assert piece.slot is not None
-        return offsets.packed_after(piece.base, packed, self.pool.gram(piece.slot, anchors, offsets))
+        gram = self.pool.gram(piece.slot, anchors, offsets)
+        return offsets.packed_after(piece.base, self.pool.samples(piece.slot, self.consumer, packed), gram)
 
 
 def observe(pool: Pool, pieces: Sequence[Piece], prompt: Prompt, consumer: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from agentmem.compose.state import PackedState
+from agentmem.compose.packed import PackedState
 
 
 def text_hash(ids: Sequence[int] | np.ndarray) -> bytes:

@@ -20,10 +20,10 @@ from agentmem.compose.composer import Composer, Span
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Ledger, Pair
 from agentmem.compose.library import Library
+from agentmem.compose.packed import PackedState
 from agentmem.compose.planners import Put
 from agentmem.compose.policy import Policy
 from agentmem.compose.segment import Fixed, Segment
-from agentmem.compose.state import PackedState
 from tests.compose.prompts import Stage, stage
 from tests.compose.rounds import ROOM, Round
 from tests.compose.test_composer import QUESTIONS, chain

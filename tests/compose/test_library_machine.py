@@ -17,10 +17,11 @@ from agentmem.compose.composer import EXACT, Composer, Policy, Provenance, Span
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Ledger, Pair
 from agentmem.compose.library import Library
+from agentmem.compose.packed import PackedState
 from agentmem.compose.planners import Read
 from agentmem.compose.reuse import REUSES
 from agentmem.compose.segment import Segment, text_hash
-from agentmem.compose.state import PackedState, State
+from agentmem.compose.state import State
 from tests.compose.test_offsets import drawn
 
 AGENTS, NAMESPACES = ("solver", "analyst", "judge"), ("home", "home/inner")

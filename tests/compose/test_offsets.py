@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from agentmem.compose.anchors import paper_gate
 from agentmem.compose.offsets import Interpolation, Kriging, Observed, Paper, traits
-from agentmem.compose.state import PackedState, State, above_first
+from agentmem.compose.packed import PackedState, Samples
+from agentmem.compose.state import State, above_first
 from tests.compose.prompts import apart, states_apart
 
 LAYERS, HEADS, DIM = 3, 2, 32
@@ -192,11 +193,14 @@ def test_the_fixed_text_behind_goes_by_how_the_text_ends() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-def test_some_rows_of_a_packed_state_are_those_rows(bits: int) -> None:
-    packed = PackedState.of(drawn(9, 3), bits)
-    some = packed.some(np.array([1, 4, 8]))
-    assert (len(some), some.width) == (3, packed.unpacked().rows.shape[1])
-    assert mx.array_equal(some.unpacked().rows, packed.unpacked().rows[mx.array([1, 4, 8])])
+def test_samples_of_packed_states_are_their_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = [PackedState.of(drawn(n, n), bits) for n in (9, 0, 5)]
+    at = [np.array([1, 4, 8]), np.zeros(0, int), np.arange(5)]
+    wanted = [p.unpacked().rows[mx.array(a)] for p, a in zip(packed, at, strict=True) if len(a)]
+    for backend in ("cpu", "cuda"):
+        monkeypatch.setattr("agentmem.compose.packed.backend", lambda name=backend: name)
+        assert np.allclose(Samples.of(packed, at).rows(), mx.concatenate(wanted), atol=1e-7)
+        assert len(Samples.of(packed)) == 14
 
 
 @pytest.mark.parametrize("most", [1024, 9])
@@ -210,10 +214,11 @@ def test_packed_offsets_are_weighed_as_unpacked_ones(most: int, monkeypatch: pyt
     assert sum(map(len, gram.at)) == (19 if most > 19 else 7)
     want = kriging(base, seen)
     for backend, at_once in (("cpu", 128), ("cpu", 12), ("cpu", 1), ("cuda", 128)):
-        monkeypatch.setattr("agentmem.compose.state.backend", lambda name=backend: name)
-        monkeypatch.setattr("agentmem.compose.state.AT_ONCE", at_once)
-        assert states_apart(kriging.packed(base, [slot for slot, _ in packed], gram), want[0]) < 1e-5
-        assert states_apart(kriging.packed_after(base, [after for _, after in packed], gram), want[1]) < 1e-5
+        monkeypatch.setattr("agentmem.compose.packed.backend", lambda name=backend: name)
+        monkeypatch.setattr("agentmem.compose.packed.AT_ONCE", at_once)
+        slots, afters = zip(*packed, strict=True)
+        assert states_apart(kriging.packed(base, Samples.of(slots, gram.at), gram), want[0]) < 1e-5
+        assert states_apart(kriging.packed_after(base, Samples.of(afters), gram), want[1]) < 1e-5
 
 
 def test_traits_keep_what_lies_near_and_what_lies_far() -> None:

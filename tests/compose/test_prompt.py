@@ -9,10 +9,11 @@ import pytest
 
 from agentmem.compose import planners
 from agentmem.compose.offsets import Interpolation, Observed, Paper
+from agentmem.compose.packed import PackedState
 from agentmem.compose.planners import Piece, Put, Read
 from agentmem.compose.prompt import Line
 from agentmem.compose.rotation import rotations
-from agentmem.compose.state import PackedState, State, joined
+from agentmem.compose.state import State, joined
 from agentmem.errors import BadRequest
 from tests.compose.prompts import Stage, apart, divergence, stage, states_apart
 
@@ -149,7 +150,7 @@ def test_packed_states(world: Stage, pieces: list[Piece], monkeypatch: pytest.Mo
         back = packed.unpacked()
         assert len(packed) == len(state)
         assert (mx.linalg.norm(back.rows - state.rows) / mx.linalg.norm(state.rows)).item() < bound
-        monkeypatch.setattr("agentmem.compose.state.backend", lambda: "cuda")
+        monkeypatch.setattr("agentmem.compose.packed.backend", lambda: "cuda")
         assert states_apart(packed.unpacked(), back) < 1e-6, "MLX's way to unpack, and that of a CPU"
         monkeypatch.undo()
         assert packed.nbytes <= (bits + 0.6) / 32 * state.nbytes
