@@ -20,6 +20,7 @@ from pydantic import ByteSize
 
 from agentmem.bench.checks import check
 from agentmem.bench.restore import prompt
+from agentmem.bench.toll import Toll
 from agentmem.bench.turns import finished_turn, say_in_turn
 from agentmem.engine.layout import layout
 from agentmem.engine.request import ChatRequest, Delta, Event, Failed, Finished
@@ -148,7 +149,8 @@ class LoadedBench:
             self._until(speakers, 8)
             self.say(f"{load.streams} streams run")
             self._visit(next(visitors))
-            alone = self._alone(speakers)
+            with Toll(self.runtime._engine.composing) as toll:
+                alone = self._alone(speakers)
             busy = [self._visit(next(visitors)) for _ in range(load.repeats)]
             self._cold("first", load.prompt // 8)
             self.say("the long prompt arrives")
@@ -160,7 +162,7 @@ class LoadedBench:
                 speaker.stop()
         _raise(speakers)
         return {
-            **asdict(load), "itl_target_ms": self.settings.itl_target_ms,
+            **asdict(load), "itl_target_ms": self.settings.itl_target_ms, "composing_share": toll.share,
             "alone": _percentiles(alone), "beside_prompt": _percentiles(beside),
             "prompt_tokens": prompt_tokens, "prompt_ttft_ms": long_ttft, "alone_ttft_ms": alone_ttft,
             "warm_idle_ttft_ms": float(np.median(idle)), "warm_loaded_ttft_ms": float(np.median(busy)),
@@ -241,4 +243,5 @@ def checks(under: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         check(f"TTFT of a warm agent beside {n} streams / idle", ratio, 3.0, "ratio", True),
         check("peak memory, off the prediction by", off, 0.1, "ratio", True),
+        check("composed reuse, off: share of the streams' time", under["composing_share"], 0.01, "ratio", True),
     ]  # fmt: skip

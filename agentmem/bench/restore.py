@@ -14,6 +14,7 @@ from pydantic import ByteSize
 
 from agentmem.bench import bandwidth, stock
 from agentmem.bench.checks import check
+from agentmem.bench.toll import Toll
 from agentmem.bench.turns import finished_turn
 from agentmem.engine.request import Finished
 from agentmem.model import seam
@@ -86,7 +87,8 @@ class RestoreBench:
             self._compile(runtime, min(tokens, 200) if backend() == "cpu" else tokens)
             cold = finished_turn(runtime, "bench", messages, 4)
             info = runtime.agent("bench")
-            hot = [finished_turn(runtime, "bench", messages, 4) for _ in range(self.repeats)]
+            with Toll(runtime._engine.composing) as toll:
+                hot = [finished_turn(runtime, "bench", messages, 4) for _ in range(self.repeats)]
         finally:
             runtime.close()
         self.say(f"{tokens} tokens: warm")
@@ -94,7 +96,7 @@ class RestoreBench:
         self.say(f"{tokens} tokens: stock mlx-lm")
         ids = self.model.tokenizer.encode(self.model.tokenizer.render(messages))
         peer = stock.measure(self.model.model, ids, self.folder, chunk=self.chunk, repeats=self.repeats)
-        return self._row(tokens, cold, hot, warm, follow, info, peer)
+        return self._row(tokens, cold, hot, warm, follow, info, peer) | {"composing_share": toll.share}
 
     def _compile(self, runtime: Runtime, tokens: int) -> None:
         """One turn that is not measured: kernels are compiled at their first use."""
@@ -196,6 +198,11 @@ def checks(rows: list[dict[str, Any]], speed: dict[str, Any], sealed: float) -> 
     read = speed["mx_load_gb_s"] if cuda else speed["pread_gb_s"]
     for row in rows:
         n = row["tokens"]
+        out.append(
+            check(
+                f"composed reuse, off: share of hot turns at {n}", row["composing_share"], 0.01, "ratio", True
+            )
+        )
         for least, bound in ((4096, 0.31), (1024, 0.37)):
             if n >= least:
                 out.append(check(f"bytes on disk / fp16 at {n}", row["bytes_ratio"], bound, "ratio", True))
