@@ -132,6 +132,7 @@ class Table:
         pairs = [("matched", b) for b in (*BASELINES, "random", "mismatched", "kvzip-stored", "question")]
         pairs += [(p, "matched") for p in ("views", "views by blocks", "folded")] + [("folded", "views")]
         pairs += [("packed views", "views"), ("packed matched", "matched"), ("views", "mismatched views")]
+        pairs += [(p, "views") for p in ("views of even heads", "views by layers")]
         made = [self.compared(c, one, other) for c in self.compressions for one, other in pairs]
         return [m for m in made if m is not None]
 

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import numpy as np
 
 from agentmem.bench.answers import Journal, Record, Table
 from agentmem.bench.checks import check
+from agentmem.bench.dialogues import generated
 from agentmem.bench.judge import Judge
 from agentmem.bench.transcripts import Dialogue, Frame, evenly, first_that_fit
 from agentmem.engine.layout import layout
@@ -31,6 +33,7 @@ from agentmem.episode.baselines import (
     SnapKV,
     Streaming,
 )
+from agentmem.episode.budgets import allotted
 from agentmem.episode.build import Builder, Plan
 from agentmem.episode.encoder import Encoder
 from agentmem.episode.fold import folded, viewed
@@ -40,6 +43,7 @@ from agentmem.episode.routing import route
 from agentmem.episode.rows import LayerKind, kinds_of, whole_kinds
 from agentmem.episode.segment import segments_of
 from agentmem.episode.selection import Heads
+from agentmem.episode.sensitivity import sensitivity
 from agentmem.episode.store import MemoryStore
 from agentmem.episode.topic import Topic, cluster
 from agentmem.episode.views import View, materialised, store_scores, view_of
@@ -53,12 +57,14 @@ Caches = Iterator[tuple[str, int | None, Held]]
 
 POLICIES = (
     "random", "streaming", "keydiff", "snapkv", "infinipot", "kvzip", "matched", "views", "views by blocks", "folded",
-    "packed views", "packed matched", "question", "kvzip-stored",
+    "packed views", "packed matched", "question", "kvzip-stored", "views of even heads", "views by layers",
 )  # fmt: skip
 LIMIT = 7000
 """Tokens of a conversation at most."""
 ROOM = 400
 """Positions that questions and scoring prompts need behind a history."""
+UNSEEN, MEASURED = (1000, 1001), 512
+"""Seeds of conversations that layers' sensitivity is measured on, and the tokens of their blocks."""
 SAID = 0.6
 """The part of a conversation that a view is made of before the rest is folded in."""
 
@@ -87,6 +93,13 @@ class Ground:
         self.network, self.dtype = Network(model.model), model.dtype
         self.whole: Sequence[LayerKind] = whole_kinds([c.shape for c in plan.geometry.codecs], model.dtype)
         self.packed: Sequence[LayerKind] = kinds_of(plan.geometry.codecs, plan.geometry.key_maps)
+
+    @cached_property
+    def sensitivity(self) -> list[float]:
+        """Of each layer, measured once, on conversations that nothing else is measured on."""
+        text = "\n\n".join(generated(seed).text for seed in UNSEEN)
+        shapes = [kind.shape for kind in self.whole]
+        return sensitivity(self.network, shapes, self.dtype, self.frame.history(text), block=MEASURED)
 
     def read(self, ids: Sequence[int], kinds: Sequence[LayerKind]) -> Held:
         held = Held.empty(self.network, kinds, self.dtype)
@@ -154,9 +167,12 @@ class Contest:
                 kinds = self.ground.whole if policy == "matched" else self.ground.packed
                 for topic, prompt in zip(self.topics, prompts, strict=True):
                     yield policy, topic.id, self._built(Prompted(tuple(prompt)), budgets, kinds)
-            case "views":
+            case "views" | "views of even heads" | "views by layers":
+                heads = Heads.UNIFORM if policy == "views of even heads" else self.setting.heads
+                if policy == "views by layers" and budgets[0] < len(self.ids):
+                    budgets = tuple(allotted(self.ground.sensitivity, budgets[0]))
                 for topic, prompt in zip(self.topics, prompts, strict=True):
-                    yield policy, topic.id, self._shown(store, self._view(store, prompt, budgets))
+                    yield policy, topic.id, self._shown(store, self._view(store, prompt, budgets, heads))
             case "views by blocks":
                 for topic, prompt in zip(self.topics, prompts, strict=True):
                     yield policy, topic.id, self._shown(store, self._by_blocks(store, prompt, budgets))
@@ -194,8 +210,11 @@ class Contest:
         self.most_rows = max(self.most_rows, max(n - b for n, b in zip(made.most, budgets, strict=True)))
         return held
 
-    def _view(self, store: MemoryStore, prompt: Sequence[int], budgets: Sequence[int]) -> View:
-        return view_of(store, store_scores(self.ground.network, store, prompt), budgets, self.setting.heads)
+    def _view(
+        self, store: MemoryStore, prompt: Sequence[int], budgets: Sequence[int], heads: Heads | None = None
+    ) -> View:
+        scores = store_scores(self.ground.network, store, prompt)
+        return view_of(store, scores, budgets, heads or self.setting.heads)
 
     def _by_blocks(self, store: MemoryStore, prompt: Sequence[int], budgets: Sequence[int]) -> View:
         g, s = self.ground, self.setting

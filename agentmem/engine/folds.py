@@ -66,7 +66,7 @@ class Folds:
         self._due: dict[Session, Agent] = {}
         self._urgent: dict[Session, _Wanted] = {}
         self._job: _Job | None = None
-        self._aside: dict[Session, list[Page]] = {}
+        self._aside: set[Session] = set()
         self._returning = 0
         self.most_rows = 0
         self.broken: set[Session] = set()
@@ -100,7 +100,7 @@ class Folds:
         """The agent goes, or its policy is another."""
         self.lives.drop(agent)
         for session in agent.sessions.values():
-            self._aside.pop(session, None)
+            self._aside.discard(session)
             self._due.pop(session, None)
             self._urgent.pop(session, None)
         if self._job is not None and self._job.lived.agent is agent:
@@ -217,16 +217,22 @@ class Folds:
             self._memory.leave_ram(lived.agent, others)
 
     def _set_aside(self, lived: Lived, pages: list[Page]) -> None:
-        there = [p for p in pages if p.slots is not None]
-        self._memory.leave_ram(lived.agent, there)
-        self._aside.setdefault(lived.session, []).extend(p for p in there if p.slots is None)
+        """Views leave RAM while another one is made; what turns see comes back if it was there."""
+        head = lived.session.head
+        if head is not None and head.slots is not None:
+            self._aside.add(lived.session)
+        self._memory.leave_ram(lived.agent, pages)
 
     def _bring_back(self, lived: Lived) -> None:
-        """Of what was set aside, what the session's turns see."""
-        aside = set(self._aside.pop(lived.session, ()))
+        """What the session's turns see, where some of it was set aside."""
         shown = self.lives.views(lived.agent, lived.session).get(lived.topics()[0])
-        pages = [p for p in shown.pages if p in aside and p.slots is None] if shown is not None else []
-        if not pages or lived.agent.forgotten:
+        head = lived.session.head
+        if lived.session not in self._aside or lived.agent.forgotten or shown is None or head is None:
+            return
+        self._aside.discard(lived.session)
+        seen = [*shown.pages, *(p for p in head.chain() if p.start >= shown.tokens)]
+        pages = [p for p in seen if p.slots is None and p.pieces is not None]
+        if not pages:
             return
 
         def done(bad: dict[int, str], _: float) -> None:
