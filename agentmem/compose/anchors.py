@@ -121,8 +121,7 @@ class Pool:
     def _let_go(self, slot: str) -> None:
         """The slot's anchors change: what was kept of them goes."""
         self._grams.pop(slot, None)
-        for name in [n for n in self._samples if n[0] == slot]:
-            del self._samples[name]
+        self._samples = {name: s for name, s in self._samples.items() if name[0] != slot}
 
     def of_slot(self, slot: str) -> list[Anchor]:
         return list(self._slots.get(slot, {}).values())
@@ -156,6 +155,7 @@ class Pool:
     ) -> None:
         """Keep what a dense run has shown; offsets are those of float32, packed once."""
         anchors = self._slots.setdefault(slot, OrderedDict())
+        self._samples = {name: s for name, s in self._samples.items() if name[0] != slot}
         if text not in anchors:
             self._make_room(anchors)
             anchors[text] = Anchor(text, PackedState.of(base if self.whole else traits(base), BASE_BITS))

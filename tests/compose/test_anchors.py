@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.compose.anchors import PAPER_WINDOW, Eviction, Pool
 from agentmem.compose.offsets import Gram, Kriging, traits
+from agentmem.compose.packed import Samples
 from agentmem.compose.state import State
 from tests.compose.test_offsets import drawn
 
@@ -62,6 +64,33 @@ def test_what_is_kept_beside_anchors_is_within_the_budget_and_goes_first() -> No
     assert pool.nbytes == pool.anchor_bytes
     assert gram() is not gram(), "there is no room for it"
     assert pool.nbytes <= pool.budget
+
+
+def test_offsets_side_by_side_are_kept_until_they_are_other_ones() -> None:
+    pool = Pool(ROOM)
+
+    def samples(at: list[np.ndarray] | None = None) -> Samples:
+        offsets = [a.offsets["judge"][0] for a in pool.of_slot("question")]
+        return pool.samples("question", "judge", offsets, at)
+
+    put(pool, 1, tokens=40)
+    one = pool.anchor_bytes
+    first = samples()
+    assert samples() is first
+    assert pool.nbytes == one + first.nbytes
+    some = samples([np.arange(3)])
+    assert len(some) == 3
+    assert samples([np.arange(3)]) is some
+    assert samples() is first
+    put(pool, 1, tokens=40)
+    assert pool.nbytes == one, "another offset was observed"
+    assert samples() is not first
+    put(pool, 2, tokens=40)
+    assert len(samples()) == 80
+    pool.drop("question", name(2))
+    assert pool.nbytes == pool.anchor_bytes == one
+    pool.budget = one
+    assert samples() is not samples(), "there is no room for it"
 
 
 def _lost(got: State, want: State) -> float:
