@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -115,18 +116,27 @@ class Samples:
 
     def rows(self) -> mx.array:
         """Unpacked: float32 [m, width]."""
-        return mx.array(self._on_host(0, len(self))) if backend() == "cpu" else self._on_device()
+        return mx.array(self._on_host().unpacked(0, len(self))) if backend() == "cpu" else self._on_device()
 
     def weighed(self, weights: mx.array) -> mx.array:
-        """float32 [n, m] -> [n, width]. On a CPU some rows after others: what is unpacked stays in the processor's cache."""
+        """float32 [n, m] -> [n, width]. On a CPU some rows after others: what is unpacked stays in the processor's cache, and the
+        next ones are meanwhile."""
         if backend() != "cpu":
             return weights @ self.rows()
-        out = mx.zeros((weights.shape[0], self.states[0].width))
-        for i in range(0, len(self), AT_ONCE):
-            j = min(i + AT_ONCE, len(self))
-            out = mx.addmm(out, weights[:, i:j], mx.array(self._on_host(i, j)))
+        out, host = mx.zeros((weights.shape[0], self.states[0].width)), self._on_host()
+        parts = [(i, min(i + AT_ONCE, len(self))) for i in range(0, len(self), AT_ONCE)]
+        ready = [_beside().submit(host.unpacked, *parts[0])] if parts else []
+        for number, (i, j) in enumerate(parts):
+            rows = ready.pop().result()
+            if number + 1 < len(parts):
+                ready.append(_beside().submit(host.unpacked, *parts[number + 1]))
+            out = mx.addmm(out, weights[:, i:j], mx.array(rows))
             mx.eval(out)
         return out
+
+    def _on_host(self) -> _Host:
+        arrays = (np.asarray(a) for a in (self.codes, self.scales, self.biases))
+        return _Host(self.states[0].bits, self.counts, *arrays)
 
     def _on_device(self) -> mx.array:
         bits, scales = self.states[0].bits, self.scales.astype(mx.float32)
@@ -142,24 +152,43 @@ class Samples:
             return rows * spread
         return rows * spread[mx.array(np.repeat(np.arange(len(self.states)), self.counts))]
 
-    def _on_host(self, start: int, stop: int) -> np.ndarray:
+
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """Samples in the host's memory, for any thread."""
+
+    bits: int
+    counts: tuple[int, ...]
+    codes: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+
+    def unpacked(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`, float32. MLX unpacks on a CPU one element after the other, in several times the time."""
-        bits = self.states[0].bits
-        codes = np.asarray(self.codes)[start:stop].view(np.uint8)
-        scales = np.asarray(self.scales)[start:stop].astype(np.float32)
-        n, width = len(codes), codes.shape[1] * 8 // bits
-        elements = codes.astype(np.float32) if bits == 8 else np.take(_of_byte(bits), codes).view(np.float32)
+        codes = self.codes[start:stop].view(np.uint8)
+        scales = self.scales[start:stop].astype(np.float32)
+        n, width = len(codes), codes.shape[1] * 8 // self.bits
+        elements = (
+            codes.astype(np.float32)
+            if self.bits == 8
+            else np.take(_of_byte(self.bits), codes).view(np.float32)
+        )
         grouped = elements.reshape(n, scales.shape[1], width // scales.shape[1])
         grouped *= scales[:, :, None]
-        if bits != 2:
-            grouped += np.asarray(self.biases)[start:stop].astype(np.float32)[:, :, None]
+        if self.bits != 2:
+            grouped += self.biases[start:stop].astype(np.float32)[:, :, None]
         rows, at = grouped.reshape(n, width), 0
-        for spreads, count in zip(self.biases, self.counts, strict=True) if bits == 2 else ():
+        for spreads, count in zip(self.biases, self.counts, strict=True) if self.bits == 2 else ():
             first, last = max(at, start) - start, min(at + count, stop) - start
             if first < last:
                 rows[first:last] *= _spread(spreads)
             at += count
         return rows
+
+
+@cache
+def _beside() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "unpack")
 
 
 def _in_four_levels(rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -176,7 +205,7 @@ def _in_four_levels(rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     spreads = halves[0::2] | (halves[1::2] << 4)
     spreads = mx.pad(spreads, (0, -len(spreads) % max(n, 1)))
     biases = spreads.reshape(n, -1) if n else mx.zeros((0, 1), dtype=mx.uint8)
-    grouped = (rows / mx.array(_spread(_flat(biases, width)))).reshape(n, width // group, group)
+    grouped = (rows / mx.array(_spread(np.asarray(_flat(biases, width))))).reshape(n, width // group, group)
     scales = (STEP * mx.sqrt((grouped**2).mean(axis=2))).astype(mx.float16)
     steps = grouped / mx.maximum(scales.astype(mx.float32), 1e-12)[:, :, None]
     codes = mx.clip(mx.round(steps + 1.5), 0, 3).astype(mx.uint32).reshape(n, width // 16, 16)
@@ -188,9 +217,9 @@ def _flat(spreads: mx.array, width: int) -> mx.array:
     return spreads.reshape(-1)[: width // 2] if spreads.size else mx.full((width // 2,), 255, mx.uint8)
 
 
-def _spread(spreads: mx.array) -> np.ndarray:
+def _spread(spreads: np.ndarray) -> np.ndarray:
     """What elements are multiplied with, float32 [width]: half octaves below 1, two to a byte."""
-    return np.take(_halves(), np.asarray(spreads)).view(np.float32)
+    return np.take(_halves(), spreads).view(np.float32)
 
 
 @cache
