@@ -63,9 +63,9 @@ class Conversation:
 
     @property
     def ids(self) -> list[int]:
-        """All token ids, those without state (an end-of-turn token that was sampled last) too; `length` of them. Not to keep."""
+        """All token ids, those without state (an end-of-turn token that was sampled last) too; `length` of them."""
         self._replay()
-        return self._ids
+        return self._ids.copy()
 
     def align(self, text: str) -> Alignment:
         """Line the rendered prompt `text` up with the session.
@@ -138,9 +138,10 @@ class Conversation:
         """Drop what the alignment does not keep, and add its prompt."""
         self.truncate(alignment.keep)
         if alignment.ids:
-            self._add([Span("prompt", alignment.text, alignment.ids)])
+            self.add([Span("prompt", alignment.text, alignment.ids)])
 
-    def _add(self, spans: list[Span]) -> None:
+    def add(self, spans: list[Span]) -> None:
+        """What follows."""
         for span in spans:
             self._spans.append(span)
             self._ids += span.ids
@@ -186,7 +187,7 @@ class Conversation:
         """Add a turn and return its log entry (without stats and time). Text that decodes from its ids is not logged twice."""
         keep = min(alignment.keep, len(self.ids))
         self.begin(alignment)
-        self._add(added)
+        self.add(added)
         spans = ([Span("prompt", alignment.text, alignment.ids)] if alignment.ids else []) + added
         kept = _common_messages(self.messages, messages)
         row = TurnRow(

@@ -83,11 +83,11 @@ class Uninterrupted:
             rest = ids[fed : fed + self.chunk_tokens - fed % self.chunk_tokens]
             logits = self._feed(rest)
         first, prefilled = logits, len(ids) - before
-        reply, decoder, out = [], self.model.tokenizer.detokenizer(), ""
+        reply, end, decoder, out = [], [], self.model.tokenizer.detokenizer(), ""
         while True:
             token = int(np.argmax(logits))
             if token in self.model.tokenizer.eos_ids:
-                self.conversation.spans.append(Span("end", self.model.tokenizer.special[token], [token]))
+                end = [Span("end", self.model.tokenizer.special[token], [token])]
                 break
             reply.append(token)
             out += decoder.add(token)
@@ -95,9 +95,5 @@ class Uninterrupted:
             if len(reply) == max_tokens:
                 break
         out += decoder.finish()
-        if reply:
-            self.conversation.spans.insert(
-                len(self.conversation.spans) - int(self.conversation.spans[-1].kind == "end"),
-                Span("reply", out, reply),
-            )
+        self.conversation.add([Span("reply", out, reply), *end] if reply else end)
         return out, first, prefilled
