@@ -47,9 +47,11 @@ from agentmem.engine.transfer import Transfer
 from agentmem.engine.trial import Bench
 from agentmem.engine.upkeep import Upkeep
 from agentmem.errors import AgentMemError, ModelUnavailable, StoreError
+from agentmem.model.grammar import Constraint
 from agentmem.model.identity import text_identity
 from agentmem.model.loaded import LoadedModel, Progress, load
 from agentmem.model.progress import silent
+from agentmem.model.tools import ToolFormat
 from agentmem.quant import blas
 from agentmem.quant.device import backend, leave_thread
 from agentmem.quant.format import KVFormat, kv_format
@@ -256,6 +258,17 @@ class Runtime(Roster):
         return self._pool.geometry
 
     @property
+    def tools(self) -> ToolFormat:
+        """How the model is told of tools, and calls them."""
+        return self._engine.model.tokenizer.tools
+
+    def constraint(
+        self, schema: dict[str, Any] | None, tools: list[dict[str, Any]], name: str | None, *, parallel: bool
+    ) -> Constraint:
+        """What replies may say; see `ChatTokenizer.constraint`. Takes up to a second."""
+        return self._engine.model.tokenizer.constraint(schema, tools, name, parallel=parallel)
+
+    @property
     def degraded(self) -> str | None:
         """Why turns are not kept at present: "read-only" or "disk-full"; None when they are."""
         return self._store.degraded
@@ -265,7 +278,7 @@ class Runtime(Roster):
 
         Raises Overloaded at once when the queue is full.
         """
-        sequence = Sequence(request, Ticket(), sink)
+        sequence = Sequence(request, Ticket(), sink, generate=request.generate)
         self._engine.submit(sequence)
         return sequence.ticket
 

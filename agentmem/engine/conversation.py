@@ -77,6 +77,12 @@ class Conversation:
         suffix = text[at:]
         return Alignment(keep, suffix, self._tokenizer.encode(suffix))
 
+    def align_ids(self, ids: list[int]) -> Alignment:
+        """Line a prompt of token ids up with the session: as far as the ids are the same."""
+        kept = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), None)
+        keep = min(len(ids), self.length) if kept is None else kept
+        return Alignment(keep, self._tokenizer.decode(ids[keep:]), ids[keep:])
+
     def _matching(self, text: str) -> tuple[int, int]:
         """(tokens, characters of `text`) of the longest stand that ends at a special token."""
         ends, differing = [(0, 0)], None

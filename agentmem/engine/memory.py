@@ -18,6 +18,7 @@ from agentmem.blockpool.vault import Locked, Where
 from agentmem.engine.agents import Agent, Session, log_bytes
 from agentmem.engine.conversation import Conversation, Tokenizer
 from agentmem.engine.journal import Done, Ids, Journal, dropped_heads
+from agentmem.engine.request import Parent
 from agentmem.errors import AgentLocked, AlreadyExists, BadRequest, NotFound, StoreError
 
 __all__ = ["Agent", "Memory", "Session"]
@@ -109,8 +110,9 @@ class Memory:
         return {p for a in self._agents.values() if a.pinned for p in a.pages()}
 
     def open(
-        self, namespace: str, agent: str, session: str, persist: bool | None = None
-    ) -> tuple[Agent, Session]:
+        self, namespace: str, agent: str, session: str, persist: bool | None = None,
+        parents: tuple[Parent, ...] = (),
+    ) -> tuple[Agent, Session]:  # fmt: skip
         """The agent and its session, made now where they do not exist; only a committed turn makes them last.
 
         Raises AlreadyExists while an agent of this name is being imported, BadRequest when `persist` is not what the agent has,
@@ -121,6 +123,7 @@ class Memory:
         if owner is None:
             policy: dict[str, Any] = {} if persist is not False else {"persist": False}
             owner = self._new(namespace, agent, policy, self.encrypt if persist is not False else "off")
+            owner.row.lineage |= self._lineage(namespace, parents)
         elif owner.locked:
             raise locked(agent)
         elif persist is not None and persist != owner.persist:
@@ -132,6 +135,18 @@ class Memory:
             row = SessionRow(self.next_id("sessions"), owner.row.id, session, None)
             owner.sessions[session] = Session(row, Conversation(self._tokenizer))
         return owner, owner.sessions[session]
+
+    def _lineage(self, namespace: str, parents: tuple[Parent, ...]) -> dict[str, Any]:
+        """Of an agent that goes on from the first of `parents` that there is. What both say is shared because it is equal."""
+        for name, session in parents:
+            parent = self._agents.get((namespace, name))
+            if parent is None or (session is not None and session not in parent.sessions):
+                continue
+            latest = max(parent.spoken.values(), key=lambda s: s.conversation.turns, default=None)
+            one = parent.sessions[session] if session is not None else latest
+            if one is not None:
+                return {"parent": name, "session": one.row.name, "turn": one.conversation.turns}
+        return {}
 
     def _new(self, namespace: str, name: str, policy: dict[str, Any], encrypt: Encrypt) -> Agent:
         now = time.time()

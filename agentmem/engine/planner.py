@@ -10,7 +10,7 @@ from agentmem.blockpool.index import TurnRow
 from agentmem.blockpool.pool import Pool
 from agentmem.compose.reuse import Reuse
 from agentmem.engine.admission import Admission
-from agentmem.engine.conversation import Alignment
+from agentmem.engine.conversation import Alignment, Conversation
 from agentmem.engine.episodes import Episodes
 from agentmem.engine.memory import Memory
 from agentmem.engine.past import NOTHING, Past
@@ -44,7 +44,9 @@ class Planner:
         Raises BadRequest or ContextOverflow for what can never run.
         """
         request = sequence.request
-        agent, session = self._memory.open(request.namespace, request.agent, request.session, request.persist)
+        agent, session = self._memory.open(
+            request.namespace, request.agent, request.session, request.persist, request.parents
+        )
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
@@ -86,9 +88,7 @@ class Planner:
         old = session.conversation.messages if request.history == "server" else []
         sequence.messages = [*old, *request.messages]
         sequence.reuse = self._reuse(sequence)
-        text = self._tokenizer.render(sequence.messages, tools=request.tools, generation=sequence.generate)
-        alignment = session.conversation.align(text)
-        sequence.alignment = alignment
+        alignment = sequence.alignment = self._aligned(sequence, session.conversation)
         sequence.ids = session.conversation.ids[: alignment.keep] + alignment.ids
         if not sequence.ids:
             raise BadRequest("the messages hold no text", param="messages")
@@ -101,7 +101,29 @@ class Planner:
             )
         if sequence.generate:
             sequence.reply = Reply(self._tokenizer.detokenizer(), request.stop)
-            sequence.sampler = Sampler(request.sampling, random.SystemRandom().getrandbits(62), sequence.ids)
+            sequence.sampler = Sampler(
+                request.sampling, random.SystemRandom().getrandbits(62), sequence.ids, request.constraint
+            )
+
+    def _aligned(self, sequence: Sequence, conversation: Conversation) -> Alignment:
+        """The prompt over what the session holds. Replies that called tools stand as they were said, if a template can."""
+        request, prompt = sequence.request, sequence.request.prompt
+        if isinstance(prompt, str):
+            return conversation.align(prompt)
+        if prompt is not None:
+            return conversation.align_ids(prompt)
+        sent, tools = sequence.messages, request.tools
+        said = self._tokenizer.tools.as_said(sent, conversation.messages, tools) if tools else sent
+        for messages in (said, sent):
+            try:
+                text = self._tokenizer.render(messages, tools=tools, generation=sequence.generate)
+            except BadRequest:
+                if messages is sent:
+                    raise
+                continue
+            sequence.messages = messages
+            break
+        return conversation.align(text)
 
     @staticmethod
     def _reuse(sequence: Sequence) -> Reuse:

@@ -9,11 +9,15 @@ from typing import Any, Literal, TypedDict
 
 from agentmem.compose.reuse import PLANNERS, REUSES, Planner, Reuse
 from agentmem.errors import AgentMemError, BadRequest
+from agentmem.model.grammar import Constraint
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}")
 
 State = Literal["hot", "warm", "cold"]
 FinishReason = Literal["stop", "length", "cancelled"]
+
+Parent = tuple[str, str | None]
+"""An agent, and which of its sessions."""
 
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
@@ -52,12 +56,14 @@ class Sampling:
 class ChatRequest:
     """One turn of one agent's session.
 
-    `persist=False` makes a new agent that lives in RAM only. `messages` are normalised:
-    `{"role": system|user|assistant|tool, "content": str}`. With `history="client"` they are
-    the whole conversation, with `"server"` they follow the session's stored conversation.
-    `n` replies are made to one prompt; the session keeps the first. `top_logprobs`: how many of the
-    likeliest tokens to report beside each token of a reply, 0 for the token alone, None for nothing. `reuse`: see
-    `Reuse`; None for what the agent has. `planner` is how it is composed, if it is; None for the default.
+    `persist=False` makes a new agent that lives in RAM only. `messages` are normalised: `{"role": system|user|assistant|tool,
+    "content": str}`, and `tool_calls` or `tool_call_id` in OpenAI's shape. With `history="client"` they are the whole
+    conversation, with `"server"` they follow the session's stored conversation. `prompt`, a text or token ids, is what the model
+    reads instead of messages in its chat template. Without `generate` the prompt is only read. `constraint` is what replies may
+    say. If this request makes the agent, it is recorded as a fork of the first of `parents` that there is. `n` replies are made
+    to one prompt; the session keeps the first. `top_logprobs`: how many of the likeliest tokens to report beside each token of
+    a reply, 0 for the token alone, None for nothing. `reuse`: see `Reuse`; None for what the agent has. `planner` is how it is
+    composed, if it is; None for the default.
     """
 
     agent: str
@@ -71,6 +77,10 @@ class ChatRequest:
     persist: bool | None = None
     identity_source: str = "agentmem"
     tools: list[dict[str, Any]] | None = None
+    constraint: Constraint | None = None
+    prompt: str | list[int] | None = None
+    generate: bool = True
+    parents: tuple[Parent, ...] = ()
     n: int = 1
     top_logprobs: int | None = None
     reuse: Reuse | None = None

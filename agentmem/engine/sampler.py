@@ -13,6 +13,7 @@ import numpy as np
 from mlx_lm.sample_utils import apply_top_k, make_repetition_penalty
 
 from agentmem.engine.request import Sampling
+from agentmem.model.grammar import Constraint
 
 COLDEST = 1e-5
 """Below this temperature float32 cannot hold the quotients; the choice is the likeliest token anyway."""
@@ -21,11 +22,14 @@ COLDEST = 1e-5
 class Sampler:
     """Chooses tokens for one reply. With a seed, the choice depends on the seed and the position only.
 
-    `prompt`: the tokens before the reply, which the repetition penalty takes for said.
+    `prompt`: the tokens before the reply, which the repetition penalty takes for said. `constraint`: what it may say.
     """
 
-    def __init__(self, sampling: Sampling, seed: int, prompt: Iterable[int] = ()) -> None:
+    def __init__(
+        self, sampling: Sampling, seed: int, prompt: Iterable[int] = (), constraint: Constraint | None = None
+    ) -> None:
         self._s = sampling
+        self._constraint = constraint
         self._seed = sampling.seed if sampling.seed is not None else seed
         self._counts: Counter[int] = Counter()
         self._repeats = set(prompt) if sampling.repetition_penalty != 1 else set()
@@ -40,17 +44,19 @@ class Sampler:
     def forgetful(self) -> bool:
         """Whether choices do not depend on what was said, but for what the model makes of it."""
         s = self._s
-        return not s.frequency_penalty and not s.presence_penalty and s.repetition_penalty == 1
+        penalised = s.frequency_penalty or s.presence_penalty or s.repetition_penalty != 1
+        return not penalised and self._constraint is None
 
     def sibling(self, number: int) -> Sampler:
         """For another reply to the same prompt, before its first token: the same settings, a seed of its own."""
         digest = hashlib.blake2b(f"{self._seed} {number}".encode(), digest_size=8).digest()
-        return Sampler(replace(self._s, seed=int.from_bytes(digest, "little")), 0, self._repeats)
+        constraint = self._constraint.fork() if self._constraint is not None else None
+        return Sampler(replace(self._s, seed=int.from_bytes(digest, "little")), 0, self._repeats, constraint)
 
     def choose(self, logits: mx.array, position: int) -> mx.array:
         """logits [vocab] -> token id, lazily, as a scalar array. `position`: index of the token in the reply."""
         s = self._s
-        logits = self._penalised(logits.astype(mx.float32))
+        logits = self._possible(self._penalised(logits.astype(mx.float32)))
         if self._greedy:
             return mx.argmax(logits)
         logits = logits - mx.max(logits)
@@ -65,9 +71,20 @@ class Sampler:
 
     def saw(self, token: int) -> None:
         """Count a token of the reply, for the penalties."""
+        if self._constraint is not None:
+            self._constraint.saw(token)
         self._counts[token] += 1
         if self._s.repetition_penalty != 1:
             self._repeats.add(token)
+
+    def _possible(self, logits: mx.array) -> mx.array:
+        """Minus infinity for what the constraint excludes. Raises AgentMemError where it cannot tell any more."""
+        if self._constraint is None:
+            return logits
+        possible = np.zeros(logits.shape[0], bool)
+        allowed = self._constraint.allowed()[: logits.shape[0]]
+        possible[: len(allowed)] = allowed
+        return mx.where(mx.array(possible), logits, -mx.inf)
 
     def _penalised(self, logits: mx.array) -> mx.array:
         s = self._s

@@ -11,6 +11,8 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from agentmem.errors import BadRequest, ModelUnavailable
+from agentmem.model.grammar import Constraint, Grammars, json_rule
+from agentmem.model.tools import ToolFormat, knows_tools
 
 PROBE = 'Zwei  Spaces,\n\ttabs; naïve café 漢字 🙂👩‍💻 x_1 = {"a": [1.5, -2]}  # done\n'
 
@@ -70,7 +72,9 @@ class ChatTokenizer:
         self.vocab_size = 1 + max(vocab.values())
         self._pieces, self._trim = _pieces(_decoder(backend), vocab, self.special)
         self._check()
+        self.tools = ToolFormat(tokenizer, native=knows_tools(self._template))
         self.eos_ids = frozenset(tokenizer.eos_token_ids) | self._ends_of_turn()
+        self._grammars = Grammars(backend, self.vocab_size, self.eos_ids, self.special)
 
     def render(
         self, messages: list[dict[str, Any]], *, tools: list[Any] | None = None, generation: bool = True
@@ -79,13 +83,37 @@ class ChatTokenizer:
 
         Raises BadRequest where the template refuses the messages.
         """
+        written = self.tools.written(messages, tools)
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=generation
-            )
+            return self._template(written, tools if self.tools.native else None, generation=generation)
         except Exception as error:  # a template is a program of its own
             message = f"The model's chat template refuses these messages: {error}"
             raise BadRequest(message, param="messages") from error
+
+    def _template(self, messages: Any, tools: Any, *, generation: bool = True) -> str:
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=generation
+        )
+
+    def constraint(
+        self,
+        schema: dict[str, Any] | None,
+        tools: list[dict[str, Any]],
+        name: str | None = None,
+        *,
+        parallel: bool = True,
+    ) -> Constraint:
+        """For replies that are a value of a JSON schema, or call `tools`: any of them, or the one of that `name`.
+
+        Takes up to a second. Raises BadRequest for schemas that cannot be used. Precondition: there is one or the other.
+        """
+        said = ["calls"] * bool(tools) + ["answer"] * (schema is not None)
+        lark = f"start: {' | '.join(said)}\n"
+        if tools:
+            lark += self.tools.rules(tools, name, parallel=parallel, grammars=self._grammars)
+        if schema is not None:
+            lark += f"answer: {json_rule(schema, 'response_format')}\n"
+        return self._grammars.constraint(lark, "tools" if schema is None else "response_format")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text. Nothing is added; the text of a special token becomes that token.

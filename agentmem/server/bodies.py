@@ -1,43 +1,16 @@
-"""Request bodies: what they may hold, and within which limits. Unknown fields are ignored."""
+"""Bodies of the native routes: what they may hold, and within which limits. Unknown fields are ignored."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictFloat,
-    StrictInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
-from agentmem.compose.reuse import Planner, Reuse
-from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
+from agentmem.api.fields import INT64, MAX_COUNT, Body
+from agentmem.api.message import Message, Text
+from agentmem.compose.reuse import Reuse
 from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
-from agentmem.server.errors import invalid, unsupported
-from agentmem.server.messages import Message, Text
-
-MAX_COUNT = 10**9
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_BIASES = 1024
-INT64 = 1 << 63
-
-Tokens = Annotated[StrictInt, Field(ge=1, le=MAX_COUNT)]
-Penalty = Annotated[StrictFloat, Field(ge=-2, le=2, allow_inf_nan=False)]
-Share = Annotated[StrictFloat, Field(ge=0, le=1, allow_inf_nan=False)]
-Bias = Annotated[StrictFloat, Field(ge=-100, le=100, allow_inf_nan=False)]
-StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+from agentmem.server.errors import invalid
 
 
 def _by_kind(value: Any) -> Any:
@@ -46,134 +19,6 @@ def _by_kind(value: Any) -> Any:
         if isinstance(value, dict) and value.get("kind") == kind.model_fields["kind"].default:
             return kind.model_validate(value)
     return value
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class StreamOptions(Body):
-    include_usage: StrictBool | None = None
-
-
-class AgentFields(Body):
-    """The `agentmem` object of a request: who speaks, whether the messages are the whole conversation, and what may be reused."""
-
-    agent: str | None = None
-    session: str | None = None
-    namespace: str | None = None
-    history: Literal["client", "server"] = "client"
-    reuse: Reuse | None = None
-    planner: Planner | None = None
-    persist: StrictBool | None = None
-
-
-class ChatBody(Body):
-    """`POST /v1/chat/completions`."""
-
-    model: str | None = None
-    messages: list[Message] = Field(min_length=1)
-    stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-
-    max_tokens: Tokens | None = None
-    max_completion_tokens: Tokens | None = None
-    stop: Annotated[list[StopText] | None, BeforeValidator(_as_list)] = Field(
-        default=None, max_length=MAX_STOPS
-    )
-    temperature: Annotated[StrictFloat, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Share | None = None
-    min_p: Share | None = None
-    top_k: Annotated[StrictInt, Field(ge=0, le=MAX_COUNT)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-INT64, lt=INT64)] | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[StrictFloat, Field(gt=0, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[str, Bias] | None = Field(default=None, max_length=MAX_BIASES)
-
-    agentmem: AgentFields = Field(default_factory=AgentFields)
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-
-    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
-    logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-
-    @field_validator("agentmem", mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return {} if value is None else value
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for key in value or ():
-            if not (key.isascii() and key.isdecimal() and len(key) < 10):
-                raise invalid(f"keys are token ids, got {key[:40]!r}")
-        return value
-
-    @field_validator("tools", "functions")
-    @classmethod
-    def _no_tools(cls, value: list[Any] | None) -> list[Any] | None:
-        if value:
-            raise unsupported("tools are not supported; leave them out")
-        return value
-
-    @field_validator("response_format")
-    @classmethod
-    def _plain_text(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and value.get("type") != "text":
-            raise unsupported('only {"type": "text"} is supported')
-        return value
-
-    @field_validator("top_logprobs")
-    @classmethod
-    def _beside_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value and info.data.get("logprobs", True) is not True:
-            raise invalid("needs logprobs: true")
-        return value
-
-    @field_validator("modalities")
-    @classmethod
-    def _text_only(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and value != ["text"]:
-            raise unsupported('only ["text"] is supported')
-        return value
-
-    @property
-    def reply_limit(self) -> int | None:
-        """Most tokens of the reply, None when the request does not say."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    @property
-    def wants_usage_chunk(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def ranked(self) -> int | None:
-        """How many of the likeliest tokens to report beside each token; None for no log probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    def sampling(self) -> Sampling:
-        """How to choose tokens; what the request leaves out keeps its default."""
-        named = (
-            "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-        )  # fmt: skip
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in named if getattr(self, name) is not None
-        }
-        if self.seed is not None:
-            given["seed"] = self.seed % (1 << 64)
-        if self.logit_bias:
-            given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        return Sampling(**given)
 
 
 class PolicyBody(Body):

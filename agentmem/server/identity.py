@@ -7,86 +7,133 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from agentmem.engine.request import NAME, check_name
+from agentmem.api.fields import NamedBody
+from agentmem.engine.request import NAME, Parent, check_name
 from agentmem.errors import BadRequest
-from agentmem.server.bodies import ChatBody
 
 DEFAULT = "default"
 SESSION_KEYS = ("session_id", "thread_id", "conversation_id")
 
 
+class Found(NamedTuple):
+    """An agent and one of its sessions, what named them, and whose fork the agent is if it is new, the likeliest first."""
+
+    agent: str
+    session: str
+    source: str
+    parents: tuple[Parent, ...] = ()
+
+
 class Identity(NamedTuple):
-    """An agent, one of its sessions, and the field or header that named it."""
+    """Who speaks, and within which namespace."""
 
     agent: str
     session: str
     namespace: str
     source: str
+    parents: tuple[Parent, ...] = ()
 
 
 class Harness(NamedTuple):
-    """A coding harness that names its conversations by itself. `branch` is the header of a subagent's id."""
+    """A coding harness that names its conversations by itself.
+
+    `branch` is the header of a subagent's id and `above` of the one that it was started by; without `branch` a conversation that
+    names one `above` is a fork of that.
+    """
 
     name: str
     conversations: tuple[str, ...]
+    above: str | None = None
     branch: str | None = None
 
 
 HARNESSES = (
-    Harness("claude-code", ("x-claude-code-session-id",), "x-claude-code-agent-id"),
-    Harness("codex", ("thread-id", "session-id")),
-    Harness("opencode", ("x-session-id",)),
+    Harness(
+        "claude-code",
+        ("x-claude-code-session-id",),
+        "x-claude-code-parent-agent-id",
+        "x-claude-code-agent-id",
+    ),
+    Harness("codex", ("thread-id", "session-id"), "x-codex-parent-thread-id"),
+    Harness("opencode", ("x-session-id",), "x-parent-session-id"),
     Harness("open-webui", ("x-openwebui-chat-id",)),
 )
 
 
-def resolve(headers: Mapping[str, str], body: ChatBody) -> Identity:
-    """Who speaks in this request. Raises BadRequest when a name that is explicitly ours is not legal.
+def resolve(headers: Mapping[str, str], body: NamedBody, owner: tuple[str, str] | None = None) -> Identity:
+    """Who speaks in this request. `owner`: the agent and session of the conversation that it says it continues.
 
     Keys meant for other services (`prompt_cache_key`, `user`, …) never fail: `planner/t-42` is a session of
-    an agent, and a key that is no legal name stands for the agent named by its digest.
+    an agent, and a key that is no legal name stands for the agent named by its digest. Raises BadRequest when a name that is
+    explicitly ours is not legal.
     """
     fields = body.agentmem
+    parent = headers.get("x-agentmem-parent", fields.parent)
     agent = headers.get("x-agentmem-agent", fields.agent)
     session = headers.get("x-agentmem-session", fields.session)
     namespace = headers.get("x-agentmem-namespace", fields.namespace)
     if agent is not None:
         source = "x-agentmem-agent" if "x-agentmem-agent" in headers else "agentmem"
-        found = agent, DEFAULT, source
-        check_name(agent)
+        found = Found(check_name(agent), DEFAULT, source)
     else:
-        found = _from_client(headers, body)
-        if found[2] == "anonymous" and fields.history == "server":
+        found = _from_client(headers, body, owner)
+        if found.source == "anonymous" and fields.history == "server":
             raise BadRequest("history 'server' needs an agent; name one", param="agentmem.agent")
     return Identity(
-        agent=found[0],
-        session=found[1] if session is None else check_name(session, "session"),
+        agent=found.agent,
+        session=found.session if session is None else check_name(session, "session"),
         namespace=DEFAULT if namespace is None else check_name(namespace, "namespace"),
-        source=found[2],
+        source=found.source,
+        parents=found.parents if parent is None else (_parent(parent),),
     )
 
 
-def _from_client(headers: Mapping[str, str], body: ChatBody) -> tuple[str, str, str]:
-    """Agent, session and source from what the client sends of its own accord."""
+def _parent(text: str) -> Parent:
+    """`agent` or `agent/session`."""
+    agent, slash, session = text.partition("/")
+    return check_name(agent, "parent"), check_name(session, "parent") if slash else None
+
+
+def _from_client(headers: Mapping[str, str], body: NamedBody, owner: tuple[str, str] | None) -> Found:
+    """From what the client sends of its own accord."""
+    harness = _from_harness(headers)
     if body.prompt_cache_key:
-        return *_split(body.prompt_cache_key), "prompt_cache_key"
-    if harness := _from_harness(headers):
+        if harness is not None and harness.session == _legal(body.prompt_cache_key, "session"):
+            return harness  # the key only repeats what the harness says in more detail
+        return Found(*_split(body.prompt_cache_key), "prompt_cache_key")
+    if harness is not None:
         return harness
-    if found := _from_metadata(body.metadata or {}):
-        return *found, "metadata"
+    if named := _from_metadata(body.metadata or {}):
+        return Found(*named, "metadata")
+    if owner is not None:
+        return Found(*owner, "conversation")
     for source, key in (("safety_identifier", body.safety_identifier), ("user", body.user)):
         if key:
-            return *_split(key), source
-    return _anonymous(body), DEFAULT, "anonymous"
+            return Found(*_split(key), source)
+    return Found(f"anonymous-{_digest(json.dumps(body.opening))}", DEFAULT, "anonymous")
 
 
-def _from_harness(headers: Mapping[str, str]) -> tuple[str, str, str] | None:
+def _from_harness(headers: Mapping[str, str]) -> Found | None:
     for harness in HARNESSES:
         conversation = next((headers[name] for name in harness.conversations if headers.get(name)), None)
-        if conversation:
-            branch = headers.get(harness.branch, "") if harness.branch else ""
-            session = f"{conversation}:{branch}" if branch else conversation
-            return harness.name, _legal(session, "session"), harness.name
+        if not conversation:
+            continue
+        session, main = _legal(conversation, "session"), harness.name
+        above = headers.get(harness.above, "") if harness.above else ""
+        if harness.branch is None:
+            if not above:
+                return Found(main, session, main)
+            forked = (_legal(f"{main}:{above}", main), None)
+            return Found(
+                _legal(f"{main}:{conversation}", main),
+                DEFAULT,
+                main,
+                (forked, (main, _legal(above, "session"))),
+            )
+        if branch := headers.get(harness.branch, ""):
+            started = ((_legal(f"{main}:{above}", main), session),) if above else ()
+            return Found(_legal(f"{main}:{branch}", main), session, main, (*started, (main, session)))
+        return Found(main, session, main)
     return None
 
 
@@ -131,11 +178,6 @@ def _legal(key: str, prefix: str) -> str:
 
 def _is_name(text: str) -> bool:
     return NAME.fullmatch(text) is not None and ".." not in text
-
-
-def _anonymous(body: ChatBody) -> str:
-    system = [message.content for message in body.messages if message.role in ("system", "developer")]
-    return f"anonymous-{_digest(json.dumps([system, body.tools or []]))}"
 
 
 def _digest(text: str) -> str:

@@ -10,6 +10,12 @@ import openai
 import pytest
 
 HELLO = {"role": "user", "content": "hello"}
+CALL = {"role": "assistant", "content": None}
+TOOL = {"type": "function", "function": {"name": "f"}}
+SCHEMA = {"type": "json_schema"}
+DEEP: dict[str, Any] = {}
+for _ in range(80):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
 ROUTE = "/v1/chat/completions"
 
 
@@ -59,11 +65,22 @@ BAD_FIELDS = [
     (
         {"messages": [HELLO, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
         400,
-        "unsupported_parameter",
-        "messages.1",
+        "missing_required_parameter",
+        "messages.1.tool_calls.0.function",
+    ),
+    (
+        {"messages": [HELLO | {"tool_calls": [{"function": {"name": "f"}}]}]},
+        400,
+        "invalid_value",
+        "messages.0",
+    ),
+    (
+        {"messages": [HELLO, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
+        400,
+        None,
+        "messages",
     ),
     ({"max_tokens": -1}, 400, "invalid_value", "max_tokens"),
-    ({"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
     ({"max_tokens": 10**9 + 1}, 400, "invalid_value", "max_tokens"),
     ({"max_tokens": 10**30}, 400, "invalid_value", "max_tokens"),
     ({"max_tokens": 1.5}, 400, "invalid_value", "max_tokens"),
@@ -90,8 +107,30 @@ BAD_FIELDS = [
     ({"n": True}, 400, "invalid_value", "n"),
     ({"repetition_penalty": 0}, 400, "invalid_value", "repetition_penalty"),
     ({"repetition_penalty": "high"}, 400, "invalid_value", "repetition_penalty"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "unsupported_parameter", "tools"),
-    ({"response_format": {"type": "json_schema"}}, 400, "unsupported_parameter", "response_format"),
+    ({"tools": [{"type": "function"}]}, 400, "missing_required_parameter", "tools.0.function"),
+    (
+        {"tools": [{"type": "function", "function": {"name": ""}}]},
+        400,
+        "invalid_value",
+        "tools.0.function.name",
+    ),
+    ({"tools": [TOOL, TOOL]}, 400, "invalid_value", "tools"),
+    ({"tools": [TOOL], "tool_choice": {"function": {"name": "g"}}}, 400, "invalid_value", "tool_choice"),
+    ({"tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
+    ({"response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+    ({"response_format": {"type": "xml"}}, 400, "invalid_value", "response_format.type"),
+    (
+        {"response_format": SCHEMA | {"json_schema": {"schema": {"type": "objekt"}}}},
+        400,
+        "invalid_schema",
+        "response_format",
+    ),
+    (
+        {"response_format": SCHEMA | {"json_schema": {"schema": DEEP}}},
+        400,
+        "invalid_schema",
+        "response_format",
+    ),
     ({"logprobs": 5}, 400, "invalid_value", "logprobs"),
     ({"logprobs": "yes"}, 400, "invalid_value", "logprobs"),
     ({"logprobs": 5, "top_logprobs": 5}, 400, "invalid_value", "logprobs"),

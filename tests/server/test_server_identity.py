@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
+from agentmem.api.chat_body import ChatBody
 from agentmem.errors import BadRequest
-from agentmem.server.bodies import ChatBody
 from agentmem.server.identity import resolve
 
 
@@ -72,7 +72,9 @@ def test_session_can_be_named_apart() -> None:
     ("headers", "agent", "session"),
     [
         ({"x-claude-code-session-id": "c1"}, "claude-code", "c1"),
-        ({"x-claude-code-session-id": "c1", "x-claude-code-agent-id": "sub"}, "claude-code", "c1:sub"),
+        ({"x-claude-code-session-id": "c1", "x-claude-code-agent-id": "sub"}, "claude-code:sub", "c1"),
+        ({"thread-id": "t2", "x-codex-parent-thread-id": "t1"}, "codex:t2", "default"),
+        ({"x-session-id": "ses_2", "x-parent-session-id": "ses_1"}, "opencode:ses_2", "default"),
         ({"session-id": "s1", "thread-id": "t1"}, "codex", "t1"),
         ({"x-session-id": "ses_1", "x-session-affinity": "ses_1"}, "opencode", "ses_1"),
         ({"X-OpenWebUI-Chat-Id": "w1"}, "open-webui", "w1"),
@@ -80,7 +82,7 @@ def test_session_can_be_named_apart() -> None:
     ],
 )
 def test_known_harnesses(headers: dict[str, str], agent: str, session: str) -> None:
-    assert who(headers) == (agent, session, agent)
+    assert who(headers) == (agent, session, agent.partition(":")[0])
 
 
 @pytest.mark.parametrize(

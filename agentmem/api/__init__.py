@@ -1,0 +1,1 @@
+"""The languages of clients: OpenAI's, Anthropic's, and what they have in common."""

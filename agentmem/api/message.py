@@ -1,0 +1,105 @@
+"""Messages as clients send them, and as the engine takes them: one role, one text, calls of tools beside it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from agentmem.server.errors import invalid, unsupported
+
+TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
+BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
+"""What some versions of Claude Code write in front of the system prompt; its number changes with every request."""
+
+
+def text_of(content: Any) -> Any:
+    """A list of text parts as the one string they spell; other content unchanged.
+
+    Two clients, or one client on two days, may send the same text in both forms: it must be the same prefix.
+    """
+    if not isinstance(content, list):
+        return content
+    return "".join(part if isinstance(part, str) else _text_of_part(part) for part in content)
+
+
+def _text_of_part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in TEXT_PARTS:
+        raise unsupported(f"content parts of type {str(kind)[:40]!r} are not supported; send text parts")
+    text = part.get("refusal" if kind == "refusal" else "text")
+    if not isinstance(text, str):
+        raise invalid("a text part needs a string in its field 'text'")
+    return text
+
+
+def well_formed(text: str) -> str:
+    """`text`, which JSON escapes may have filled with halves of characters; those can be no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise invalid("the text holds half of a surrogate pair") from None
+    return text
+
+
+def steady(text: str) -> str:
+    """A system prompt without what changes in it from request to request though nothing else does."""
+    return BILLING.sub("", text)
+
+
+Text = Annotated[str, AfterValidator(well_formed)]
+Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(well_formed)]
+
+
+class CalledFunction(BaseModel):
+    """A function and the JSON of its arguments."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: Name
+    arguments: Text = "{}"
+
+
+class ToolCall(BaseModel):
+    """A call in a reply that a client sends back."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(BaseModel):
+    """One message of a conversation. Unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[Text | None, BeforeValidator(text_of)] = Field(
+        default=None, description="a string, or a list of text parts"
+    )
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise invalid(f"a message of role '{self.role}' needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise invalid("only messages of role 'assistant' have tool_calls")
+        return self
+
+    def normalised(self) -> dict[str, Any]:
+        """The message as the engine takes it."""
+        content = self.content or ""
+        if self.role in ("system", "developer"):
+            return {"role": "system", "content": steady(content)}
+        if self.role in ("tool", "function"):
+            ids = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
+            names = {"name": self.name} if self.name else {}
+            return {"role": "tool", "content": content, **ids, **names}
+        calls = {"tool_calls": [call.model_dump() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": self.role, "content": content, **calls}
