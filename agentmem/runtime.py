@@ -28,6 +28,7 @@ from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
 from agentmem.engine.composing import Composing
 from agentmem.engine.compositions import Compositions
+from agentmem.engine.embedding import Embedding
 from agentmem.engine.encoders import Encoders
 from agentmem.engine.engine import Engine
 from agentmem.engine.episodes import Episodes
@@ -224,6 +225,7 @@ class Runtime(Roster):
         )
         self._budget = Budget(self._memory, self._pool, self._store, limits(settings))
         self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
+        self.embedding = Embedding(self._call, encoders)
         self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
@@ -267,6 +269,11 @@ class Runtime(Roster):
     ) -> Constraint:
         """What replies may say; see `ChatTokenizer.constraint`. Takes up to a second."""
         return self._engine.model.tokenizer.constraint(schema, tools, name, parallel=parallel)
+
+    def count(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> int:
+        """Tokens of a prompt of these messages. Raises BadRequest where the chat template refuses them."""
+        tokenizer = self._engine.model.tokenizer
+        return len(tokenizer.encode(tokenizer.render(messages, tools=tools)))
 
     @property
     def degraded(self) -> str | None:

@@ -44,7 +44,7 @@ def chat_router(service: Service) -> APIRouter:
             whole = {**head(service, "chat.completion"), "choices": choices, "usage": usage}
             return JSONResponse(whole, headers=exchange.headers)
 
-        return await answered(request, turn, answer())
+        return await answered(request, answer(), turn)
 
     return router
 

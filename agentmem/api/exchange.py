@@ -34,12 +34,13 @@ class Shown(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A whole reply. `finish`: stop, length or tool_calls."""
+    """A whole reply. `finish`: stop, length or tool_calls; `stop` is the stop string that ended it."""
 
     text: str
     calls: list[Call]
     finish: str
     logprobs: Logprobs | None = None
+    stop: str | None = None
 
 
 def chat_request(
@@ -102,14 +103,16 @@ class Exchange:
     async def whole(self) -> tuple[list[Reply], dict[str, Any]]:
         """All replies, and the usage. Raises the error that the turn failed with."""
         end = self.first if isinstance(self.first, Finished) else await self.turn.finish()
-        return [self._reply(choice) for choice in end.choices], end.usage
+        return [self.reply(choice) for choice in end.choices], end.usage
 
-    def _reply(self, choice: Choice) -> Reply:
+    def reply(self, choice: Choice) -> Reply:
+        """A whole reply, its calls apart from its text."""
         finish = finish_reason(choice)
         if not self.tools.readable:
-            return Reply(choice.text, [], finish, choice.logprobs)
+            return Reply(choice.text, [], finish, choice.logprobs, choice.stop)
         text, calls = self.service.runtime.tools.apart(choice.text, self.tools.tools)
-        return Reply(text, calls, "tool_calls" if calls and finish == "stop" else finish, choice.logprobs)
+        finish = "tool_calls" if calls and finish == "stop" else finish
+        return Reply(text, calls, finish, choice.logprobs, choice.stop)
 
     async def shown(self) -> AsyncIterator[Shown | Finished | Failed | None]:
         """What comes of the turn, None for every while in which nothing came. A reply's last parts come before `Finished`."""
@@ -160,15 +163,17 @@ async def first_event(turn: Turn, streaming: bool) -> Event | None:
     return first
 
 
-async def answered(request: Request, turn: Turn, answer: Coroutine[Any, Any, Response]) -> Response:
-    """The answer; the turn is cancelled where it fails, or the client leaves before it is there."""
+async def answered(request: Request, answer: Coroutine[Any, Any, Response], *turns: Turn) -> Response:
+    """The answer; the turns are cancelled where it fails, or the client leaves before it is there."""
     try:
         response = await while_connected(request, answer)
     except BaseException:
-        turn.cancel()
+        for turn in turns:
+            turn.cancel()
         raise
     if response is None:
-        turn.cancel()
+        for turn in turns:
+            turn.cancel()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return response
 

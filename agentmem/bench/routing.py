@@ -112,6 +112,9 @@ class _Remembered:
         self.name, self.dims, self._encoder = encoder.name, encoder.dims, encoder
         self._rows: dict[tuple[bool, str], np.ndarray] = {}
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        return self._encoder.lengths(texts)
+
     def encode(self, texts: Sequence[str], query: bool = False) -> np.ndarray:
         if new := [text for text in dict.fromkeys(texts) if (query, text) not in self._rows]:
             rows = self._encoder.encode(new, query)

@@ -111,6 +111,8 @@ class Planner:
         if isinstance(prompt, str):
             return conversation.align(prompt)
         if prompt is not None:
+            if any(not 0 <= token < self._tokenizer.vocab_size for token in prompt):
+                raise BadRequest(f"token ids are from 0 to {self._tokenizer.vocab_size - 1}", param="prompt")
             return conversation.align_ids(prompt)
         sent, tools = sequence.messages, request.tools
         said = self._tokenizer.tools.as_said(sent, conversation.messages, tools) if tools else sent

@@ -16,7 +16,7 @@ class Detokenizer(Protocol):
 
 
 class Reply:
-    """Text of one reply. Text that could be the start of a stop string is held back until it is decided.
+    """Text of one reply. Text that could be the start of a stop string is held back until it is decided; `stop` is the one found.
 
     Log probabilities belong to tokens and come out with the text of theirs: none are shown of text that is not.
     """
@@ -32,6 +32,7 @@ class Reply:
         self._released = 0
         self._over = False
         self.stopped = False
+        self.stop: str | None = None
 
     def add(self, token: int, logprob: TokenLogprob | None = None) -> str:
         """Take a token; returns text to show now. Sets `stopped` when a stop string is complete.
@@ -77,10 +78,11 @@ class Reply:
         return self.text if n == len(self.tokens) else self.text[: self._ends[n - 1] if n else 0]
 
     def _find_stop(self, before: int) -> None:
-        starts = [self.text.find(s, max(0, before - len(s) + 1)) for s in self._stop]
-        found = [i for i in starts if i >= 0]
+        starts = [(self.text.find(s, max(0, before - len(s) + 1)), s) for s in self._stop]
+        found = [(i, s) for i, s in starts if i >= 0]
         if found:
-            self.text, self.stopped = self.text[: min(found)], True
+            at, self.stop = min(found)
+            self.text, self.stopped = self.text[:at], True
 
     def _is_shown(self, i: int) -> bool:
         """Whether the text of token `i` has been shown; one with a part of a character waits for the rest of it."""

@@ -162,18 +162,19 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of the replies of a turn."""
+    """One of the replies of a turn. `stop` is the stop string that ended it."""
 
     finish_reason: FinishReason
     text: str
     logprobs: Logprobs | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """The turn is over; with commit policy `full` it is on disk. `usage` has OpenAI's shape plus `agentmem`.
 
-    The first three fields and `logprobs` are of the reply that is kept, `others` are the replies after it.
+    The first three fields, `logprobs` and `stop` are of the reply that is kept, `others` are the replies after it.
     """
 
     finish_reason: FinishReason
@@ -181,11 +182,12 @@ class Finished:
     usage: dict[str, Any]
     logprobs: Logprobs | None = None
     others: tuple[Choice, ...] = ()
+    stop: str | None = None
 
     @property
     def choices(self) -> tuple[Choice, ...]:
         """All replies, in order."""
-        return (Choice(self.finish_reason, self.text, self.logprobs), *self.others)
+        return (Choice(self.finish_reason, self.text, self.logprobs, self.stop), *self.others)
 
 
 @dataclass(frozen=True, slots=True)

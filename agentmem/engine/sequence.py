@@ -275,13 +275,15 @@ class Sequence:
     def choice(self) -> Choice:
         """The reply as it is reported."""
         logprobs = self.reply.released() if self.reply and self.request.top_logprobs is not None else None
-        return Choice(self.finish, self.reply.text if self.reply else "", logprobs)
+        if self.reply is None:
+            return Choice(self.finish, "", logprobs)
+        return Choice(self.finish, self.reply.text, logprobs, self.reply.stop)
 
     def finished(self, written: int, committed: bool) -> Finished:
         """The report of the whole request."""
         kept, others = self.choice, tuple(other.choice for other in self.others)
         usage = self.usage(written, committed)
-        return Finished(kept.finish_reason, kept.text, usage, kept.logprobs, others)
+        return Finished(kept.finish_reason, kept.text, usage, kept.logprobs, others, kept.stop)
 
     @property
     def said(self) -> int:

@@ -26,6 +26,10 @@ class Encoder(Protocol):
         """Unit rows float32 [len(texts), dims]. `query`: the texts are questions to other texts."""
         ...
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens of each text are read."""
+        ...
+
 
 class Thresholds(NamedTuple):
     """Cosines that depend on the encoder.

@@ -91,6 +91,10 @@ class SentenceEncoder:
             rows[batch] = np.array(self._pooled([ids[i] for i in batch]))
         return rows
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens of each text are read: at most those of the window."""
+        return [len(e.ids) for e in self._tokenizer.encode_batch(list(texts))]
+
     def _pooled(self, ids: Sequence[Sequence[int]]) -> mx.array:
         """Unit rows [n, dims] of texts that are padded to the longest."""
         padded = np.zeros((len(ids), max(map(len, ids))), np.int32)

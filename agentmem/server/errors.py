@@ -1,4 +1,4 @@
-"""Errors on the wire: OpenAI's envelope for every status, from every layer."""
+"""Errors on the wire: OpenAI's envelope for every status, from every layer; Anthropic's on its routes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 
 UNSUPPORTED = "unsupported_parameter"
 WORTH_ANOTHER_TRY = frozenset({408, 409, 429})
+ANTHROPIC = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error",
+}  # fmt: skip
 
 
 class ErrorFields(BaseModel):
@@ -81,8 +86,18 @@ def envelope(error: AgentMemError) -> dict[str, Any]:
     return ErrorBody(error=fields).model_dump()
 
 
-def error_response(error: AgentMemError) -> JSONResponse:
-    """The whole answer that stands for `error`, with the headers that steer a client's retries."""
+def body_of(error: AgentMemError, path: str) -> dict[str, Any]:
+    """The body that stands for `error` in the language of the route: Anthropic's on its routes, OpenAI's on all others."""
+    if path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/"):
+        kind = ANTHROPIC_TYPES.get(
+            error.status, "api_error" if error.status >= 500 else "invalid_request_error"
+        )
+        return {"type": "error", "error": {"type": kind, "message": error.message}}
+    return envelope(error)
+
+
+def error_response(error: AgentMemError, path: str) -> JSONResponse:
+    """The whole answer that stands for `error` on the route of `path`, with the headers that steer a client's retries."""
     headers: dict[str, str] = {}
     permanent = error.status < 500 and error.status not in WORTH_ANOTHER_TRY
     if permanent or isinstance(error, ModelUnavailable):
@@ -92,7 +107,7 @@ def error_response(error: AgentMemError) -> JSONResponse:
         headers["retry-after"] = str(math.ceil(error.retry_after_ms / 1000))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(envelope(error), error.status, headers)
+    return JSONResponse(body_of(error, path), error.status, headers)
 
 
 _IN_OUR_WORDS = {
@@ -148,18 +163,20 @@ def install_handlers(app: FastAPI) -> None:
     async def _ours(request: Request, error: AgentMemError) -> JSONResponse:
         if error.status >= 500:
             log.error("%s %s: %s", request.method, request.url.path, error.message)
-        return error_response(error)
+        return error_response(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(from_validation(error))
+        return error_response(from_validation(error), request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        response = error_response(from_http(error))
+        response = error_response(from_http(error), request.url.path)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return error_response(AgentMemError("internal error; the daemon's log has the details"))
+        return error_response(
+            AgentMemError("internal error; the daemon's log has the details"), request.url.path
+        )

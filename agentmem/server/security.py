@@ -18,7 +18,9 @@ from agentmem.settings import Settings
 LOOPBACK_HOSTS = ("127.0.0.1", "[::1]", "localhost")
 WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 UPLOAD = "/v1/agents/import"
-INFERENCE = re.compile(r"/v1/(chat/completions|models(/.*)?)")
+INFERENCE = re.compile(
+    r"/v1/(chat/completions|completions|messages(/count_tokens)?|embeddings|(responses|conversations|models)(/.*)?)"
+)
 BODY_TIMEOUT_S = 60.0
 
 
@@ -36,7 +38,7 @@ def bracketed(host: str) -> str:
 
 
 async def refuse(error: AgentMemError, scope: Scope, receive: Receive, send: Send) -> None:
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope["path"])(scope, receive, send)
 
 
 class Gate:

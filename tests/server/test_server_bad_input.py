@@ -77,7 +77,7 @@ BAD_FIELDS = [
     (
         {"messages": [HELLO, CALL | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]},
         400,
-        None,
+        "invalid_value",
         "messages",
     ),
     ({"max_tokens": -1}, 400, "invalid_value", "max_tokens"),
