@@ -66,6 +66,11 @@ class Home:
         return self.root / "composed"
 
     @property
+    def responses(self) -> Path:
+        """What clients of the Responses API go on from."""
+        return self.root / "responses.db"
+
+    @property
     def keys(self) -> Path:
         """Keys of encrypted agents, one file each, where they are not in the system's keychain."""
         return self.root / "keys"

@@ -137,10 +137,13 @@ def logprobs_field(logprobs: Logprobs | None) -> dict[str, Any] | None:
     """A choice's `logprobs` as OpenAI's clients read them; None where they were not asked for."""
     if logprobs is None:
         return None
-    content = [{**_token(one), "top_logprobs": [_token(other) for other in one.top]} for one in logprobs]
+    content = [
+        {**token_field(one), "top_logprobs": [token_field(other) for other in one.top]} for one in logprobs
+    ]
     return {"content": content, "refusal": None}
 
 
-def _token(one: TokenLogprob) -> dict[str, Any]:
+def token_field(one: TokenLogprob) -> dict[str, Any]:
+    """One token and its log probability."""
     # `bytes` is what to join: a token may be a part of a character, which its text cannot show.
     return {"token": one.piece.decode(errors="replace"), "logprob": one.logprob, "bytes": list(one.piece)}

@@ -86,7 +86,10 @@ def serve(settings: Settings) -> None:
         from agentmem.runtime import Runtime
 
         log.info("loading the model %s", settings.model)
-        with closing(Runtime.open(settings, progress=_announce)) as runtime:
+        with (
+            closing(Runtime.open(settings, progress=_announce)) as runtime,
+            closing(Service(runtime, settings)) as service,
+        ):
             gc.freeze()  # a full collection would walk the whole memory, between two tokens
             stop.at_once = False
             record = DaemonRecord(
@@ -98,7 +101,6 @@ def serve(settings: Settings) -> None:
                 home=str(settings.home),
                 started=time.time(),
             )
-            service = Service(runtime, settings)
             listen(listener)
             config = uvicorn.Config(
                 create_app(service, token),

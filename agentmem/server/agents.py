@@ -57,6 +57,7 @@ def agents_router(service: Service) -> APIRouter:
     def forget_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:
         """Delete an agent and the state that no other agent uses. Cannot be undone."""
         freed = runtime.forget(agent, namespace)["bytes_freed"]
+        service.archive.forget(namespace, agent)
         return {"agent": agent, "deleted": True, "bytes_freed": freed}
 
     @router.post("/{agent}/warm")

@@ -15,7 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from agentmem import __version__
 from agentmem.api.anthropic import anthropic_router
 from agentmem.api.chat import chat_router
+from agentmem.api.conversations import conversations_router
 from agentmem.api.embeddings import embeddings_router
+from agentmem.api.responses import responses_router
 from agentmem.api.text import text_router
 from agentmem.engine.request import check_name
 from agentmem.server.agents import agents_router
@@ -40,7 +42,14 @@ def create_app(service: Service, token: str) -> FastAPI:
     # No documentation pages: they load scripts from foreign servers.
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, responses=FAILURES)
     install_handlers(app)
-    for router in (chat_router, text_router, anthropic_router, embeddings_router):
+    for router in (
+        chat_router,
+        text_router,
+        responses_router,
+        conversations_router,
+        anthropic_router,
+        embeddings_router,
+    ):
         app.include_router(router(service))
     app.include_router(transfer_router(service))
     app.include_router(agents_router(service))

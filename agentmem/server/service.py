@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from agentmem.api.archive import Archive
 from agentmem.engine.request import ChatRequest
 from agentmem.server.errors import UnknownModel
 from agentmem.server.metrics import Metrics
@@ -27,6 +28,7 @@ class Service:
         self.settings = settings
         self.started = time.time()
         self.metrics = Metrics(self.gauges)
+        self.archive = Archive(runtime, settings.paths.responses)
         self._turns: WeakSet[Turn] = WeakSet()
 
     def begin(self, request: ChatRequest) -> Turn:
@@ -39,6 +41,10 @@ class Service:
         """Cut all turns short, from the event loop: their clients get what there is, and a proper end."""
         for turn in list(self._turns):
             turn.cancel()
+
+    def close(self) -> None:
+        """Let go of what is kept for clients."""
+        self.archive.close()
 
     def check_model(self, name: str | None, param: str | None = "model") -> None:
         """Raises UnknownModel unless `name` is the loaded model or a word for it."""
