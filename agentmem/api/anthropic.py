@@ -17,17 +17,21 @@ from agentmem.engine.request import Failed, Finished, Started
 from agentmem.errors import BadRequest
 from agentmem.model.calls import ArgumentsPart, CallPart, Part
 from agentmem.model.tools import arguments_of
-from agentmem.server.errors import ANTHROPIC, body_of
+from agentmem.server.errors import ANTHROPIC, AnthropicErrorBody, body_of
 from agentmem.server.identity import resolve
 from agentmem.server.service import Service
 
 FOREIGN = "claude-"
 """Names that a harness of Anthropic's asks for by itself; whoever points it here wants the model that is here."""
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": AnthropicErrorBody, "description": "an error in Anthropic's shape"}
+    for status in ("4XX", "5XX")
+}
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 def anthropic_router(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(responses=FAILURES)
 
     @router.post(ANTHROPIC)
     async def create_message(request: Request, body: AnthropicBody) -> Response:

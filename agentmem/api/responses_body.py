@@ -50,7 +50,7 @@ class ResponsesTool(Function):
     """A function. Its fields lie beside its type here."""
 
     type: Literal["function"] = "function"
-    strict: bool | None = None
+    strict: StrictBool | None = None
 
     def normalised(self) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -30,6 +31,8 @@ from agentmem.server.service import Service
 from agentmem.server.store import upkeep_router
 from agentmem.server.transfer import transfer_router
 
+OPEN = "/health"
+"""The route that answers without a token, though less."""
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "the request is refused"},
     "5XX": {"model": ErrorBody, "description": "the daemon failed"},
@@ -42,6 +45,7 @@ def create_app(service: Service, token: str) -> FastAPI:
     # No documentation pages: they load scripts from foreign servers.
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, responses=FAILURES)
     install_handlers(app)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     for router in (
         chat_router,
         text_router,
@@ -69,6 +73,19 @@ def create_app(service: Service, token: str) -> FastAPI:
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(Counted, metrics=service.metrics)
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The schema of the API with what opens it."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        schemes = schema.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["token"] = {"type": "http", "scheme": "bearer"}
+        for path, item in schema["paths"].items():
+            for operation in item.values():
+                operation["security"] = [] if path == OPEN else [{"token": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema
 
 
 def daemon_router(service: Service) -> APIRouter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from agentmem.errors import AgentMemError, BadRequest, ModelUnavailable, NotFound, Overloaded
 
@@ -39,6 +40,20 @@ class ErrorBody(BaseModel):
     """The body of every answer that is not a success."""
 
     error: ErrorFields
+
+
+class AnthropicErrorFields(BaseModel):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(BaseModel):
+    """The body of every answer of Anthropic's routes that is not a success."""
+
+    type: Literal["error"]
+    error: AnthropicErrorFields
 
 
 class TooLarge(BadRequest):
@@ -156,6 +171,16 @@ def from_http(error: HTTPException) -> AgentMemError:
     return refusal
 
 
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """What may be asked of a path: each method is a route of its own, which knows of no other."""
+    return {
+        method
+        for route in app.routes
+        if isinstance(route, Route) and route.path_regex.match(request.url.path)
+        for method in route.methods or ()
+    }
+
+
 def install_handlers(app: FastAPI) -> None:
     """Make `app` answer every failure in the envelope."""
 
@@ -173,6 +198,8 @@ def install_handlers(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         response = error_response(from_http(error), request.url.path)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["allow"] = ", ".join(sorted(_methods(app, request)))
         return response
 
     @app.exception_handler(Exception)
