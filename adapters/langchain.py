@@ -91,6 +91,27 @@ class ChatAgentMem(ChatOpenAI):
         key = run_key(metadata, agent or self.agent, session or self.session)
         return options if key is None else {**options, "prompt_cache_key": key}
 
+    # Where a reply is streamed to somebody who listens to the graph, `_stream` is not told of the run: only these are.
+
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return super()._generate_with_cache(messages, stop, run_manager, **self._named(run_manager, kwargs))
+
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        options = self._named(run_manager, kwargs)
+        return await super()._agenerate_with_cache(messages, stop, run_manager, **options)
+
     def _generate(
         self,
         messages: list[BaseMessage],

@@ -66,9 +66,7 @@ class AgentMemory(AbstractCapability[Any]):
         """Warm the agent's memory while the rest is made ready."""
         await self._threads.awarm(self._name(ctx))
 
-    async def fork(
-        self, store: ConversationStore, conversation_id: str, **options: Any
-    ) -> Conversation:
+    async def fork(self, store: ConversationStore, conversation_id: str, **options: Any) -> Conversation:
         """`store.fork(conversation_id, **options)`; the memory of each agent of the conversation is forked with it."""
         forked = await store.fork(conversation_id, **options)
         await self._threads.afork(conversation_id, forked.conversation_id)

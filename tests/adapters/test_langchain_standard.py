@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -46,7 +47,6 @@ class TestUnit(OnTheDaemon, ChatModelUnitTests):
     pass
 
 
-@pytest.mark.asyncio
 class TestIntegration(OnTheDaemon, ChatModelIntegrationTests):
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
@@ -54,5 +54,11 @@ class TestIntegration(OnTheDaemon, ChatModelIntegrationTests):
         return {**super().standard_chat_model_params, "max_tokens": 16}
 
     @property
-    def supports_model_override(self) -> bool:
-        return False
+    def model_override_value(self) -> str:
+        return self.daemon.http.get("/v1/models").json()["data"][0]["id"]
+
+
+# pytest-asyncio runs what is marked; a mark on the class would be on tests that are no coroutines, too.
+for member in vars(ChatModelIntegrationTests).values():
+    if inspect.iscoroutinefunction(member):
+        pytest.mark.asyncio(member)

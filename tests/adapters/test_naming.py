@@ -34,7 +34,14 @@ def test_two_names_stay_two(one: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("plan ner", "plan-ner"), ("a/b", "a-b"), ("a..b", "a.b"), ("é", "è"), ("x" * 129, "x" * 130), ("", " ")],
+    [
+        ("plan ner", "plan-ner"),
+        ("a/b", "a-b"),
+        ("a..b", "a.b"),
+        ("é", "è"),
+        ("x" * 129, "x" * 130),
+        ("", " "),
+    ],
 )
 def test_names_that_look_alike_stay_two(one: str, other: str) -> None:
     assert legal_name(one) != legal_name(other)
