@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from openai import AsyncOpenAI
 from pydantic_ai import ModelSettings, RunContext
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.conversation import Conversation
@@ -30,17 +31,15 @@ def model(
 ) -> OpenAIChatModel:
     """A chat model on the daemon at `url`, by default the one that holds `home`. Raises DaemonNotRunning."""
     endpoint = find_endpoint(url, token, home)
-    http = httpx.AsyncClient(
+    http: Any = httpx.AsyncClient(
         # A proxy that the environment names must never see the token.
         trust_env=False,
         timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
         # No connection is kept: it would belong to one event loop, and `run_sync` may bring another.
         limits=httpx.Limits(max_keepalive_connections=0),
     )
-    provider = OpenAIProvider(
-        base_url=f"{endpoint.url}/v1", api_key=endpoint.token or "none", http_client=http
-    )
-    return OpenAIChatModel(name, provider=provider, settings=settings)
+    client = AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.token or "none", http_client=http)
+    return OpenAIChatModel(name, provider=OpenAIProvider(openai_client=client), settings=settings)
 
 
 @dataclass
