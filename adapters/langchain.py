@@ -5,23 +5,29 @@ Each names the agent by its `lc_agent_name`, or the graph's node, and the sessio
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.messages import BaseMessage
+from langchain_core.exceptions import ContextOverflowError
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages.utils import count_tokens_approximately
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
+from langchain_openai.chat_models.base import OpenAIContextOverflowError
 from langgraph.config import get_config
+from openai import BadRequestError
 from pydantic import Field, SecretStr, model_validator
 
 from agentmem.adapters.langgraph import AgentMemSaver
 from agentmem.adapters.naming import cache_key, legal_name, thread_session
 from agentmem.adapters.threads import Threads
 from agentmem.daemon import find_endpoint
+from agentmem.errors import ContextOverflow
 
 __all__ = ["AgentMemMiddleware", "AgentMemSaver", "ChatAgentMem"]
 
@@ -81,6 +87,16 @@ class ChatAgentMem(ChatOpenAI):
         """Never: it belongs to the daemon of this machine."""
         return False
 
+    def get_num_tokens(self, text: str) -> int:
+        """An estimate, as for messages."""
+        return self.get_num_tokens_from_messages([HumanMessage(text)])
+
+    def get_num_tokens_from_messages(
+        self, messages: Sequence[BaseMessage], tools: Sequence[Any] | None = None, **kwargs: Any
+    ) -> int:
+        """An estimate: ChatOpenAI would fetch the tokenizer of another model from the network."""
+        return count_tokens_approximately(messages, tools=list(tools) if tools else None)
+
     def _named(self, run: RunManager | None, options: dict[str, Any]) -> dict[str, Any]:
         """`options` of a call with the key of who speaks. A key that somebody set stays, unless the call names an agent."""
         agent, session = options.pop("agent", None), options.pop("session", None)
@@ -119,7 +135,8 @@ class ChatAgentMem(ChatOpenAI):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return super()._generate(messages, stop, run_manager, **self._named(run_manager, kwargs))
+        with _overflow():
+            return super()._generate(messages, stop, run_manager, **self._named(run_manager, kwargs))
 
     async def _agenerate(
         self,
@@ -128,14 +145,17 @@ class ChatAgentMem(ChatOpenAI):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await super()._agenerate(messages, stop, run_manager, **self._named(run_manager, kwargs))
+        with _overflow():
+            return await super()._agenerate(messages, stop, run_manager, **self._named(run_manager, kwargs))
 
-    def _stream(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._stream(*args, **self._named(kwargs.get("run_manager"), kwargs))
+    def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+        with _overflow():
+            yield from super()._stream(*args, **self._named(kwargs.get("run_manager"), kwargs))
 
     async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
-        async for chunk in super()._astream(*args, **self._named(kwargs.get("run_manager"), kwargs)):
-            yield chunk
+        with _overflow():
+            async for chunk in super()._astream(*args, **self._named(kwargs.get("run_manager"), kwargs)):
+                yield chunk
 
 
 class AgentMemMiddleware(AgentMiddleware):
@@ -202,6 +222,19 @@ def run_key(metadata: Mapping[str, Any], agent: str | None = None, session: str 
     elif thread is not None and thread != "":
         session = thread_session(thread)
     return cache_key(run_agent(metadata, agent), session)
+
+
+@contextmanager
+def _overflow() -> Iterator[None]:
+    """What is too long, as the type that summarising middleware waits for: ChatOpenAI looks for a word in the message."""
+    try:
+        yield
+    except BadRequestError as error:
+        if error.code != ContextOverflow.code or isinstance(error, ContextOverflowError):
+            raise
+        raise OpenAIContextOverflowError(
+            message=error.message, response=error.response, body=error.body
+        ) from error
 
 
 def _metadata() -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ pip install "agentmem-mlx[langchain]" && agentmem up && python examples/langgrap
 """
 
 from langchain.agents import create_agent
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 
@@ -17,7 +17,7 @@ PROMPTS = {
     "critic": "You find what is wrong with the last plan. You answer in one short sentence.",
 }
 
-model = ChatAgentMem(temperature=0, max_tokens=32)  # finds the running daemon by itself
+model = ChatAgentMem(temperature=0, max_completion_tokens=32)  # finds the running daemon by itself
 graph = StateGraph(MessagesState)
 for name, prompt in PROMPTS.items():
     agent = create_agent(model, tools=[], name=name, system_prompt=prompt, middleware=[AgentMemMiddleware()])
@@ -31,7 +31,7 @@ garden = graph.compile(checkpointer=saver)
 
 def say(text: str, thread: str) -> None:
     """One round; what the agents said, and how much of their prompts they remembered."""
-    found = garden.invoke({"messages": [("user", text)]}, {"configurable": {"thread_id": thread}})
+    found = garden.invoke({"messages": [HumanMessage(text)]}, {"configurable": {"thread_id": thread}})
     for name, reply in zip(PROMPTS, found["messages"][-2:], strict=True):
         assert isinstance(reply, AIMessage)
         assert reply.usage_metadata

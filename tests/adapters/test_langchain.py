@@ -11,7 +11,9 @@ import httpx
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.messages.utils import count_tokens_approximately
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
@@ -30,7 +32,7 @@ CRITIC = "You look for what is wrong with the plans of others, and say it kindly
 
 
 def chat_model(daemon: Daemon, **options: Any) -> ChatAgentMem:
-    return ChatAgentMem(home=daemon.home, max_tokens=12, **options)
+    return ChatAgentMem(home=daemon.home, max_completion_tokens=12, **options)
 
 
 def pair(model: ChatAgentMem, saver: BaseCheckpointSaver[Any]) -> Any:
@@ -99,13 +101,13 @@ def test_two_agents_remember_over_a_restart(start: Start, tmp_path: Path) -> Non
 def test_agents_speak_at_once(daemon: Daemon, client: AgentMemClient) -> None:
     model = chat_model(daemon)
     names = [f"worker-{i}" for i in range(4)]
-    agents = {name: create_agent(model, tools=[], name=name, system_prompt=PLANNER + name) for name in names}
+    agents: dict[str, Any] = {
+        name: create_agent(model, tools=[], name=name, system_prompt=PLANNER + name) for name in names
+    }
 
     async def ask(name: str, *texts: str) -> AIMessage:
-        result = await agents[name].ainvoke(
-            {"messages": [HumanMessage(text) for text in texts]}, thread(f"t-{name}")
-        )
-        return result["messages"][-1]
+        messages = [HumanMessage(text) for text in texts]
+        return (await agents[name].ainvoke({"messages": messages}, thread(f"t-{name}")))["messages"][-1]
 
     async def everybody(*texts: str) -> list[AIMessage]:
         return await asyncio.gather(*(ask(name, *texts) for name in names))
@@ -119,7 +121,7 @@ def test_agents_speak_at_once(daemon: Daemon, client: AgentMemClient) -> None:
 
 
 def test_streams_name_their_agent_and_tell_the_usage(daemon: Daemon, client: AgentMemClient) -> None:
-    agent = create_agent(chat_model(daemon), tools=[], name="guide", system_prompt=PLANNER)
+    agent: Any = create_agent(chat_model(daemon), tools=[], name="guide", system_prompt=PLANNER)
     question: Any = {"messages": [HumanMessage("Where to?")]}
 
     def streamed(pieces: list[Any]) -> int:
@@ -164,6 +166,22 @@ def test_a_node_names_the_agent_where_nothing_else_does(daemon: Daemon) -> None:
     (reply,) = say(graph.compile(), "Spring.", "t 7")
     assert memory(reply)["agent"] == legal_name("write a poem")
     assert memory(reply)["session"] == legal_name("t 7")
+
+
+def test_counting_tokens_asks_nobody_for_a_tokenizer(daemon: Daemon) -> None:
+    model, message = chat_model(daemon), HumanMessage("A bed of roses. " * 20)
+    estimate = count_tokens_approximately([message])
+    assert model.get_num_tokens_from_messages([message]) == estimate
+    assert model.get_num_tokens(message.text) == estimate
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_prompt_that_is_too_long_is_told_in_langchains_words(daemon: Daemon, streaming: bool) -> None:
+    model = chat_model(daemon, streaming=streaming)
+    with pytest.raises(ContextOverflowError, match="tokens"):
+        model.invoke("x" * 9000)
+    with pytest.raises(ContextOverflowError, match="tokens"):
+        asyncio.run(model.ainvoke("x" * 9000))
 
 
 def test_without_a_daemon_there_is_no_model(tmp_path: Path) -> None:
@@ -216,7 +234,7 @@ def test_middleware_names_and_warms_any_models_agent(
         base_url=f"{daemon.url}/v1",
         api_key=SecretStr(daemon.token),
         model="default",
-        max_tokens=4,
+        max_completion_tokens=4,
         # Two loops, one model: connections of the first would be of no use.
         http_async_client=httpx.AsyncClient(limits=httpx.Limits(max_keepalive_connections=0)),
     )

@@ -58,7 +58,7 @@ class Garden:
     """Agents with one saver, that speak in threads."""
 
     def __init__(self, daemon: Daemon, saver: BaseCheckpointSaver[Any]) -> None:
-        self._model = ChatAgentMem(home=daemon.home, max_tokens=12)
+        self._model = ChatAgentMem(home=daemon.home, max_completion_tokens=12)
         self._saver = saver
 
     def agent(self, name: str) -> Any:
@@ -95,7 +95,8 @@ def test_every_method_of_savers_goes_to_the_saver() -> None:
 
 
 def test_what_a_saver_has_of_its_own_is_there(saver: AgentMemSaver) -> None:
-    assert saver.storage is saver.saver.storage
+    inner: Any = saver.saver
+    assert saver.storage is inner.storage
     with pytest.raises(AttributeError):
         _ = saver.nothing_like_it
 

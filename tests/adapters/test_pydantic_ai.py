@@ -164,7 +164,7 @@ def test_a_forked_conversation_begins_with_the_memory(daemon: Daemon, client: Ag
     store = InMemoryConversationStore()
 
     async def say(text: str, conversation: Conversation | None = None) -> Any:
-        named = {} if conversation else {"conversation_id": "t-1"}
+        named: Any = {} if conversation else {"conversation_id": "t-1"}
         result = await planner.run(text, conversation=conversation, **named)
         await store.save(result)
         return result
