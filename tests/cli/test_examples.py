@@ -67,6 +67,35 @@ def test_two_agents_have_two_memories(daemon: Home) -> None:
     assert {"gardener", "cook"} <= names
 
 
+def remembered(printed: str) -> list[tuple[int, int]]:
+    """Tokens that were remembered, and of how many, reply after reply."""
+    pattern = re.compile(r"^  \((\d+) of (\d+) prompt tokens were remembered\)$", re.MULTILINE)
+    return [(int(cached), int(all_of_them)) for cached, all_of_them in pattern.findall(printed)]
+
+
+@pytest.mark.slow
+def test_langgraph_agents_remember_each_its_own_and_so_does_a_copied_thread(daemon: Home) -> None:
+    first = remembered(run("langgraph_two_agents.py"))
+    second = remembered(run("langgraph_two_agents.py"))
+    assert len(first) == len(second) == 6
+    assert all(cached > before for (cached, _), (before, _) in zip(second[:2], first[:2], strict=True))
+    assert all(cached > 0 for cached, _ in first[2:])
+    agents = {agent["agent"]: agent for agent in parse(invoke("agents", "--json"))["agents"]}
+    for name in ("planner", "critic"):
+        assert {"garden", "garden-with-pond"} <= set(agents[name]["sessions"])
+        assert agents[f"{name}@garden-with-pond"]["lineage"]["parent"] == name
+
+
+@pytest.mark.slow
+def test_pydantic_ai_agents_remember_each_its_own(daemon: Home) -> None:
+    first = remembered(run("pydantic_ai_two_agents.py"))
+    second = remembered(run("pydantic_ai_two_agents.py"))
+    assert len(first) == len(second) == 4
+    assert all(cached > before for (cached, _), (before, _) in zip(second[:2], first[:2], strict=True))
+    agents = {agent["agent"]: agent for agent in parse(invoke("agents", "--json"))["agents"]}
+    assert all("story" in agents[name]["sessions"] for name in ("author", "editor"))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_curl_prints_a_reply_and_its_agent(daemon: Home) -> None:
     reply, agent = run("curl.sh").strip().splitlines()
