@@ -13,6 +13,8 @@ REASONS = {
     "new_session": "the session was new",
     "extended": "it goes on from all that was remembered",
     "input_changed": "the messages differ from those of the session",
+    "system_changed": "the system prompt differs from that of the session",
+    "tools_changed": "the tools differ from those of the turn before",
     "quarantined": "its state was damaged and is put aside; its tokens were read again",
     "evicted": "its state had left the disk, to make room or by prune; its tokens were read again",
     "composed": "an earlier turn was composed; such state is not kept, so its tokens were read or composed again",
@@ -45,9 +47,26 @@ def explain(agent: str, session: str | None, as_json: bool) -> None:
                        f"{_some(told, 'composed')}{_some(told, 'compressed')}{format_count(told['prefilled_tokens'])} read"),
             *(("composed" if told.get("composed_tokens") else "reuse", line) for line in told.get("composition", ())),
             *(("memory", line) for line in told.get("memory", ())),
+            *_place(told.get("diverged")),
             ("cost", f"{format_ms(told['restore_ms'])} restored, {format_ms(told['prefill_ms'])} read"),
+            *_lost(told),
         ]
     )  # fmt: skip
+
+
+def _place(diverged: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Where the messages left those of the session."""
+    if diverged is None:
+        return []
+    where = f"message {diverged['message'] + 1} ({diverged['role']}), line {diverged['line']}"
+    return [("diverged", where), ("  before", repr(diverged["before"])), ("  now", repr(diverged["after"]))]
+
+
+def _lost(told: dict[str, Any]) -> list[tuple[str, str]]:
+    lost = told.get("lost_tokens")
+    return (
+        [("lost", f"{format_count(lost)} tokens, about {format_ms(told['lost_ms'])} to read")] if lost else []
+    )
 
 
 def _some(told: dict[str, Any], kind: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from agentmem.api.fields import MAX_COUNT, MAX_STOPS, Body, SampledBody, StopText
-from agentmem.api.message import Name, Text, steady, text_of, well_formed
+from agentmem.api.message import Content, Name, Text, steady, text_of, well_formed
 from agentmem.api.tools import MAX_TOOLS, Tools
 from agentmem.server.errors import invalid, unsupported
 
@@ -33,7 +33,7 @@ class AnthropicMessage(Body):
     """One message; `content` is a text or a list of blocks."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_blocks)]
+    content: Annotated[list[Block], BeforeValidator(_blocks, json_schema_input_type=str | list[Block])]
 
 
 class AnthropicTool(Body):
@@ -67,7 +67,7 @@ class PromptBody(SampledBody):
     """`POST /v1/messages/count_tokens`."""
 
     messages: list[AnthropicMessage] = Field(min_length=1)
-    system: Annotated[Text | None, BeforeValidator(text_of)] = None
+    system: Annotated[Text | None, BeforeValidator(text_of, json_schema_input_type=Content)] = None
     tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
 

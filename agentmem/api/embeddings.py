@@ -33,7 +33,7 @@ class EmbeddingsBody(Body):
     input: Annotated[
         list[Annotated[Text, Field(min_length=1)]],
         Field(min_length=1, max_length=MAX_TEXTS),
-        BeforeValidator(_texts),
+        BeforeValidator(_texts, json_schema_input_type=str | list[str]),
     ]
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"

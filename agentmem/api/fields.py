@@ -38,11 +38,20 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stops = Annotated[list[StopText] | None, BeforeValidator(as_list)]
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+Ttl = Annotated[str, Field(pattern=r"^[0-9]{1,5}[smhd]$")]
+Stops = Annotated[
+    list[StopText] | None, BeforeValidator(as_list, json_schema_input_type=str | list[StopText] | None)
+]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="ignore")
+
+
+def seconds(text: str) -> float:
+    """A time to live, like "5m"."""
+    return int(text[:-1]) * UNITS[text[-1]]
 
 
 class StreamOptions(Body):
@@ -66,9 +75,13 @@ class AgentFields(Body):
 
 
 class CacheOptions(Body):
-    """What a client asks of the memory in the words of prompt caches. `prewarm`: read the prompt, and say nothing."""
+    """What a client asks of the memory in the words of prompt caches.
+
+    `prewarm`: read the prompt, and say nothing. `ttl`: keep the agent's state for so long, like "30m", whatever needs room.
+    """
 
     prewarm: StrictBool | None = None
+    ttl: Ttl | None = None
 
 
 class NamedBody(Body):
@@ -81,8 +94,9 @@ class NamedBody(Body):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
 
-    @field_validator("agentmem", mode="before")
+    @field_validator("agentmem", mode="before", json_schema_input_type=AgentFields | None)
     @classmethod
     def _absent(cls, value: Any) -> Any:
         return {} if value is None else value
@@ -97,11 +111,25 @@ class NamedBody(Body):
         """Whether the prompt is only to be read."""
         return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
 
+    @property
+    def keep_s(self) -> float:
+        """How long the agent's state is to stay where it is, in seconds."""
+        asked = [self.prompt_cache_options.ttl] if self.prompt_cache_options else []
+        return max([seconds(t) for t in [*asked, *self.marked_ttls] if t], default=0.0) or (
+            seconds("24h") if self.prompt_cache_retention == "24h" else 0.0
+        )
+
+    @property
+    def marked_ttls(self) -> list[str]:
+        """Times to live that the content itself is marked with."""
+        return []
+
     def engine_fields(self) -> dict[str, Any]:
         """What the engine is told of the `agentmem` object."""
         asked = self.agentmem
         return {
             "history": asked.history, "persist": asked.persist, "reuse": asked.reuse, "planner": asked.planner,
+            "keep_s": self.keep_s,
         }  # fmt: skip
 
 

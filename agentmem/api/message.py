@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from agentmem.server.errors import invalid, unsupported
 
+Content = str | list[dict[str, Any] | str] | None
+"""What clients may send as the text of a message."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 BILLING = re.compile(r"\Ax-anthropic-billing-header:[^\n]*\n*")
 """What some versions of Claude Code write in front of the system prompt; its number changes with every request."""
@@ -77,7 +79,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[Text | None, BeforeValidator(text_of)] = Field(
+    content: Annotated[Text | None, BeforeValidator(text_of, json_schema_input_type=Content)] = Field(
         default=None, description="a string, or a list of text parts"
     )
     tool_calls: list[ToolCall] | None = None

@@ -85,7 +85,10 @@ class ResponsesBody(SampledBody):
     input: Text | Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS)] = ""
     instructions: Text | None = None
     previous_response_id: str | None = None
-    conversation: Annotated[ConversationId | None, BeforeValidator(_conversation)] = None
+    conversation: Annotated[
+        ConversationId | None,
+        BeforeValidator(_conversation, json_schema_input_type=str | ConversationId | None),
+    ] = None
     store: StrictBool | None = None
     background: StrictBool | None = None
     max_output_tokens: Tokens | None = None

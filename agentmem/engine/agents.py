@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
@@ -80,6 +81,16 @@ class Agent:
     def pinned(self) -> bool:
         """Whether its state stays where it is when room is needed."""
         return bool(self.row.policy.get("pinned", False))
+
+    @property
+    def keep_until(self) -> float:
+        """Until when its state stays where it is though it is not pinned, in epoch seconds."""
+        return float(self.row.policy.get("keep_until", 0.0))
+
+    @property
+    def held(self) -> bool:
+        """Whether its state stays where it is now: pinned, or asked to be kept for a time that is not over."""
+        return self.pinned or self.keep_until > time.time()
 
     @property
     def reuse(self) -> Reuse:

@@ -145,7 +145,7 @@ class Budget:
         now = time.time()
         agents = self._memory.agents(namespace)
         young = [
-            a for a in self._memory.agents() if a not in agents or a.pinned or now - a.row.last_used < older
+            a for a in self._memory.agents() if a not in agents or a.held or now - a.row.last_used < older
         ]
         kept = {p for a in young for p in a.pages()}
         pages = self._all_pages() if namespace is None else self._pages_of(namespace)

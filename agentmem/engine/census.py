@@ -76,6 +76,7 @@ class Census:
             created=agent.row.created,
             last_used=agent.row.last_used,
             pinned=agent.pinned,
+            keep_until=agent.keep_until or None,
             persist=agent.persist,
             reuse=agent.reuse,
             policy=agent.memory.model_dump(),

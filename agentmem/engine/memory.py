@@ -107,7 +107,7 @@ class Memory:
 
     def pinned_pages(self) -> set[Page]:
         """The pages of pinned agents."""
-        return {p for a in self._agents.values() if a.pinned for p in a.pages()}
+        return {p for a in self._agents.values() if a.held for p in a.pages()}
 
     def open(
         self, namespace: str, agent: str, session: str, persist: bool | None = None,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from typing import Any
+
+import xxhash
 
 from agentmem.blockpool.index import TurnRow
 from agentmem.blockpool.pool import Pool
@@ -251,10 +254,16 @@ class Planner:
         elif sequence.generate:
             assert sequence.reply is not None
             messages = [*messages, {"role": "assistant", "content": sequence.reply.text}]
+        known = session.conversation.messages
         turn = session.conversation.record(alignment, spans, messages)
         turn.stats = self._stats(sequence, before)
+        if turn.stats["reason"] == "input_changed":
+            turn.stats["reason"] = self._change(sequence, known, turn)
         if not sequence.part:
             self._count(sequence, sequence.agent.row.totals)
+        if sequence.request.keep_s:
+            until = max(sequence.agent.keep_until, time.time() + sequence.request.keep_s)
+            sequence.agent.row.policy = {**sequence.agent.row.policy, "keep_until": until}
         return turn
 
     def _cut_short(self, sequence: Sequence, fed: int) -> Alignment:
@@ -291,6 +300,17 @@ class Planner:
             return "evicted"
         return "extended" if kept >= before else "input_changed"
 
+    @staticmethod
+    def _change(sequence: Sequence, known: list[dict[str, Any]], turn: TurnRow) -> str:
+        """What of the input changed, in a word: `tools_changed`, `system_changed`, or another message: `input_changed`."""
+        assert sequence.session is not None
+        past = [t.stats["tools"] for t in sequence.session.row.turns if "tools" in t.stats]
+        if past and past[-1] != turn.stats["tools"]:
+            return "tools_changed"
+        at = turn.keep_messages
+        pair = [*known[at : at + 1], *turn.messages[:1]]
+        return "system_changed" if any(m["role"] == "system" for m in pair) else "input_changed"
+
     def _stats(self, sequence: Sequence, before: int) -> dict[str, Any]:
         """What `explain` tells of this turn."""
         assert sequence.alignment is not None
@@ -306,6 +326,7 @@ class Planner:
             "kept_tokens": kept,
             "identity_source": sequence.request.identity_source,
             "finish": sequence.finish,
+            "tools": xxhash.xxh3_64_hexdigest(json.dumps(sequence.request.tools or []).encode()),
             "reuse": sequence.reuse,
             **({"composition": list(sequence.notes)} if sequence.notes else {}),
             **({"memory": list(sequence.past.notes)} if sequence.past.notes else {}),

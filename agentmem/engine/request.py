@@ -63,7 +63,7 @@ class ChatRequest:
     say. If this request makes the agent, it is recorded as a fork of the first of `parents` that there is. `n` replies are made
     to one prompt; the session keeps the first. `top_logprobs`: how many of the likeliest tokens to report beside each token of
     a reply, 0 for the token alone, None for nothing. `reuse`: see `Reuse`; None for what the agent has. `planner` is how it is
-    composed, if it is; None for the default.
+    composed, if it is; None for the default. For `keep_s` seconds the agent's state stays as if it were pinned.
     """
 
     agent: str
@@ -81,6 +81,7 @@ class ChatRequest:
     prompt: str | list[int] | None = None
     generate: bool = True
     parents: tuple[Parent, ...] = ()
+    keep_s: float = 0.0
     n: int = 1
     top_logprobs: int | None = None
     reuse: Reuse | None = None
@@ -242,6 +243,7 @@ class AgentInfo(TypedDict):
     created: float
     last_used: float
     pinned: bool
+    keep_until: float | None
     persist: bool
     reuse: Reuse
     policy: dict[str, Any]

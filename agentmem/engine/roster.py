@@ -11,6 +11,7 @@ from agentmem.blockpool.pool import Pool
 from agentmem.engine.budget import Budget
 from agentmem.engine.census import Census
 from agentmem.engine.engine import Engine
+from agentmem.engine.explained import explained
 from agentmem.engine.journal import Done
 from agentmem.engine.memory import Agent, Memory
 from agentmem.engine.request import AgentInfo
@@ -174,10 +175,12 @@ class Roster:
             wanted = (
                 [sessions[session]] if session in sessions else [] if session else list(sessions.values())
             )
-            last = max((t for s in wanted for t in s.row.turns), key=lambda t: t.created, default=None)
-            if last is None:
+            found = max(
+                ((t, s) for s in wanted for t in s.row.turns), key=lambda one: one[0].created, default=None
+            )
+            if found is None:
                 raise NotFound(f"agent {name!r} has no turn in session {session!r}")
-            return {"agent": name, "turn": last.n, "created": last.created, **last.stats}
+            return explained(name, found[0], found[1].row.turns)
 
         return self._call(explain)
 

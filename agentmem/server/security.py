@@ -21,6 +21,8 @@ UPLOAD = "/v1/agents/import"
 INFERENCE = re.compile(
     r"/v1/(chat/completions|completions|messages(/count_tokens)?|embeddings|(responses|conversations|models)(/.*)?)"
 )
+WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+"""Methods whose bodies are read at all."""
 BODY_TIMEOUT_S = 60.0
 
 
@@ -140,7 +142,7 @@ class Bodies:
         self.upload_limit = int(settings.max_import)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] not in WITH_BODY:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)

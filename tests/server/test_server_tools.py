@@ -177,3 +177,43 @@ def test_a_subagent_is_recorded_as_a_fork_of_who_started_it(daemon) -> None:
     lineage = {agent["agent"]: agent["lineage"] for agent in agents}
     assert lineage["claude-code"] is None
     assert lineage["claude-code:sub"] == {"parent": "claude-code", "session": "c1", "turn": 1}
+
+
+def test_explain_says_what_changed_where_and_what_that_cost(daemon) -> None:
+    def turn(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        ask(daemon, "why", list(messages), max_tokens=4, **fields)
+        return daemon.http.get("/v1/agents/why/explain", params={"namespace": "tools-why"}).json()
+
+    system = {"role": "system", "content": "You watch the sky.\nIt is 20:57 now."}
+    assert turn(system, user(ASKED))["reason"] == "new_session"
+    later = turn(system | {"content": "You watch the sky.\nIt is 20:59 now."}, user(ASKED))
+    assert later["reason"] == "system_changed"
+    assert later["diverged"]["message"] == 0
+    assert later["diverged"]["line"] == 2
+    assert later["diverged"]["before"].endswith("20:57 now.")
+    assert later["diverged"]["after"].endswith("20:59 now.")
+    assert later["lost_tokens"] > 0
+    assert 0 < later["lost_ms"] <= later["prefill_ms"]
+    other = turn(system | {"content": "You watch the sky.\nIt is 20:59 now."}, user("Something else."))
+    assert other["reason"] == "input_changed"
+    assert other["diverged"]["message"] == 1
+    told = turn(
+        system | {"content": "You watch the sky.\nIt is 20:59 now."}, user("Something else."), tools=[CLOCK]
+    )
+    assert told["reason"] == "tools_changed"
+
+
+def test_state_is_kept_for_as_long_as_was_asked(daemon) -> None:
+    body = {
+        "messages": [user(ASKED)],
+        "max_tokens": 2,
+        "agentmem": {"agent": "kept", "namespace": "tools-kept"},
+    }
+    options = {"prompt_cache_options": {"ttl": "30m"}}
+    reply = daemon.http.post("/v1/chat/completions", json=body | options)
+    assert reply.status_code == 200
+    info = daemon.http.get("/v1/agents/kept", params={"namespace": "tools-kept"}).json()
+    assert info["keep_until"] == pytest.approx(info["last_used"] + 1800, abs=60)
+    assert info["pinned"] is False
+    bad = daemon.http.post("/v1/chat/completions", json=body | {"prompt_cache_options": {"ttl": "soon"}})
+    assert bad.status_code == 400
