@@ -139,7 +139,11 @@ class AgentMemRunHooks(RunHooks[Any]):
     async def on_handoff(
         self, context: RunContextWrapper[Any], from_agent: Agent[Any], to_agent: Agent[Any]
     ) -> None:
-        self._warmer.start(to_agent.name)
+        self.warm(to_agent)
+
+    def warm(self, agent: Agent[Any]) -> None:
+        """Begin to warm an agent, for programs that hand over themselves."""
+        self._warmer.start(agent.name)
 
 
 class AgentMemSession:
