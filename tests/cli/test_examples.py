@@ -67,6 +67,47 @@ def test_two_agents_have_two_memories(daemon: Home) -> None:
     assert {"gardener", "cook"} <= names
 
 
+def remembered(printed: str) -> list[tuple[int, int]]:
+    """What a program says of each of its turns: tokens that were remembered, and those of the prompt."""
+    return [(int(a), int(b)) for a, b in re.findall(r"(\d+) of (\d+) prompt tokens were remembered", printed)]
+
+
+@pytest.mark.slow
+def test_openai_agents_hand_over_and_remember(daemon: Home) -> None:
+    run("openai_agents_handoff.py")
+    first, *later = remembered(run("openai_agents_handoff.py"))
+    assert first[0] == first[1] - 1
+    assert len(later) == 2
+    assert all(cached > 0 for cached, _ in later)
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+
+
+@pytest.mark.slow
+def test_agents_of_the_agent_framework_remember(daemon: Home) -> None:
+    run("agent_framework_two_agents.py")
+    first, *later = remembered(run("agent_framework_two_agents.py"))
+    assert first[0] == first[1] - 1
+    assert len(later) == 2
+    assert all(cached > 0 for cached, _ in later)
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+
+
+@pytest.mark.slow
+def test_autogen_needs_no_adapter(daemon: Home) -> None:
+    turns = remembered(run("autogen_recipe.py"))
+    assert len(turns) == 2
+    assert all(cached > 0 for cached, _ in turns)
+
+
+@pytest.mark.slow
+def test_smolagents_need_no_adapter(daemon: Home) -> None:
+    run("smolagents_recipe.py")
+    turns = remembered(run("smolagents_recipe.py"))
+    assert len(turns) == 2
+    assert turns[0][0] == turns[0][1] - 1
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
 def test_curl_prints_a_reply_and_its_agent(daemon: Home) -> None:
     reply, agent = run("curl.sh").strip().splitlines()
