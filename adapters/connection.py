@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import httpx
-from openai import AsyncOpenAI
+from openai import DEFAULT_CONNECTION_LIMITS, AsyncOpenAI, DefaultAsyncHttpxClient
 
 from agentmem.daemon import find_endpoint
-from agentmem.wire import CONNECT_TIMEOUT_S, READ_TIMEOUT_S
+
+# No connection is kept: it would belong to one event loop, and the next run may bring another.
+NONE_KEPT = type(DEFAULT_CONNECTION_LIMITS)(max_keepalive_connections=0)
 
 
 def openai_client(
@@ -16,11 +17,6 @@ def openai_client(
 ) -> AsyncOpenAI:
     """A client of the daemon at `url`, by default the one that holds `home`. Raises DaemonNotRunning."""
     endpoint = find_endpoint(url, token, home)
-    http = httpx.AsyncClient(
-        # A proxy that the environment names must never see the token.
-        trust_env=False,
-        timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-        # No connection is kept: it would belong to one event loop, and the next run may bring another.
-        limits=httpx.Limits(max_keepalive_connections=0),
-    )
+    # A proxy that the environment names must never see the token.
+    http = DefaultAsyncHttpxClient(trust_env=False, limits=NONE_KEPT)
     return AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key=endpoint.token or "none", http_client=http)

@@ -5,7 +5,7 @@ The agent is named as the one that runs, the session by the id of the run's conv
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -202,7 +202,8 @@ def named(settings: ModelSettings, conversation_id: str | None) -> ModelSettings
     extra = dict(settings.extra_args or {})
     made = extra.get(KEY)
     ours = isinstance(made, str) and made.startswith(MADE_BY_SDK)
-    if (made is not None and not ours) or KEY in (settings.extra_body or {}):
+    body = settings.extra_body
+    if (made is not None and not ours) or (isinstance(body, Mapping) and KEY in body):
         return settings
     key = cache_key(speaker(), session_of(made if ours else None, conversation_id))
     if key is None:

@@ -7,13 +7,13 @@ pip install "agentmem-mlx[agent-framework]" && agentmem up && python examples/ag
 
 import asyncio
 
-from agent_framework import Agent, AgentSession
+from agent_framework import Agent, AgentSession, ChatOptions
 
 from agentmem.adapters.agent_framework import AgentMemContextProvider, chat_client
 
 client = chat_client()  # finds the running daemon by itself
 memory = AgentMemContextProvider()  # names each agent and its session to the daemon, and warms it
-options = {"temperature": 0, "max_tokens": 32}
+options = ChatOptions(temperature=0, max_tokens=32)
 planner, critic = (
     Agent(client, instructions, name=name, context_providers=[memory], default_options=options)
     for name, instructions in {

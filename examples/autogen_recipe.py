@@ -6,8 +6,8 @@ pip install autogen-agentchat "autogen-ext[openai]" && agentmem up && python exa
 """
 
 import asyncio
+from typing import Any
 
-import httpx
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_ext.models.openai import OpenAIChatCompletionClient
@@ -26,14 +26,11 @@ memory = AgentMemClient()
 
 def agent(name: str, session: str) -> AssistantAgent:
     """An agent has a client of its own: the key is the client's."""
+    options: dict[str, Any] = {"prompt_cache_key": f"{name}/{session}", "temperature": 0, "max_tokens": 32}
     client = OpenAIChatCompletionClient(
         model=memory.models()[0]["id"],
         base_url=f"{daemon.url}/v1",
         api_key=daemon.token or "none",
-        http_client=httpx.AsyncClient(trust_env=False, timeout=600),  # no proxy sees the token
-        prompt_cache_key=f"{name}/{session}",
-        temperature=0,
-        max_tokens=32,
         model_info={
             "vision": False,
             "function_calling": False,
@@ -41,6 +38,7 @@ def agent(name: str, session: str) -> AssistantAgent:
             "structured_output": False,
             "family": "unknown",
         },
+        **options,
     )
     return AssistantAgent(name, client, system_message=PROMPTS[name])
 

@@ -5,7 +5,6 @@ Run it twice: the second time the agents begin with what they know.
 pip install "smolagents[openai]" && agentmem up && python examples/smolagents_recipe.py
 """
 
-import httpx
 from smolagents import ChatMessage, MessageRole, OpenAIModel
 
 from agentmem.daemon import find_endpoint
@@ -24,7 +23,6 @@ def model(agent: str, session: str) -> OpenAIModel:
         "default",
         api_base=f"{daemon.url}/v1",
         api_key=daemon.token or "none",
-        client_kwargs={"http_client": httpx.Client(trust_env=False, timeout=600)},  # no proxy sees the token
         prompt_cache_key=f"{agent}/{session}",
         temperature=0,
         max_tokens=32,

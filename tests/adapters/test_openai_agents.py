@@ -215,6 +215,19 @@ def test_a_handoff_warms_the_next_agent(
     assert client.agent("critic")["state"] == "hot"
 
 
+@pytest.mark.xfail(strict=False, reason="the daemon may not make tool calls")
+def test_a_handoff_of_the_models_own(client: AgentMemClient, daemon: Daemon, run_config: RunConfig) -> None:
+    critic = make("critic")
+    planner = make("planner", tool_choice="transfer_to_critic").clone(handoffs=[critic])
+    planner.model_settings.max_tokens = 64
+    hooks = AgentMemRunHooks(home=daemon.home)
+    result = asyncio.run(
+        Runner.run(planner, "Shade.", run_config=run_config, hooks=hooks, session=AgentMemSession("t-42"))
+    )
+    assert result.last_agent is critic
+    assert sessions(client) == {"planner": ["t-42"], "critic": ["t-42"]}
+
+
 def test_a_handoff_to_an_unknown_agent_and_without_a_daemon_harms_nothing(
     daemon: Daemon, tmp_path: Path
 ) -> None:

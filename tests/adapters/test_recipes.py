@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import RoundRobinGroupChat
@@ -42,13 +41,11 @@ def share(client: AgentMemClient, agent: str) -> float:
 
 
 def autogen_agent(daemon: Daemon, client: AgentMemClient, name: str) -> AssistantAgent:
+    options: dict[str, Any] = {"prompt_cache_key": f"{name}/garden", "max_tokens": 12}
     model = OpenAIChatCompletionClient(
         model=client.models()[0]["id"],
         base_url=f"{daemon.url}/v1",
         api_key=daemon.token,
-        http_client=httpx.AsyncClient(trust_env=False, timeout=600),
-        prompt_cache_key=f"{name}/garden",
-        max_tokens=12,
         model_info={
             "vision": False,
             "function_calling": False,
@@ -56,6 +53,7 @@ def autogen_agent(daemon: Daemon, client: AgentMemClient, name: str) -> Assistan
             "structured_output": False,
             "family": "unknown",
         },
+        **options,
     )
     return AssistantAgent(name, model, system_message=f"{name}: {PROMPT}")
 
@@ -100,14 +98,13 @@ def smol_model(daemon: Daemon, name: str) -> OpenAIModel:
         "default",
         api_base=f"{daemon.url}/v1",
         api_key=daemon.token,
-        client_kwargs={"http_client": httpx.Client(trust_env=False, timeout=600)},
         prompt_cache_key=f"{name}/garden",
         max_tokens=12,
     )
 
 
 def remembered(reply: ChatMessage) -> float:
-    usage: Any = reply.raw.usage  # type: ignore[union-attr]
+    usage: Any = reply.raw.usage
     return usage.prompt_tokens_details.cached_tokens / usage.prompt_tokens
 
 
