@@ -130,7 +130,16 @@ def test_a_wrong_import_would_be_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["agentmem", "agentmem.adapters", "agentmem.client", "agentmem.cli.main", "agentmem.settings"]
+    "module",
+    [
+        "agentmem",
+        "agentmem.adapters",
+        "agentmem.adapters.agent_framework",
+        "agentmem.adapters.openai_agents",
+        "agentmem.client",
+        "agentmem.cli.main",
+        "agentmem.settings",
+    ],
 )
 def test_the_client_side_runs_without_mlx(module: str) -> None:
     code = (

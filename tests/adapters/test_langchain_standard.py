@@ -34,14 +34,6 @@ class OnTheDaemon:
     def chat_model_params(self) -> dict[str, Any]:
         return {"url": self.daemon.url, "token": self.daemon.token}
 
-    @property
-    def has_tool_calling(self) -> bool:
-        return False
-
-    @property
-    def has_structured_output(self) -> bool:
-        return False
-
 
 class TestUnit(OnTheDaemon, ChatModelUnitTests):
     pass
@@ -51,7 +43,7 @@ class TestIntegration(OnTheDaemon, ChatModelIntegrationTests):
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
         # The tiny model babbles until it is stopped.
-        return {**super().standard_chat_model_params, "max_tokens": 16}
+        return {**super().standard_chat_model_params, "max_tokens": 200}
 
     @property
     def model_override_value(self) -> str:

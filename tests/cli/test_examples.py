@@ -68,9 +68,8 @@ def test_two_agents_have_two_memories(daemon: Home) -> None:
 
 
 def remembered(printed: str) -> list[tuple[int, int]]:
-    """Tokens that were remembered, and of how many, reply after reply."""
-    pattern = re.compile(r"^  \((\d+) of (\d+) prompt tokens were remembered\)$", re.MULTILINE)
-    return [(int(cached), int(all_of_them)) for cached, all_of_them in pattern.findall(printed)]
+    """What a program says of each of its turns: tokens that were remembered, and those of the prompt."""
+    return [(int(a), int(b)) for a, b in re.findall(r"(\d+) of (\d+) prompt tokens were remembered", printed)]
 
 
 @pytest.mark.slow
@@ -94,6 +93,42 @@ def test_pydantic_ai_agents_remember_each_its_own(daemon: Home) -> None:
     assert all(cached > before for (cached, _), (before, _) in zip(second[:2], first[:2], strict=True))
     agents = {agent["agent"]: agent for agent in parse(invoke("agents", "--json"))["agents"]}
     assert all("story" in agents[name]["sessions"] for name in ("author", "editor"))
+
+
+@pytest.mark.slow
+def test_openai_agents_hand_over_and_remember(daemon: Home) -> None:
+    run("openai_agents_handoff.py")
+    first, *later = remembered(run("openai_agents_handoff.py"))
+    assert first[0] == first[1] - 1
+    assert len(later) == 2
+    assert all(cached > 0 for cached, _ in later)
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+
+
+@pytest.mark.slow
+def test_agents_of_the_agent_framework_remember(daemon: Home) -> None:
+    run("agent_framework_two_agents.py")
+    first, *later = remembered(run("agent_framework_two_agents.py"))
+    assert first[0] == first[1] - 1
+    assert len(later) == 2
+    assert all(cached > 0 for cached, _ in later)
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+
+
+@pytest.mark.slow
+def test_autogen_needs_no_adapter(daemon: Home) -> None:
+    turns = remembered(run("autogen_recipe.py"))
+    assert len(turns) == 2
+    assert all(cached > 0 for cached, _ in turns)
+
+
+@pytest.mark.slow
+def test_smolagents_need_no_adapter(daemon: Home) -> None:
+    run("smolagents_recipe.py")
+    turns = remembered(run("smolagents_recipe.py"))
+    assert len(turns) == 2
+    assert turns[0][0] == turns[0][1] - 1
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
