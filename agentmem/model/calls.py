@@ -76,7 +76,7 @@ class CallReader:
         self._text = ""
         self._inside = False
         self._began: ArgumentStream | None = None
-        self._shown = False
+        self._shown = self._ended = False
         self._calls = 0
 
     def add(self, text: str) -> list[Part]:
@@ -138,6 +138,7 @@ class CallReader:
         """The text of a call that is complete; None while it is not."""
         end = self._marks.end
         at = self._text.find(end) if end else -1
+        self._ended = at >= 0
         if at >= 0:
             block, self._text = self._text[:at], self._text[at + len(end) :]
         elif last:
@@ -167,7 +168,7 @@ class CallReader:
             return
         calls = self._parsed(block)
         if not calls:
-            yield from self._show(f"{self._marks.start}{block}{self._marks.end}")
+            yield from self._show(f"{self._marks.start}{block}{self._marks.end if self._ended else ''}")
         for name, arguments in calls:
             yield self._named(name)
             yield ArgumentsPart(self._calls - 1, arguments)

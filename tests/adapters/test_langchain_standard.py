@@ -23,8 +23,8 @@ class OnTheDaemon:
 
     @pytest.fixture(autouse=True, scope="class")
     @classmethod
-    def _served(cls, daemon: Daemon) -> None:
-        cls.daemon = daemon
+    def _served(cls, embedded_daemon: Daemon) -> None:
+        cls.daemon = embedded_daemon
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
