@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic_core import PydanticCustomError
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from agentmem.api.anthropic_body import CALL_ID, AnthropicBody, PromptBody
@@ -37,9 +38,10 @@ def anthropic_router(service: Service) -> APIRouter:
     async def create_message(request: Request, body: AnthropicBody) -> Response:
         """One turn. The messages are the whole conversation, or (`agentmem.history`: "server") follow it."""
         _check_model(service, body)
-        tools = body.tooling()
+        tools, who = body.tooling(), resolve(request.headers, body)
+        messages = await run_in_threadpool(_messages, service, body, who.namespace)
         asked = chat_request(
-            resolve(request.headers, body), body, _messages(body), tools, max_tokens=body.max_tokens,
+            who, body, messages, tools, max_tokens=body.max_tokens,
             stop=list(body.stop_sequences or []),
         )  # fmt: skip
         turn = await Exchange.begin(service, asked, tools)
@@ -54,10 +56,11 @@ def anthropic_router(service: Service) -> APIRouter:
         return await answered(request, answer(), turn)
 
     @router.post(f"{ANTHROPIC}/count_tokens")
-    def count_tokens(body: PromptBody) -> dict[str, Any]:
+    def count_tokens(request: Request, body: PromptBody) -> dict[str, Any]:
         """Tokens of the prompt that these messages and tools make."""
         _check_model(service, body)
-        return {"input_tokens": service.runtime.count(_messages(body), body.tooling().tools or None)}
+        messages = _messages(service, body, resolve(request.headers, body).namespace)
+        return {"input_tokens": service.runtime.count(messages, body.tooling().tools or None)}
 
     return router
 
@@ -67,9 +70,9 @@ def _check_model(service: Service, body: PromptBody) -> None:
         service.check_model(body.model)
 
 
-def _messages(body: PromptBody) -> list[dict[str, Any]]:
+def _messages(service: Service, body: PromptBody, namespace: str) -> list[dict[str, Any]]:
     try:
-        return body.normalised()
+        return body.normalised(service.documents(namespace))
     except PydanticCustomError as error:
         raise BadRequest(f"messages: {error.message()}", param="messages") from error
 

@@ -8,7 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
 from agentmem.api.fields import MAX_COUNT, MAX_STOPS, Body, SampledBody, StopText
-from agentmem.api.message import Content, Name, Text, steady, text_of, well_formed
+from agentmem.api.message import (
+    Content,
+    Find,
+    Name,
+    Spelled,
+    Text,
+    content_of,
+    reference,
+    spelled,
+    steady,
+    text_of,
+    well_formed,
+)
 from agentmem.api.tools import MAX_TOOLS, Tools
 from agentmem.server.errors import invalid, unsupported
 
@@ -67,24 +79,23 @@ class PromptBody(SampledBody):
     """`POST /v1/messages/count_tokens`."""
 
     messages: list[AnthropicMessage] = Field(min_length=1)
-    system: Annotated[Text | None, BeforeValidator(text_of, json_schema_input_type=Content)] = None
+    system: Annotated[Spelled, BeforeValidator(content_of, json_schema_input_type=Content)] = None
     tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
 
     @property
     def opening(self) -> Any:
-        return [self.told, [tool.normalised() for tool in self.tools or () if tool.ours]]
+        return [steady(str(self.system or "")), [tool.normalised() for tool in self.tools or () if tool.ours]]
 
-    @property
-    def told(self) -> str:
-        """The system prompt."""
-        return steady(self.system or "")
+    def normalised(self, find: Find) -> list[dict[str, Any]]:
+        """The conversation as the engine takes it, with the texts of its documents.
 
-    def normalised(self) -> list[dict[str, Any]]:
-        """The conversation as the engine takes it. Raises a validation error for content that is not text."""
-        said = [{"role": "system", "content": self.told}] if self.told else []
+        Raises NotFound, and a validation error for content that is not text.
+        """
+        told = steady(spelled(self.system or "", find))
+        said = [{"role": "system", "content": told}] if told else []
         for message in self.messages:
-            said += _said(message)
+            said += _said(message, find)
         return said
 
     def tooling(self) -> Tools:
@@ -106,7 +117,7 @@ class AnthropicBody(PromptBody):
     stop_sequences: list[StopText] | None = Field(default=None, max_length=MAX_STOPS)
 
 
-def _said(message: AnthropicMessage) -> list[dict[str, Any]]:
+def _said(message: AnthropicMessage, find: Find) -> list[dict[str, Any]]:
     """A message in OpenAI's shape: results of tools come before what the user says with them."""
     texts: list[str] = []
     calls: list[dict[str, Any]] = []
@@ -116,9 +127,9 @@ def _said(message: AnthropicMessage) -> list[dict[str, Any]]:
         if block.type == "tool_use":
             calls.append(_call(fields))
         elif block.type == "tool_result":
-            results.append(_result(fields))
+            results.append(_result(fields, find))
         elif block.type not in SILENT:
-            texts.append(_text(block.type, fields))
+            texts.append(_text(block.type, fields, find))
     content = "".join(texts)
     if message.role == "system":
         return [{"role": "system", "content": steady(content)}]
@@ -127,7 +138,9 @@ def _said(message: AnthropicMessage) -> list[dict[str, Any]]:
     return [*results, *([{"role": "user", "content": content}] if content or not results else [])]
 
 
-def _text(kind: str, fields: dict[str, Any]) -> str:
+def _text(kind: str, fields: dict[str, Any], find: Find) -> str:
+    if (named := reference({"type": kind, **fields})) is not None:
+        return find(named)
     source = fields.get("source")
     if kind == "document" and isinstance(source, dict) and source.get("type") == "text":
         fields = {"text": source.get("data")}
@@ -146,8 +159,9 @@ def _call(fields: dict[str, Any]) -> dict[str, Any]:
     return {"id": str(fields.get("id") or ""), "type": "function", "function": function}
 
 
-def _result(fields: dict[str, Any]) -> dict[str, Any]:
+def _result(fields: dict[str, Any], find: Find) -> dict[str, Any]:
     content = text_of(fields.get("content") or "")
+    content = spelled(content, find) if isinstance(content, list) else content
     if not isinstance(content, str):
         raise invalid("the content of a tool_result block is a string or a list of text blocks")
     return {

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from agentmem.api.chat_body import ChatBody
@@ -28,8 +29,9 @@ def chat_router(service: Service) -> APIRouter:
         """One turn. Messages are the whole conversation, or (`agentmem.history`: "server") follow it."""
         service.check_model(body.model)
         tools = body.tooling()
+        who = resolve(request.headers, body)
         asked = chat_request(
-            resolve(request.headers, body), body, [message.normalised() for message in body.messages], tools,
+            who, body, await run_in_threadpool(body.normalised, service.documents(who.namespace)), tools,
             max_tokens=body.reply_limit, stop=list(body.stop or []), n=body.n or 1, top_logprobs=body.ranked,
         )  # fmt: skip
         schema = body.response_format.wanted if body.response_format else None

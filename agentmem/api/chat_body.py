@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from agentmem.api.fields import MAX_STOPS, Body, SampledBody, Stops, StreamOptions, Tokens
-from agentmem.api.message import Message
+from agentmem.api.message import Find, Message
 from agentmem.api.tools import MAX_TOOLS, Choice, Function, FunctionTool, Tools
 from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
 from agentmem.server.errors import invalid, unsupported
@@ -110,6 +110,10 @@ class ChatBody(SampledBody):
     def ranked(self) -> int | None:
         """How many of the likeliest tokens to report beside each token; None for no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def normalised(self, find: Find) -> list[dict[str, Any]]:
+        """The conversation as the engine takes it, with the texts of its documents. Raises NotFound."""
+        return [message.normalised(find) for message in self.messages]
 
     def tooling(self) -> Tools:
         """Its tools. Raises BadRequest."""

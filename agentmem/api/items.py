@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from agentmem.api.chat import token_field
 from agentmem.api.exchange import Reply
-from agentmem.api.message import steady, text_of, well_formed
+from agentmem.api.message import Find, spelled, steady, text_of, well_formed
 from agentmem.engine.request import Logprobs
 from agentmem.errors import BadRequest
 from agentmem.model.calls import Call
@@ -36,7 +36,7 @@ def given(value: str | list[dict[str, Any]], param: str = "input") -> list[dict[
         known = {"type": kind, **item}
         known["id"] = item["id"] if isinstance(item.get("id"), str) and item["id"] else new_id("item")
         try:
-            _message(known)
+            _message(known, str)
         except PydanticCustomError as error:
             raise BadRequest(f"{param}.{i}: {error.message()}", param=f"{param}.{i}") from error
         except (KeyError, TypeError, AttributeError) as error:
@@ -47,13 +47,13 @@ def given(value: str | list[dict[str, Any]], param: str = "input") -> list[dict[
     return items
 
 
-def messages(instructions: str | None, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation as the engine takes it: calls belong to the reply that they follow."""
+def messages(instructions: str | None, items: list[dict[str, Any]], find: Find) -> list[dict[str, Any]]:
+    """The conversation as the engine takes it: calls belong to the reply that they follow. Raises NotFound for documents."""
     found: list[dict[str, Any]] = []
     if instructions:
         found.append({"role": "system", "content": steady(instructions)})
     for item in items:
-        message = _message(item)
+        message = _message(item, find)
         last = found[-1] if found else None
         if item["type"] == "function_call" and last is not None and last["role"] == "assistant":
             last.setdefault("tool_calls", []).extend(message["tool_calls"])
@@ -62,10 +62,11 @@ def messages(instructions: str | None, items: list[dict[str, Any]]) -> list[dict
     return found
 
 
-def _message(item: dict[str, Any]) -> dict[str, Any]:
+def _message(item: dict[str, Any], find: Find) -> dict[str, Any]:
     kind = item["type"]
     if kind == "message":
         content = text_of(item["content"])
+        content = spelled(content, find) if isinstance(content, list) else content
         if item["role"] not in ROLES or not isinstance(content, str):
             raise TypeError("a role and a text")
         role = ROLES[item["role"]]

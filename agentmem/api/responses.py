@@ -33,10 +33,10 @@ class Draft:
         self.given = items.given(body.input)
         self.before = before
 
-    @property
     def messages(self) -> list[dict[str, Any]]:
-        """The whole conversation as the engine takes it. Raises BadRequest when there is none."""
-        found = items.messages(self.body.instructions, [*self.before, *self.given])
+        """The whole conversation as the engine takes it. Raises BadRequest when there is none, NotFound for documents."""
+        find = self._service.documents(self.who.namespace)
+        found = items.messages(self.body.instructions, [*self.before, *self.given], find)
         if not found:
             raise BadRequest("there is no input", param="input", code="missing_required_parameter")
         return found
@@ -91,7 +91,7 @@ def responses_router(service: Service) -> APIRouter:
         asked = chat_request(
             draft.who,
             body,
-            draft.messages,
+            await run_in_threadpool(draft.messages),
             tools,
             max_tokens=body.max_output_tokens,
             top_logprobs=body.ranked,

@@ -1,4 +1,4 @@
-"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic ...`: what `agentmem bench` runs.
+"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic|http ...`: what `agentmem bench` runs.
 
 JSON on stdout, progress on stderr.
 """
@@ -63,6 +63,24 @@ def restore(model: str, shape: str | None, bits: str, **options: Any) -> Result:
     from agentmem.bench.restore import run
 
     return run(model_of(model, shape, bits), **options, say=say)
+
+
+def _http_table(result: dict[str, Any]) -> str:
+    head = f"{result['model']}: {len(result['rows'])} hot turns, TTFT in the engine {result['engine_ms']:.1f} ms, "
+    return f"{head}HTTP adds {result['http_ms']:.1f} ms (p95 {result['http_p95_ms']:.1f})\n{checks(result)}"
+
+
+@benchmark(
+    _http_table,
+    MODEL,
+    click.option("--turns", default=20, help="Hot turns of which medians are reported."),
+    click.option("--words", default=500, help="Words of the first message."),
+)
+def http(**options: Any) -> Result:
+    """What HTTP adds to the time to first token."""
+    from agentmem.bench.wire import run
+
+    return run(**options, say=say)
 
 
 @benchmark(

@@ -61,6 +61,17 @@ class Compositions:
             }
         )
 
+    def document(self, namespace: str, name: str) -> str:
+        """The text of a document. Raises NotFound."""
+        found = self._on(
+            lambda composer: [
+                d.ids for d in composer.library.space(namespace).documents.values() if d.name == name
+            ]
+        )
+        if not found:
+            raise NotFound(f"there is no document {name[:80]!r} in namespace {namespace!r}", param="name")
+        return self._tokenizer.decode(found[0].tolist())
+
     def register(self, namespace: str, name: str, text: str) -> int:
         """Look for this text in prompts, under a name; returns its tokens. Raises BadRequest for an empty one."""
         ids = self._tokenizer.encode(text)

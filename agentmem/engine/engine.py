@@ -164,7 +164,8 @@ class Engine:
     def plan(self) -> Work:
         """Admit what can start, end what was cancelled, and choose the tokens that each sequence is fed in this step."""
         for sequence in [s for s in self.active if s.ticket.cancelled and s.phase in ("prefill", "decode")]:
-            self._finish(sequence, "cancelled")
+            if self._closing or not sequence.only_read():
+                self._finish(sequence, "cancelled")
         self._admit()
         self.returns.begin_stream()
         ready = [s for s in self.followers.ready(self.active) if s.course is None or self._put(s)]
@@ -260,7 +261,7 @@ class Engine:
                 for one, choice in zip((sequence, *sequence.others), chosen, strict=False):
                     self._take_token(one, choice)
             elif not sequence.generate and sequence.prompt_done:
-                self._finish(sequence, "stop")
+                self._finish(sequence, "cancelled" if sequence.ticket.cancelled else "stop")
         self.active = [s for s in self.active if s.phase != "done"]
 
     def _fork(self, sequence: Sequence, n: int) -> None:

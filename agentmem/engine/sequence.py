@@ -144,6 +144,17 @@ class Sequence:
         """Whether its prompt may be composed, and what it computes may become segments."""
         return self.reuse in ("composed", "auto")
 
+    def only_read(self) -> bool:
+        """Nobody waits for the reply any more: whether the rest of the prompt is still read, and no more than that.
+
+        Who left while it was read mostly comes back, and then it is there. Not so for what is composed, and counts for nothing
+        else, or read in stretches.
+        """
+        if self.phase != "prefill" or self.course is not None or self.part:
+            return False
+        self.generate = False
+        return not self.prompt_done
+
     @property
     def whole(self) -> Sequence:
         """The sequence that stands for the request."""

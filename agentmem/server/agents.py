@@ -97,7 +97,7 @@ def agents_router(service: Service) -> APIRouter:
             agent=agent,
             session=body.session,
             namespace=namespace,
-            messages=body.normalised(),
+            messages=body.normalised(service.documents(namespace)),
             history="server",
         )
         return runtime.append(request)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
 from agentmem.api.fields import INT64, MAX_COUNT, Body
-from agentmem.api.message import Message, Text
+from agentmem.api.message import Find, Message, Text
 from agentmem.compose.reuse import Reuse
 from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
 from agentmem.server.errors import invalid
@@ -114,8 +114,8 @@ class AppendBody(Body):
             raise invalid("send either messages or text")
         return self
 
-    def normalised(self) -> list[dict[str, Any]]:
-        """The messages as the engine takes them."""
+    def normalised(self, find: Find) -> list[dict[str, Any]]:
+        """The messages as the engine takes them, with the texts of their documents. Raises NotFound."""
         if self.messages is None:
             return [{"role": self.role, "content": self.text}]
-        return [message.normalised() for message in self.messages]
+        return [message.normalised(find) for message in self.messages]

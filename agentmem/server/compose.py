@@ -56,6 +56,11 @@ def compose_router(service: Service) -> APIRouter:
         found = composed.documents(namespace)
         return {"object": "list", "data": [{"name": n, "tokens": t} for n, t in sorted(found.items())]}
 
+    @router.get("/documents/{name}")
+    def document(name: Name, namespace: Namespace) -> dict[str, Any]:
+        """A document's text."""
+        return {"name": name, "text": composed.document(namespace, name)}
+
     @router.delete("/documents/{name}")
     def unregister(name: Name, namespace: Namespace) -> dict[str, Any]:
         composed.unregister(namespace, name)

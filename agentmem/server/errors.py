@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,6 @@ from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from agentmem.errors import AgentMemError, BadRequest, ModelUnavailable, NotFound, Overloaded
 
@@ -171,13 +171,13 @@ def from_http(error: HTTPException) -> AgentMemError:
     return refusal
 
 
-def _methods(app: FastAPI, request: Request) -> set[str]:
+def _methods(app: FastAPI, path: str) -> set[str]:
     """What may be asked of a path: each method is a route of its own, which knows of no other."""
     return {
-        method
-        for route in app.routes
-        if isinstance(route, Route) and route.path_regex.match(request.url.path)
-        for method in route.methods or ()
+        method.upper()
+        for template, operations in app.openapi()["paths"].items()
+        if re.fullmatch(re.sub(r"\{[^}]*\}", "[^/]+", template), path)
+        for method in operations
     }
 
 
@@ -199,7 +199,7 @@ def install_handlers(app: FastAPI) -> None:
         response = error_response(from_http(error), request.url.path)
         response.headers.update(error.headers or {})
         if error.status_code == 405:
-            response.headers["allow"] = ", ".join(sorted(_methods(app, request)))
+            response.headers["allow"] = ", ".join(sorted(_methods(app, request.url.path)))
         return response
 
     @app.exception_handler(Exception)

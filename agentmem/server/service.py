@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -30,6 +30,10 @@ class Service:
         self.metrics = Metrics(self.gauges)
         self.archive = Archive(runtime, settings.paths.responses)
         self._turns: WeakSet[Turn] = WeakSet()
+
+    def documents(self, namespace: str) -> Callable[[str], str]:
+        """Gives the text of a document of a namespace by its name, on any thread but the engine's; raises NotFound."""
+        return lambda name: self.runtime.composed.document(namespace, name)
 
     def begin(self, request: ChatRequest) -> Turn:
         """Submit a turn, from the event loop. Raises what `Runtime.chat` raises."""

@@ -77,3 +77,22 @@ def test_stopping_the_daemon_ends_replies_properly(start, tmp_path: Path) -> Non
     assert json.loads(events[-3])["choices"][0]["finish_reason"] == "length"
     assert 0 < json.loads(events[-2])["usage"]["completion_tokens"] < LONG_REPLY
     assert daemon.process.wait(timeout=60) == 0
+
+
+def test_who_leaves_while_the_prompt_is_read_finds_it_read(daemon) -> None:
+    story = (
+        "The lighthouse keeper counts the ships that pass the cape, and writes their names into the book. "
+        * 70
+    )
+    request = {
+        "messages": [{"role": "user", "content": story}],
+        "max_tokens": 4,
+        "agentmem": {"agent": "returner", "namespace": "leaving"},
+    }
+    with daemon.http.stream("POST", "/v1/chat/completions", json=request | {"stream": True}) as response:
+        assert response.headers["x-agentmem-cached-tokens"] == "0"  # planned, and about to be read
+    again = daemon.http.post("/v1/chat/completions", json=request).json()["usage"]
+    assert again["prompt_tokens"] > 6000
+    assert again["prompt_tokens_details"]["cached_tokens"] >= 0.9 * again["prompt_tokens"]
+    last = daemon.http.get("/v1/agents/returner/explain", params={"namespace": "leaving"}).json()
+    assert last["turn"] == 2
