@@ -105,7 +105,7 @@ class PromptBody(SampledBody):
             [tool.normalised() for tool in self.tools or () if tool.ours],
             must=choice.type in ("any", "tool"),
             name=choice.name if choice.type == "tool" else None,
-            parallel=not choice.disable_parallel_tool_use,
+            parallel=choice.disable_parallel_tool_use is False,
             silent=choice.type == "none",
         )
 

@@ -52,12 +52,15 @@ Choice = Literal["none", "auto", "required"] | NamedTool
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Tools in OpenAI's shape. `must`: the reply is a call; of the function `name`, where there is one."""
+    """Tools in OpenAI's shape. `must`: the reply is a call; of the function `name`, where there is one.
+
+    One call, that is, unless several are asked for: a small model that must call goes on and on.
+    """
 
     tools: list[dict[str, Any]] = field(default_factory=list)
     must: bool = False
     name: str | None = None
-    parallel: bool = True
+    parallel: bool = False
     silent: bool = False
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class Tools:
             tools,
             must=choice == "required" or name is not None,
             name=name,
-            parallel=parallel is not False,
+            parallel=bool(parallel),
             silent=choice == "none",
         )
 

@@ -79,6 +79,18 @@ def test_any_tool_may_be_the_one_that_must_be_called(daemon) -> None:
     assert names
 
 
+def test_several_calls_come_where_several_are_asked_for(daemon) -> None:
+    counts = set()
+    for seed, parallel in ((1, True), (2, True), (3, True), (1, False), (2, False)):
+        reply = ask(
+            daemon, f"several-calls-{seed}-{parallel}", [user(ASKED)], tools=[CLOCK], tool_choice="required",
+            parallel_tool_calls=parallel, temperature=1, seed=seed, max_tokens=300,
+        )  # fmt: skip
+        counts.add((parallel, len(reply.choices[0].message.tool_calls)))
+    assert {number for parallel, number in counts if not parallel} == {1}
+    assert max(number for parallel, number in counts if parallel) > 1
+
+
 def test_stream_brings_the_same_call_in_pieces(daemon) -> None:
     fields: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "parallel_tool_calls": False}
     whole = ask(daemon, "whole", [user(ASKED)], **fields)
