@@ -13,7 +13,7 @@ from agentmem.episode.words import content_words
 WORDS = 1.0
 """What it adds to a segment's similarity that an utterance has all of the question's words."""
 KNOWN = 0.5
-"""Share of the words: of questions below the floor, 3 in 5 reach it, and 1 in 100 of those about another conversation."""
+"""Share of the words: of questions below the floor 2 in 5 reach it, of those about another conversation 1 in 100."""
 MARGIN = 0.02
 FLOOR = 0.30
 """Of MiniLM: questions about a conversation stay below it once in twenty times, questions about another four times in five."""
