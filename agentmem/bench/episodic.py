@@ -35,6 +35,7 @@ from agentmem.episode.baselines import (
 )
 from agentmem.episode.budgets import allotted
 from agentmem.episode.build import Builder, Plan
+from agentmem.episode.concordance import concordance_of
 from agentmem.episode.encoder import Encoder
 from agentmem.episode.fold import folded, viewed
 from agentmem.episode.held import Held
@@ -126,7 +127,12 @@ class Contest:
         choices = {n: [encode(o) for o in q.others] for n, (_, q) in enumerate(self.questions) if q.planted}
         self.judge = Judge(self.full, asked, choices)
         queries = ground.encoder.encode([q.text for _, q in self.questions], query=True)
-        self.routes = [route(q, self.embeddings, self.topics, floor=-1.0).topic or 0 for q in queries]
+        words = concordance_of(short.utterances, self.segments)
+        covered = [words.coverage(q.text) for _, q in self.questions]
+        self.routes = [
+            route(q, c, self.embeddings, self.topics, floor=-1.0).topic or 0
+            for q, c in zip(queries, covered, strict=True)
+        ]
         self._packed: MemoryStore | None = None
         self.most_rows, self.switch_ms = 0.0, list[float]()
 

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from agentmem.episode.concordance import Concordance, concordance_of
 from agentmem.episode.encoder import Encoder, thresholds_of
 from agentmem.episode.patched import LIMIT, Chat, patched_prompt
 from agentmem.episode.routing import Routing, question_text, route
@@ -36,6 +37,7 @@ class Life:
         growth = Growth(apart=thresholds_of(encoder.name).segment, most=episodes or MOST)
         self._topics = Topics(encoder.dims, growth)
         self._segments: list[Segment] = []
+        self._words = Concordance()
         self._recorded, self._last = 0, dict[str, Any]()
         self._built: dict[int, list[Any]] = {}
 
@@ -75,12 +77,15 @@ class Life:
             return False
         if kept < len(self._segments):
             self._topics.cut(kept)
+            self._words.cut(kept)
             self._recorded = min(self._recorded, kept)
         self._segments = segments
         if kept < len(segments):
             rows = self._encoder.encode([s.text for s in segments[kept:]])
             for row in rows.astype(np.float16).astype(np.float32):
                 self._topics.assign(row)
+            for segment in segments[kept:]:
+                self._words.add(said[segment.first : segment.last + 1])
         few = not self._topics.topics and len(segments) >= LEAST
         if self._topics.due or few:
             self._topics.recluster(self._episodes)
@@ -89,9 +94,10 @@ class Life:
 
     def route(self, message: str, previous: str | None = None, active: int | None = None) -> Routing:
         """The topic that a message belongs to; see `agentmem.episode.routing.route`."""
-        query = self._encoder.encode([question_text(message, previous)], query=True)[0]
+        text = question_text(message, previous)
+        query, coverage = self._encoder.encode([text], query=True)[0], self._words.coverage(text)
         floor = thresholds_of(self.encoder_name).question
-        return route(query, self.embeddings, self.topics, active, floor=floor, titles=self.titles)
+        return route(query, coverage, self.embeddings, self.topics, active, floor=floor, titles=self.titles)
 
     def hit(self, topic: int) -> None:
         """A turn went to this topic."""
@@ -181,6 +187,7 @@ class Life:
         life._segments = segments_of(said[: len(rows) * WINDOW])
         if len(life._segments) != len(rows) or _digest(life._segments) != now["text"]:
             raise ValueError("these are records of another conversation")
+        life._words = concordance_of(said, life._segments)
         labels = np.array(now["labels"], np.int32)
         now["clustered"], now["next"] = int(now["clustered"]), int(now["next"])
         now["hits"] = [[int(number), int(hits)] for number, hits in now["hits"]]

@@ -85,7 +85,8 @@ def test_words_route_questions_about_planted_facts() -> None:
     dialogues = [generated(seed) for seed in range(4)]
     rates = hit_rates(encoder_of("hash512"), dialogues, 4)
     assert rates["questions"] == 24
-    assert rates["vote"] > 0.7 > 0.4 > rates["chance"]
+    assert rates["alone"] > 0.9 > 0.4 > rates["chance"]
+    assert rates["alone"] > rates["vote"]
     assert rates["each"].keys() == {d.name for d in dialogues}
 
 

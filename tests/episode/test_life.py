@@ -82,6 +82,23 @@ def test_a_question_goes_to_the_subject_it_is_about() -> None:
     assert Life(HashedEncoder()).route("Where is the garden?").topic is None
 
 
+def test_a_question_goes_to_where_its_words_were_said_also_after_an_edit_and_a_restart() -> None:
+    said = [dict(m) for m in THREE]
+    said[10]["content"] += " zirkon kobold"
+    life = grown(said, episodes=3)
+    guitar, asked = SUBJECTS[1][0], "zirkon kobold"
+    home = next(t.id for t in life.topics if 10 // 4 in t.members)
+    away = life.route(guitar).topic
+    assert away != home
+    found = life.route(f"{guitar} {asked}")
+    assert found.topic == home
+    restored = Life.restored(HashedEncoder(), said, sent([life.record()]), 3)
+    assert restored.route(f"{guitar} {asked}") == found
+    edited = [*said[:8], *[dict(m) for m in THREE[8:]]]
+    restored.grow(edited)
+    assert restored.route(f"{guitar} {asked}").topic != home
+
+
 def test_what_stands_for_a_topic() -> None:
     life = grown([{**m, "content": f"{m['content']}\n" * 9} for m in THREE], episodes=3)
     tokenizer = random_model("llama", seed=1).tokenizer
