@@ -25,6 +25,7 @@ from agentmem import __version__
 from agentmem.daemon import DaemonRecord
 from agentmem.errors import AgentMemError, AlreadyRunning, Forbidden
 from agentmem.server.app import create_app
+from agentmem.server.connection import connection_class
 from agentmem.server.life import bind, held, listen, load_token, url_of
 from agentmem.server.service import Service
 from agentmem.settings import Settings
@@ -102,7 +103,7 @@ def serve(settings: Settings) -> None:
             listen(listener)
             config = uvicorn.Config(
                 create_app(service, token),
-                http="h11",
+                http=connection_class(settings.receive_timeout_s),
                 loop="asyncio",
                 lifespan="off",
                 log_config=None,

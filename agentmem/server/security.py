@@ -12,14 +12,16 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmem.errors import AgentMemError, BadRequest, Forbidden, Unauthorized
-from agentmem.server.errors import TooLarge, TooSlow, WrongContentType, error_response
+from agentmem.server.errors import HeadTooLarge, TooLarge, TooSlow, WrongContentType, error_response
 from agentmem.settings import Settings
 
 LOOPBACK_HOSTS = ("127.0.0.1", "[::1]", "localhost")
 WILDCARD_HOSTS = ("0.0.0.0", "::", "")
 UPLOAD = "/v1/agents/import"
-INFERENCE = re.compile(r"/v1/(chat/completions|models(/.*)?)")
-BODY_TIMEOUT_S = 60.0
+INFERENCE = re.compile(
+    r"/v1/(chat/completions|completions|responses(/.*)?|messages(/count_tokens)?|embeddings|models(/.*)?)"
+)
+MOST_HEADERS = 200
 
 
 def is_loopback_address(address: str) -> bool:
@@ -62,6 +64,8 @@ class Gate:
             await self.app(scope, receive, send)
 
     def _error(self, headers: Headers) -> AgentMemError | None:
+        if len(headers.raw) > MOST_HEADERS:
+            return HeadTooLarge(f"a request may have {MOST_HEADERS} headers")
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(hosts[0].lower()):
             return Forbidden("this Host is not served; add it to allowed_hosts", code="host_not_allowed")
@@ -134,6 +138,7 @@ class Bodies:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self.timeout = settings.receive_timeout_s
         self.limit = int(settings.max_body)
         self.upload_limit = int(settings.max_import)
 
@@ -146,7 +151,7 @@ class Bodies:
             await self._upload(headers, scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(self._read(headers, receive), BODY_TIMEOUT_S)
+            body = await asyncio.wait_for(self._read(headers, receive), self.timeout)
         except TimeoutError:
             await refuse(TooSlow("the body did not arrive in time"), scope, receive, send)
         except AgentMemError as error:
@@ -178,7 +183,7 @@ class Bodies:
             if over:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+                message = await asyncio.wait_for(receive(), self.timeout)
             except TimeoutError:
                 raise TooSlow("the body did not arrive in time") from None
             left -= len(message.get("body", b""))
