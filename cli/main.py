@@ -25,6 +25,7 @@ from agentmem.cli import (
     room,
     store,
     talk,
+    token,
     transfer,
 )
 from agentmem.cli.exits import Exit, exit_code
@@ -125,7 +126,7 @@ for command in (
     agents.models,
     doctor.doctor,
     bench.bench,
-    files.token,
+    token.token,
     files.logs,
 ):
     cli.add_command(command)

@@ -21,7 +21,7 @@ FOLDERS = {
 }
 CLIENT_SIDE = {
     "agentmem", "agentmem.async_client", "agentmem.client", "agentmem.daemon", "agentmem.errors", "agentmem.home",
-    "agentmem.settings", "agentmem.streams", "agentmem.transfers", "agentmem.wire",
+    "agentmem.local_socket", "agentmem.settings", "agentmem.streams", "agentmem.tokens", "agentmem.transfers", "agentmem.wire",
 }  # fmt: skip
 # What each room may import of us, besides itself.
 ALLOWED = {

@@ -22,6 +22,7 @@ from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS, Sampling
 from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
 from agentmem.server.errors import invalid, unsupported
 from agentmem.server.messages import Message, Text
+from agentmem.tokens import TokenScope
 
 MAX_COUNT = 10**9
 MAX_STOPS = 16
@@ -247,6 +248,12 @@ class CalibrateBody(Body):
     """`POST /v1/compose/verify`: templates of one namespace, or of all."""
 
     namespace: str | None = None
+
+
+class RotateBody(Body):
+    """`POST /v1/token/rotate`: which of the two tokens."""
+
+    scope: TokenScope = "all"
 
 
 class RepairBody(Body):

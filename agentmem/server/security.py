@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import re
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmem.errors import AgentMemError, BadRequest, Forbidden, Unauthorized
 from agentmem.server.errors import HeadTooLarge, TooLarge, TooSlow, WrongContentType, error_response
+from agentmem.server.tokens import Tokens
 from agentmem.settings import Settings
 
 LOOPBACK_HOSTS = ("127.0.0.1", "[::1]", "localhost")
@@ -83,15 +83,14 @@ class Gate:
 
 
 class Lock:
-    """Asks for the token. `/health` answers without it, but says less; inference may be opened on loopback.
+    """Asks for a token. `/health` answers without one, but says less; inference may be opened on loopback.
 
-    Leaves `scope["state"]["trusted"]`: whether the caller showed the token.
+    Leaves `scope["state"]["trusted"]`: whether the caller showed the token that opens everything.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, token: str) -> None:
-        assert token, "an empty token would let everyone in"
+    def __init__(self, app: ASGIApp, settings: Settings, tokens: Tokens) -> None:
         self.app = app
-        self.token = token.encode()
+        self.tokens = tokens
         self.open_inference = settings.open_inference
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,10 +98,15 @@ class Lock:
             await self.app(scope, receive, send)
             return
         shown = list(_tokens(Headers(scope=scope)))
-        trusted = any(hmac.compare_digest(token, self.token) for token in shown)
-        scope.setdefault("state", {})["trusted"] = trusted
-        if trusted or self._is_open(scope):
+        found = self.tokens.scope_of(shown)
+        scope.setdefault("state", {})["trusted"] = found == "all"
+        infers = INFERENCE.fullmatch(scope["path"]) is not None
+        if found == "all" or (found == "inference" and infers) or self._is_open(scope):
             await self.app(scope, receive, send)
+            return
+        if found is not None:
+            text = "this token opens inference only; this route needs the one in the home's file `token`"
+            await refuse(Forbidden(text, code="insufficient_scope"), scope, receive, send)
             return
         what = "this token is not valid" if shown else "a token is needed"
         hint = "send the text of the home's file `token` as Authorization: Bearer or x-api-key"

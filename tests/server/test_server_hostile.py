@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agentmem.home import Home
 from agentmem.server.security import Lock
+from agentmem.server.tokens import Tokens
 from agentmem.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -151,8 +154,10 @@ class Untouchable(bytes):
         raise AssertionError("looked up")
 
 
-@pytest.mark.parametrize(("shown", "status"), [(SECRET, 200), (SECRET[:-1], 401), (SECRET[:-1] + b"x", 401)])
-def test_tokens_are_compared_in_constant_time(shown: bytes, status: int) -> None:
+@pytest.mark.parametrize(
+    ("shown", "status"), [(SECRET, 200), (b"another-one", 403), (SECRET[:-1], 401), (SECRET[:-1] + b"x", 401)]
+)
+def test_tokens_are_compared_in_constant_time(shown: bytes, status: int, tmp_path: Path) -> None:
     answered: list[int] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -162,8 +167,9 @@ def test_tokens_are_compared_in_constant_time(shown: bytes, status: int) -> None
         if message["type"] == "http.response.start":
             answered.append(message["status"])
 
-    lock = Lock(app, Settings(), SECRET.decode())
-    lock.token = Untouchable(SECRET)
+    tokens = Tokens(Home(tmp_path).prepare())
+    tokens.all, tokens.inference = Untouchable(SECRET), Untouchable(b"another-one")
+    lock = Lock(app, Settings(), tokens)
     scope = {"type": "http", "method": "GET", "path": "/v1/agents", "headers": [(b"x-api-key", shown)]}
     asyncio.run(lock(scope, None, send))  # type: ignore[arg-type]
     assert answered == [status]
