@@ -249,6 +249,10 @@ class AsyncAgentMemClient:
         """Look for `text` in prompts, under a name."""
         return await self._ask(text_call("documents", name, self.namespace, text))
 
+    async def documents(self) -> list[dict[str, Any]]:
+        """Registered documents: their names and tokens."""
+        return (await self._ask(Call("GET", "/v1/documents", query={"namespace": self.namespace})))["data"]
+
     async def unregister_document(self, name: str) -> dict[str, Any]:
         """Raises NotFound."""
         return await self._ask(named_call("DELETE", "documents", name, self.namespace))

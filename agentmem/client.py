@@ -275,6 +275,10 @@ class AgentMemClient:
         """Look for `text` in prompts, under a name."""
         return self._ask(text_call("documents", name, self.namespace, text))
 
+    def documents(self) -> list[dict[str, Any]]:
+        """Registered documents: their names and tokens."""
+        return self._ask(Call("GET", "/v1/documents", query={"namespace": self.namespace}))["data"]
+
     def unregister_document(self, name: str) -> dict[str, Any]:
         """Raises NotFound."""
         return self._ask(named_call("DELETE", "documents", name, self.namespace))

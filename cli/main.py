@@ -20,7 +20,9 @@ from agentmem.cli import (
     explain,
     files,
     lifecycle,
+    mcp,
     memory,
+    plugins,
     policy,
     room,
     store,
@@ -126,6 +128,8 @@ for command in (
     agents.models,
     doctor.doctor,
     bench.bench,
+    mcp.mcp,
+    plugins.plugins,
     token.token,
     files.logs,
 ):
@@ -136,4 +140,5 @@ def main() -> NoReturn:
     """Entry point of the `agentmem` script."""
     # As an exception, SIGTERM reaches the `finally` that stops the daemons of a demo.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    plugins.add_plugins(cli)
     cli.main(prog_name="agentmem")
