@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,9 +25,9 @@ Agent = Annotated[str, Field(description="Name of the agent.")]
 Session = Annotated[
     str | None, Field(description="One of its conversations. Default: the one that the daemon would take.")
 ]
-READS = ToolAnnotations(readOnlyHint=True, openWorldHint=False)
-WRITES = ToolAnnotations(readOnlyHint=False, destructiveHint=False, openWorldHint=False)
-DESTROYS = ToolAnnotations(readOnlyHint=False, destructiveHint=True, openWorldHint=False)
+READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+WRITES = ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=False)
+DESTROYS = ToolAnnotations(read_only_hint=False, destructive_hint=True, open_world_hint=False)
 
 
 class Verbs:
@@ -137,11 +137,16 @@ def mcp_server(
         "agentmem", instructions=INSTRUCTIONS, version=agentmem.__version__, log_level="WARNING"
     )
     verbs = Verbs(home, namespace)
-    for tool in (verbs.list_agents, verbs.show_agent, verbs.explain, verbs.list_documents):
+    reads: list[Callable[..., Any]] = [
+        verbs.list_agents, verbs.show_agent, verbs.explain, verbs.list_documents,
+    ]  # fmt: skip
+    writes: list[Callable[..., Any]] = [
+        verbs.fork, verbs.warm, verbs.evict, verbs.pin, verbs.unpin, verbs.append, verbs.register_document,
+        verbs.unregister_document,
+    ]  # fmt: skip
+    for tool in reads:
         server.add_tool(tool, annotations=READS)
-    for tool in (verbs.fork, verbs.warm, verbs.evict, verbs.pin, verbs.unpin, verbs.append):
-        server.add_tool(tool, annotations=WRITES)
-    for tool in (verbs.register_document, verbs.unregister_document):
+    for tool in writes:
         server.add_tool(tool, annotations=WRITES)
     if allow_forget:
         server.add_tool(verbs.forget, annotations=DESTROYS)

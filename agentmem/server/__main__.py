@@ -99,7 +99,7 @@ def serve(settings: Settings) -> None:
                 version=__version__,
                 home=str(settings.home),
                 started=time.time(),
-                socket=neighbour and neighbour.getsockname(),
+                socket=None if neighbour is None else neighbour.getsockname(),
             )
             service = Service(runtime, settings)
             listeners = [listener] if neighbour is None else [listener, neighbour]
