@@ -12,6 +12,7 @@ import httpx
 
 from agentmem.daemon import find_endpoint
 from agentmem.streams import AsyncChatStream
+from agentmem.tokens import TokenScope
 from agentmem.transfers import Download, Progress, Upload, export_call, import_query
 from agentmem.wire import (
     READ_TIMEOUT_S,
@@ -32,6 +33,7 @@ from agentmem.wire import (
     policy_call,
     prune_call,
     result_of,
+    rotate_call,
     text_call,
     transport_error,
 )
@@ -51,7 +53,10 @@ class AsyncAgentMemClient:
     ) -> None:
         self.endpoint = find_endpoint(url, token, home)
         self.namespace = namespace
-        self._http = httpx.AsyncClient(**http_options(self.endpoint, timeout))
+        self._http = httpx.AsyncClient(
+            **http_options(self.endpoint, timeout),
+            transport=httpx.AsyncHTTPTransport(uds=self.endpoint.socket, trust_env=False),
+        )
 
     @overload
     async def chat(
@@ -244,6 +249,10 @@ class AsyncAgentMemClient:
         """Look for `text` in prompts, under a name."""
         return await self._ask(text_call("documents", name, self.namespace, text))
 
+    async def documents(self) -> list[dict[str, Any]]:
+        """Registered documents: their names and tokens."""
+        return (await self._ask(Call("GET", "/v1/documents", query={"namespace": self.namespace})))["data"]
+
     async def unregister_document(self, name: str) -> dict[str, Any]:
         """Raises NotFound."""
         return await self._ask(named_call("DELETE", "documents", name, self.namespace))
@@ -251,6 +260,10 @@ class AsyncAgentMemClient:
     async def repair(self, *, purge: bool = False) -> dict[str, Any]:
         """Put damaged extents aside, so that their tokens are read anew; `purge` empties the quarantine."""
         return await self._ask(Call("POST", "/v1/store/repair", {"purge": purge}))
+
+    async def rotate_token(self, scope: TokenScope) -> dict[str, Any]:
+        """Make the token of a scope anew, in its file. A client that sent the old one is refused from here on."""
+        return await self._ask(rotate_call(scope))
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -14,6 +14,7 @@ import httpx
 from agentmem.async_client import AsyncAgentMemClient
 from agentmem.daemon import DaemonNotRunning, DaemonRecord, find_endpoint, running_daemon
 from agentmem.streams import AsyncChatStream, ChatStream
+from agentmem.tokens import TokenScope
 from agentmem.transfers import Download, Progress, Upload, export_call, import_query
 from agentmem.wire import (
     READ_TIMEOUT_S,
@@ -34,6 +35,7 @@ from agentmem.wire import (
     policy_call,
     prune_call,
     result_of,
+    rotate_call,
     text_call,
     transport_error,
 )
@@ -68,7 +70,10 @@ class AgentMemClient:
     ) -> None:
         self.endpoint = find_endpoint(url, token, home)
         self.namespace = namespace
-        self._http = httpx.Client(**http_options(self.endpoint, timeout))
+        self._http = httpx.Client(
+            **http_options(self.endpoint, timeout),
+            transport=httpx.HTTPTransport(uds=self.endpoint.socket, trust_env=False),
+        )
 
     @overload
     def chat(
@@ -270,6 +275,10 @@ class AgentMemClient:
         """Look for `text` in prompts, under a name."""
         return self._ask(text_call("documents", name, self.namespace, text))
 
+    def documents(self) -> list[dict[str, Any]]:
+        """Registered documents: their names and tokens."""
+        return self._ask(Call("GET", "/v1/documents", query={"namespace": self.namespace}))["data"]
+
     def unregister_document(self, name: str) -> dict[str, Any]:
         """Raises NotFound."""
         return self._ask(named_call("DELETE", "documents", name, self.namespace))
@@ -277,6 +286,10 @@ class AgentMemClient:
     def repair(self, *, purge: bool = False) -> dict[str, Any]:
         """Put damaged extents aside, so that their tokens are read anew; `purge` empties the quarantine."""
         return self._ask(Call("POST", "/v1/store/repair", {"purge": purge}))
+
+    def rotate_token(self, scope: TokenScope) -> dict[str, Any]:
+        """Make the token of a scope anew, in its file. A client that sent the old one is refused from here on."""
+        return self._ask(rotate_call(scope))
 
     def close(self) -> None:
         self._http.close()

@@ -13,13 +13,17 @@ import psutil
 
 from agentmem.errors import AgentMemError
 from agentmem.home import Home, default_home, private
+from agentmem.local_socket import is_own_socket
 
 CLOCK_SLACK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonRecord:
-    """One running daemon. `started` is in epoch seconds, taken when it was ready to serve."""
+    """One running daemon. `socket` is its unix socket, if it has one.
+
+    `started` is in epoch seconds, taken when it was ready to serve.
+    """
 
     pid: int
     url: str
@@ -28,6 +32,7 @@ class DaemonRecord:
     version: str
     home: str
     started: float
+    socket: str | None = None
 
     def write(self, home: Home) -> None:
         """Put the record into `home` in one step, readable by the owner only."""
@@ -66,6 +71,7 @@ def read_record(home: Home) -> DaemonRecord | None:
             version=str(fields["version"]),
             home=str(fields["home"]),
             started=float(fields["started"]),
+            socket=str(fields["socket"]) if fields.get("socket") else None,
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -101,10 +107,11 @@ class DaemonNotRunning(AgentMemError):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the daemon listens, and the token for it."""
+    """Where the daemon listens, and the token for it. Requests go through `socket` when there is one."""
 
     url: str
     token: str | None
+    socket: str | None = None
 
 
 def find_endpoint(
@@ -114,21 +121,24 @@ def find_endpoint(
 
     The home's token goes only to the daemon that holds the home (its process is alive, its address is
     loopback), or to a loopback address that the caller named. Any other address needs a `token`.
+    Without a `url` it is the daemon's unix socket, which nobody else can listen at, when it has one.
     """
+    socket = None
     paths = Home(Path(home).expanduser() if home is not None else default_home())
     if url is None:
         record = running_daemon(paths)
         if record is None:
             raise DaemonNotRunning(f"no daemon is running for {paths.root}; start it with: agentmem up")
-        if not is_loopback(record.url):
+        socket = record.socket if record.socket and is_own_socket(Path(record.socket)) else None
+        if socket is None and not is_loopback(record.url):
             raise DaemonNotRunning(
                 f"the daemon listens at {record.url}, which is not loopback; name it with url="
             )
         url = record.url
     url = url.rstrip("/").removesuffix("/v1")
-    if token is None and is_loopback(url):
+    if token is None and (socket is not None or is_loopback(url)):
         token = _read_token(paths)
-    return Endpoint(url, token)
+    return Endpoint(url, token, socket)
 
 
 def _read_token(home: Home) -> str | None:

@@ -37,12 +37,22 @@ class Home:
         return self.root / "token"
 
     @property
+    def inference_token(self) -> Path:
+        """The token that opens inference only."""
+        return self.root / "inference-token"
+
+    @property
+    def socket(self) -> Path:
+        """The daemon's unix socket, unless this path is too long for one."""
+        return self.root / "agentmem.sock"
+
+    @property
     def lock(self) -> Path:
         return self.root / "daemon.lock"
 
     @property
     def daemon(self) -> Path:
-        """JSON of the running daemon: pid, url, port, model, version, home, started."""
+        """JSON of the running daemon: pid, url, port, model, version, home, started, socket."""
         return self.root / "daemon.json"
 
     @property

@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     allowed_origins: list[str] = Field(default_factory=list)
     max_body: ByteSize = Field(default=ByteSize(64 << 20))
     max_import: ByteSize = Field(default=ByteSize(16 << 30), description="bytes of a file to import")
+    receive_timeout_s: float = Field(
+        default=60.0, gt=0, description="seconds within which the head of a request must arrive, and its body"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("home")

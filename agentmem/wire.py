@@ -25,6 +25,7 @@ from agentmem.errors import (
     StoreError,
     Unauthorized,
 )
+from agentmem.tokens import TokenScope
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
@@ -93,6 +94,7 @@ class Call(NamedTuple):
 
 def http_options(endpoint: Endpoint, timeout: float) -> dict[str, Any]:
     """What every HTTP client of ours is made with; `timeout` in seconds, from one byte of an answer to the next."""
+    # The address stays that of TCP where a socket is used: its Host is one that the daemon knows.
     # trust_env=False: a proxy named in the environment must never see the token.
     return {
         "base_url": endpoint.url,
@@ -167,6 +169,10 @@ def prune_call(older_s: float, dry_run: bool, namespace: str | None) -> Call:
     return Call("POST", "/v1/store/prune", {"older_s": older_s, "dry_run": dry_run, "namespace": namespace})
 
 
+def rotate_call(scope: TokenScope) -> Call:
+    return Call("POST", "/v1/token/rotate", {"scope": scope})
+
+
 def named_call(method: str, kind: str, name: str, namespace: str) -> Call:
     """A template or a document."""
     return Call(method, f"/v1/{kind}/{quote(name, safe='')}", None, {"namespace": namespace})
@@ -237,7 +243,9 @@ def error_from(status: int | None, body: Any, retry_after_ms: str | None = None)
 def transport_error(endpoint: Endpoint, cause: httpx.TransportError) -> AgentMemError:
     """What a broken connection means to the caller."""
     if isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout):
-        return DaemonNotRunning(f"nobody answers at {endpoint.url}; start the daemon with: agentmem up")
+        return DaemonNotRunning(
+            f"nobody answers at {endpoint.socket or endpoint.url}; start the daemon with: agentmem up"
+        )
     if isinstance(cause, httpx.TimeoutException):
         return AgentMemError(f"the daemon at {endpoint.url} did not answer in time", code="timeout")
     return AgentMemError(

@@ -1,4 +1,4 @@
-"""`token` and `logs`: files of the home that a person wants to see."""
+"""`logs`: the end of the daemon's log."""
 
 from __future__ import annotations
 
@@ -11,29 +11,6 @@ import click
 from agentmem.cli.output import json_option, print_json
 from agentmem.errors import Forbidden, NotFound
 from agentmem.home import Home, default_home, private
-
-
-@click.group()
-def token() -> None:
-    """The token that programs send to the daemon."""
-
-
-@token.command("show")
-@json_option
-def token_show(as_json: bool) -> None:
-    """Print the token alone, for use in scripts."""
-    path = Home(default_home()).token
-    try:
-        with open(path, encoding="ascii", opener=private) as file:
-            text = file.read().strip()
-    except FileNotFoundError:
-        raise NotFound(f"no token at {path}; the first start makes it: agentmem up") from None
-    except OSError as error:
-        raise Forbidden(f"cannot read {path}: {error.strerror}") from error
-    if as_json:
-        print_json({"token": text, "path": str(path)})
-    else:
-        click.echo(text)
 
 
 @click.command()

@@ -51,7 +51,7 @@ def up(as_json: bool, **settings: Any) -> None:
     record = running_daemon(home)
     status = "running"
     if record is None:
-        record, status = _start(home, settings)
+        record, status = ensure_daemon(home, settings)
     elif any(value is not None for value in settings.values()):
         say("it was running before: the options of this call do not apply to it; run agentmem down first")
     if as_json:
@@ -61,8 +61,10 @@ def up(as_json: bool, **settings: Any) -> None:
     click.echo(f"agentmem {verb}: {record.url} (pid {record.pid}, model {record.model})")
 
 
-def _start(home: Home, settings: dict[str, Any]) -> tuple[DaemonRecord, str]:
+def ensure_daemon(home: Home, settings: dict[str, Any]) -> tuple[DaemonRecord, str]:
     """The daemon that holds `home` in the end: ours ("started"), or that of another call ("running")."""
+    if (record := running_daemon(home)) is not None:
+        return record, "running"
     deadline = time.monotonic() + RACE_TIMEOUT_S
     with Steps() as steps:
         steps.step("starting the daemon")

@@ -19,12 +19,16 @@ from agentmem.cli import (
     doctor,
     explain,
     files,
+    launch,
     lifecycle,
+    mcp,
     memory,
+    plugins,
     policy,
     room,
     store,
     talk,
+    token,
     transfer,
 )
 from agentmem.cli.exits import Exit, exit_code
@@ -125,7 +129,10 @@ for command in (
     agents.models,
     doctor.doctor,
     bench.bench,
-    files.token,
+    launch.launch,
+    mcp.mcp,
+    plugins.plugins,
+    token.token,
     files.logs,
 ):
     cli.add_command(command)
@@ -135,4 +142,5 @@ def main() -> NoReturn:
     """Entry point of the `agentmem` script."""
     # As an exception, SIGTERM reaches the `finally` that stops the daemons of a demo.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    plugins.add_plugins(cli)
     cli.main(prog_name="agentmem")

@@ -21,7 +21,8 @@ FOLDERS = {
 }
 CLIENT_SIDE = {
     "agentmem", "agentmem.async_client", "agentmem.client", "agentmem.daemon", "agentmem.errors", "agentmem.home",
-    "agentmem.settings", "agentmem.streams", "agentmem.transfers", "agentmem.wire",
+    "agentmem.local_socket", "agentmem.plugins",
+    "agentmem.settings", "agentmem.streams", "agentmem.tokens", "agentmem.transfers", "agentmem.wire",
 }  # fmt: skip
 # What each room may import of us, besides itself.
 ALLOWED = {
@@ -44,7 +45,7 @@ ALLOWED = {
         "agentmem.compose", "agentmem.episode", "agentmem.runtime",
     },
     "agentmem.adapters": CLIENT_SIDE,
-    "agentmem.cli": CLIENT_SIDE,
+    "agentmem.cli": {*CLIENT_SIDE, "agentmem.adapters"},
     "agentmem.runtime": {
         "agentmem", "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
         "agentmem.compose", "agentmem.episode", "agentmem.errors", "agentmem.settings",

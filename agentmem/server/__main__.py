@@ -25,8 +25,10 @@ from agentmem import __version__
 from agentmem.daemon import DaemonRecord
 from agentmem.errors import AgentMemError, AlreadyRunning, Forbidden
 from agentmem.server.app import create_app
-from agentmem.server.life import bind, held, listen, load_token, url_of
+from agentmem.server.connection import connection_class
+from agentmem.server.life import bind, held, listen, local, url_of
 from agentmem.server.service import Service
+from agentmem.server.tokens import Tokens
 from agentmem.settings import Settings
 
 log = logging.getLogger("agentmem")
@@ -80,8 +82,8 @@ def _announce(stage: str, fraction: float | None) -> None:
 def serve(settings: Settings) -> None:
     """Run until a signal. Raises AgentMemError when it cannot start, Interrupted when a signal came first."""
     stop = Stop()
-    with held(settings.paths), closing(bind(settings)) as listener:
-        token = load_token(settings.paths)
+    with held(settings.paths), closing(bind(settings)) as listener, local(settings.paths) as neighbour:
+        tokens = Tokens(settings.paths)
         # Imported here: loading MLX takes longer than finding out that this start must be refused.
         from agentmem.runtime import Runtime
 
@@ -100,11 +102,14 @@ def serve(settings: Settings) -> None:
                 version=__version__,
                 home=str(settings.home),
                 started=time.time(),
+                socket=None if neighbour is None else neighbour.getsockname(),
             )
-            listen(listener)
+            listeners = [listener] if neighbour is None else [listener, neighbour]
+            for each in listeners:
+                listen(each)
             config = uvicorn.Config(
-                create_app(service, token),
-                http="h11",
+                create_app(service, tokens),
+                http=connection_class(settings.receive_timeout_s),
                 loop="asyncio",
                 lifespan="off",
                 log_config=None,
@@ -115,7 +120,7 @@ def serve(settings: Settings) -> None:
                 timeout_keep_alive=KEEP_CONNECTION_S,
                 timeout_graceful_shutdown=GRACE_S,
             )
-            Server(config, service, record).run(sockets=[listener])
+            Server(config, service, record).run(sockets=listeners)
             log.info("stopping")
 
 

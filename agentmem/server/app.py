@@ -29,6 +29,7 @@ from agentmem.server.metrics import Metrics
 from agentmem.server.security import Bodies, Gate, Lock
 from agentmem.server.service import Service
 from agentmem.server.store import upkeep_router
+from agentmem.server.tokens import Tokens, tokens_router
 from agentmem.server.transfer import transfer_router
 
 OPEN = "/health"
@@ -39,8 +40,8 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, token: str) -> FastAPI:
-    """The application. `token` opens every route; see `security` for what is open without it."""
+def create_app(service: Service, tokens: Tokens) -> FastAPI:
+    """The application. `tokens` say who may ask what; see `security` for what is open without one."""
     settings = service.settings
     # No documentation pages: they load scripts from foreign servers.
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, responses=FAILURES)
@@ -60,9 +61,10 @@ def create_app(service: Service, token: str) -> FastAPI:
     app.include_router(upkeep_router(service))
     app.include_router(compose_router(service))
     app.include_router(daemon_router(service))
+    app.include_router(tokens_router(tokens))
     # The last one added is the first to see a request.
     app.add_middleware(Bodies, settings=settings)
-    app.add_middleware(Lock, settings=settings, token=token)
+    app.add_middleware(Lock, settings=settings, tokens=tokens)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

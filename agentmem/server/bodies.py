@@ -11,6 +11,7 @@ from agentmem.api.message import Find, Message, Text
 from agentmem.compose.reuse import Reuse
 from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
 from agentmem.server.errors import invalid
+from agentmem.tokens import TokenScope
 
 
 def _by_kind(value: Any) -> Any:
@@ -92,6 +93,12 @@ class CalibrateBody(Body):
     """`POST /v1/compose/verify`: templates of one namespace, or of all."""
 
     namespace: str | None = None
+
+
+class RotateBody(Body):
+    """`POST /v1/token/rotate`: which of the two tokens."""
+
+    scope: TokenScope = "all"
 
 
 class RepairBody(Body):

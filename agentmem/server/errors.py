@@ -63,6 +63,13 @@ class TooLarge(BadRequest):
     code = "body_too_large"
 
 
+class HeadTooLarge(BadRequest):
+    """The request line and headers are larger, or more, than the daemon takes."""
+
+    status = 431
+    code = "head_too_large"
+
+
 class WrongContentType(BadRequest):
     """A body that is not declared as JSON."""
 
@@ -71,7 +78,7 @@ class WrongContentType(BadRequest):
 
 
 class TooSlow(AgentMemError):
-    """The request body did not arrive in time."""
+    """The request did not arrive in time."""
 
     status = 408
     type = "invalid_request_error"

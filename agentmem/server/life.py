@@ -1,27 +1,22 @@
-"""The daemon's hold on its home: one instance, one token, one record; and its socket."""
+"""The daemon's hold on its home: one instance, one record; and its port."""
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from agentmem.daemon import read_record
 from agentmem.errors import AgentMemError, AlreadyRunning, Forbidden
-from agentmem.home import Home, private
+from agentmem.home import Home
+from agentmem.local_socket import bind_socket
 from agentmem.server.security import WILDCARD_HOSTS, bracketed, is_loopback_address
 from agentmem.settings import Settings
 
-log = logging.getLogger(__name__)
-
-TOKEN_BYTES = 32
-SHORTEST_TOKEN = 16
 BACKLOG = 128
 
 
@@ -47,43 +42,6 @@ def held(home: Home) -> Iterator[None]:
         lock.release()
 
 
-def load_token(home: Home) -> str:
-    """The home's token, made at the first start. Only its owner can read the file. Precondition: the home is held."""
-    if os.path.lexists(home.token):
-        return _read_token(home)
-    token = secrets.token_urlsafe(TOKEN_BYTES)
-    # A start that dies here must not leave an empty token, which the next one would refuse.
-    temporary = home.token.with_name(f".token.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(temporary, "x", encoding="ascii", opener=private) as file:
-            file.write(token + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, home.token)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return token
-
-
-def _read_token(home: Home) -> str:
-    try:
-        descriptor = private(home.token, os.O_RDONLY)
-    except OSError as error:
-        raise Forbidden(f"cannot read the token file {home.token}: {error.strerror}") from error
-    with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:
-        facts = os.fstat(file.fileno())
-        if facts.st_uid != os.getuid() or not stat.S_ISREG(facts.st_mode):
-            raise Forbidden(f"the token file {home.token} is not a file of this user")
-        if facts.st_mode & 0o077:
-            log.warning("the token file was readable by others; narrowed to its owner")
-            os.fchmod(file.fileno(), 0o600)
-        token = file.read().strip()
-    if len(token) < SHORTEST_TOKEN or not (token.isascii() and token.isprintable() and " " not in token):
-        raise Forbidden(f"the token file {home.token} holds no usable token; delete it to get a new one")
-    return token
-
-
 def bind(settings: Settings) -> socket.socket:
     """A bound socket, not yet listening. Raises Forbidden for an address that other machines can reach."""
     host = "127.0.0.1" if settings.host == "localhost" else settings.host.strip("[]")
@@ -105,12 +63,25 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
+@contextmanager
+def local(home: Home) -> Iterator[socket.socket | None]:
+    """The bound unix socket, if there can be one; it is taken away in the end. Precondition: the home is held."""
+    listener = bind_socket(home)
+    path = None if listener is None else Path(listener.getsockname())
+    try:
+        yield listener
+    finally:
+        if listener is not None and path is not None:
+            path.unlink(missing_ok=True)
+            listener.close()
+
+
 def listen(listener: socket.socket) -> None:
     """Take connections. Raises AgentMemError when another process took the port since `bind`."""
     try:
         listener.listen(BACKLOG)
     except OSError as error:
-        raise AgentMemError(f"cannot listen on port {listener.getsockname()[1]}: {error.strerror}") from error
+        raise AgentMemError(f"cannot listen at {listener.getsockname()}: {error.strerror}") from error
 
 
 def url_of(listener: socket.socket) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import re
 from collections.abc import Iterable
@@ -12,7 +11,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmem.errors import AgentMemError, BadRequest, Forbidden, Unauthorized
-from agentmem.server.errors import TooLarge, TooSlow, WrongContentType, error_response
+from agentmem.server.errors import HeadTooLarge, TooLarge, TooSlow, WrongContentType, error_response
+from agentmem.server.tokens import Tokens
 from agentmem.settings import Settings
 
 LOOPBACK_HOSTS = ("127.0.0.1", "[::1]", "localhost")
@@ -23,7 +23,7 @@ INFERENCE = re.compile(
 )
 WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 """Methods whose bodies are read at all."""
-BODY_TIMEOUT_S = 60.0
+MOST_HEADERS = 200
 
 
 def is_loopback_address(address: str) -> bool:
@@ -66,6 +66,8 @@ class Gate:
             await self.app(scope, receive, send)
 
     def _error(self, headers: Headers) -> AgentMemError | None:
+        if len(headers.raw) > MOST_HEADERS:
+            return HeadTooLarge(f"a request may have {MOST_HEADERS} headers")
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(hosts[0].lower()):
             return Forbidden("this Host is not served; add it to allowed_hosts", code="host_not_allowed")
@@ -83,15 +85,14 @@ class Gate:
 
 
 class Lock:
-    """Asks for the token. `/health` answers without it, but says less; inference may be opened on loopback.
+    """Asks for a token. `/health` answers without one, but says less; inference may be opened on loopback.
 
-    Leaves `scope["state"]["trusted"]`: whether the caller showed the token.
+    Leaves `scope["state"]["trusted"]`: whether the caller showed the token that opens everything.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, token: str) -> None:
-        assert token, "an empty token would let everyone in"
+    def __init__(self, app: ASGIApp, settings: Settings, tokens: Tokens) -> None:
         self.app = app
-        self.token = token.encode()
+        self.tokens = tokens
         self.open_inference = settings.open_inference
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,10 +100,15 @@ class Lock:
             await self.app(scope, receive, send)
             return
         shown = list(_tokens(Headers(scope=scope)))
-        trusted = any(hmac.compare_digest(token, self.token) for token in shown)
-        scope.setdefault("state", {})["trusted"] = trusted
-        if trusted or self._is_open(scope):
+        found = self.tokens.scope_of(shown)
+        scope.setdefault("state", {})["trusted"] = found == "all"
+        infers = INFERENCE.fullmatch(scope["path"]) is not None
+        if found == "all" or (found == "inference" and infers) or self._is_open(scope):
             await self.app(scope, receive, send)
+            return
+        if found is not None:
+            text = "this token opens inference only; this route needs the one in the home's file `token`"
+            await refuse(Forbidden(text, code="insufficient_scope"), scope, receive, send)
             return
         what = "this token is not valid" if shown else "a token is needed"
         hint = "send the text of the home's file `token` as Authorization: Bearer or x-api-key"
@@ -138,6 +144,7 @@ class Bodies:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self.timeout = settings.receive_timeout_s
         self.limit = int(settings.max_body)
         self.upload_limit = int(settings.max_import)
 
@@ -150,7 +157,7 @@ class Bodies:
             await self._upload(headers, scope, receive, send)
             return
         try:
-            body = await asyncio.wait_for(self._read(headers, receive), BODY_TIMEOUT_S)
+            body = await asyncio.wait_for(self._read(headers, receive), self.timeout)
         except TimeoutError:
             await refuse(TooSlow("the body did not arrive in time"), scope, receive, send)
         except AgentMemError as error:
@@ -182,7 +189,7 @@ class Bodies:
             if over:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+                message = await asyncio.wait_for(receive(), self.timeout)
             except TimeoutError:
                 raise TooSlow("the body did not arrive in time") from None
             left -= len(message.get("body", b""))
