@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SET_UP, TOUR, MEASURED, COMPOSED = "Set up", "A tour", "What was measured where", "Composed reuse"
 LONG = "Long lives in a small budget"
+CLIENTS = "Clients and frameworks"
 PORT = "8377"
 
 
@@ -104,7 +106,7 @@ def run(block: Block, environment: dict[str, str], folder: Path) -> str:
 
 
 def test_every_block_is_run_by_a_test() -> None:
-    assert {block.heading for block in blocks()} == {SET_UP, TOUR, MEASURED, COMPOSED, LONG}
+    assert {block.heading for block in blocks()} == {SET_UP, TOUR, MEASURED, COMPOSED, LONG, CLIENTS}
     assert {block.language for block in blocks()} == {"sh", "python"}
     assert len(SET_UP_LINES) == 2
     assert TEXT.count("```") == 2 * len(blocks())
@@ -140,6 +142,14 @@ def test_composed_reuse_is_asked_for_and_explained(tour: dict[str, str], tmp_pat
     assert re.search(r"^reuse +not composed: ", said, re.MULTILINE)
     assert "VERDICT" in said
     assert read_record(Home(Path(tour["AGENTMEM_HOME"]))) is None
+
+
+@pytest.mark.slow
+def test_a_forced_reply_follows_its_schema(tour: dict[str, str], tmp_path: Path) -> None:
+    (block,) = (block for block in blocks() if block.heading == CLIENTS)
+    run(Block(CLIENTS, "sh", "agentmem up"), tour, tmp_path)
+    assert json.loads(run(block, tour, tmp_path))["sky"] in ("clear", "grey")
+    run(Block(CLIENTS, "sh", "agentmem down"), tour, tmp_path)
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class TextBody(SampledBody):
     max_tokens: Tokens | None = None
     stop: Stops = Field(default=None, max_length=MAX_STOPS)
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
-    best_of: StrictInt | None = None
+    best_of: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
     echo: StrictBool = False
     suffix: Text | None = None
