@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import agentmem
@@ -31,7 +32,8 @@ def check_all(home: Home) -> list[Check]:
     health, daemon = check_daemon(home)
     return [
         check_home(home),
-        check_token(home),
+        check_token(home.token),
+        *([check_token(home.inference_token)] if home.inference_token.exists() else []),
         check_disk(home),
         *check_protection(home, health),
         daemon,
@@ -52,16 +54,17 @@ def check_home(home: Home) -> Check:
     return Check("home", "ok", f"{home.root} belongs to its owner alone")
 
 
-def check_token(home: Home) -> Check:
-    """The token file is readable by its owner only."""
+def check_token(path: Path) -> Check:
+    """A token file is readable by its owner only."""
+    name = path.name.replace("-", " ")
     try:
-        mode = stat.S_IMODE(home.token.stat().st_mode)
+        mode = stat.S_IMODE(path.stat().st_mode)
     except FileNotFoundError:
-        return Check("token", "note", "no token yet; the first start makes it")
+        return Check(name, "note", "no token yet; the first start makes it")
     if mode & 0o077:
-        hint = f"chmod 600 {home.token}, or delete it and restart for a new one"
-        return Check("token", "warning", f"others may read the token (mode {mode:04o})", hint)
-    return Check("token", "ok", "readable by its owner alone")
+        hint = f"chmod 600 {path}, then agentmem token rotate: it may have been read"
+        return Check(name, "warning", f"others may read the token (mode {mode:04o})", hint)
+    return Check(name, "ok", "readable by its owner alone")
 
 
 def check_disk(home: Home) -> Check:

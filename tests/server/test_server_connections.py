@@ -76,6 +76,16 @@ def test_a_body_that_never_ends(hasty) -> None:
     assert (status, error["code"]) == (408, "request_timeout")
 
 
+def test_an_upload_that_stops_leaves_nothing(hasty) -> None:
+    before = sorted(path.name for path in (hasty.home / "store").iterdir())
+    lines = ("Content-Type: application/octet-stream", "Content-Length: 1000", "Connection: close", "")
+    with connected(hasty) as connection:
+        connection.sendall(head(hasty, *lines).replace(CHAT.encode(), b"/v1/agents/import") + b"x")
+        status, error = answer(connection)
+    assert (status, error["code"]) == (408, "request_timeout")
+    assert sorted(path.name for path in (hasty.home / "store").iterdir()) == before
+
+
 def test_the_rest_of_a_refused_body_is_not_awaited_for_ever(hasty) -> None:
     with connected(hasty) as connection:
         connection.sendall(head(hasty, "Content-Type: text/plain", "Content-Length: 1000", "") + b"x")
