@@ -10,7 +10,7 @@ import numpy as np
 from agentmem.episode.topic import Rows, Topic, cosines
 from agentmem.episode.words import content_words
 
-WORDS = 1.0
+WORDS = 1.5
 """What it adds to a segment's similarity that an utterance has all of the question's words."""
 KNOWN = 0.5
 """Share of the words: of questions below the floor 2 in 5 reach it, of those about another conversation 1 in 100."""
