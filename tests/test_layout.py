@@ -37,9 +37,11 @@ ALLOWED = {
         "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.compose", "agentmem.episode",
         "agentmem.errors",
     },
-    "agentmem.server": {
+    "agentmem.api": {
         *CLIENT_SIDE, "agentmem.runtime", "agentmem.engine.request", "agentmem.compose.reuse", "agentmem.episode.policy",
+        "agentmem.model.calls", "agentmem.model.tools",
     },
+    "agentmem.server": {*CLIENT_SIDE, "agentmem.api", "agentmem.runtime"},
     "agentmem.bench": {
         *CLIENT_SIDE, "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
         "agentmem.compose", "agentmem.episode", "agentmem.runtime",

@@ -12,15 +12,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from agentmem.api.anthropic_body import CALL_ID, AnthropicBody, PromptBody
+from agentmem.api.errors import ANTHROPIC, AnthropicErrorBody, body_of
 from agentmem.api.exchange import Exchange, Reply, Shown, answered, chat_request, first_event
+from agentmem.api.identity import resolve
+from agentmem.api.service import Service
 from agentmem.api.sse import TurnStream, event
 from agentmem.engine.request import Failed, Finished, Started
 from agentmem.errors import BadRequest
 from agentmem.model.calls import ArgumentsPart, CallPart, Part
 from agentmem.model.tools import arguments_of
-from agentmem.server.errors import ANTHROPIC, AnthropicErrorBody, body_of
-from agentmem.server.identity import resolve
-from agentmem.server.service import Service
 
 FOREIGN = "claude-"
 """Names that a harness of Anthropic's asks for by itself; whoever points it here wants the model that is here."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 
+from agentmem.api.errors import invalid, unsupported
 from agentmem.api.fields import MAX_COUNT, MAX_STOPS, Body, SampledBody, StopText
 from agentmem.api.message import (
     Content,
@@ -22,7 +23,6 @@ from agentmem.api.message import (
     well_formed,
 )
 from agentmem.api.tools import MAX_TOOLS, Tools
-from agentmem.server.errors import invalid, unsupported
 
 CALL_ID = "toolu_"
 SILENT = frozenset({"thinking", "redacted_thinking"})

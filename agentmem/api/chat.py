@@ -12,13 +12,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from agentmem.api.chat_body import ChatBody
+from agentmem.api.errors import envelope
 from agentmem.api.exchange import Exchange, Reply, Shown, answered, chat_request, first_event
+from agentmem.api.identity import resolve
+from agentmem.api.service import Service
 from agentmem.api.sse import DONE, KEEP_ALIVE, TurnStream, event
 from agentmem.engine.request import Failed, Finished, Logprobs, TokenLogprob
 from agentmem.model.calls import CallPart, Part, TextPart
-from agentmem.server.errors import envelope
-from agentmem.server.identity import resolve
-from agentmem.server.service import Service
 
 
 def chat_router(service: Service) -> APIRouter:

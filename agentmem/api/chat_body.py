@@ -14,11 +14,11 @@ from pydantic import (
     model_validator,
 )
 
+from agentmem.api.errors import invalid, unsupported
 from agentmem.api.fields import MAX_STOPS, Body, SampledBody, Stops, StreamOptions, Tokens
 from agentmem.api.message import Find, Message
 from agentmem.api.tools import MAX_TOOLS, Choice, Function, FunctionTool, Tools
 from agentmem.engine.request import MAX_CHOICES, MAX_TOP_LOGPROBS
-from agentmem.server.errors import invalid, unsupported
 
 
 def _functions_only(value: Any) -> Any:

@@ -12,8 +12,8 @@ from agentmem.api import items
 from agentmem.api.fields import Body
 from agentmem.api.kept import Items, KeptConversation
 from agentmem.api.responses import listed, namespace_of
+from agentmem.api.service import Service
 from agentmem.errors import NotFound
-from agentmem.server.service import Service
 
 MAX_METADATA = 16
 Metadata = Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)]

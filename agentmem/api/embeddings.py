@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter
 from pydantic import BeforeValidator, Field, StrictInt
 
+from agentmem.api.errors import UnknownModel, unsupported
 from agentmem.api.fields import MAX_COUNT, Body, as_list
 from agentmem.api.message import Text
+from agentmem.api.service import MODEL_ALIASES, Service
 from agentmem.errors import BadRequest
-from agentmem.server.errors import UnknownModel, unsupported
-from agentmem.server.service import MODEL_ALIASES, Service
 
 MAX_TEXTS = 2048
 

@@ -11,13 +11,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from agentmem.api.fields import SampledBody
+from agentmem.api.identity import Identity
+from agentmem.api.service import Service
 from agentmem.api.sse import KEEP_ALIVE_S
 from agentmem.api.tools import Tools
+from agentmem.api.turn import Turn
 from agentmem.engine.request import ChatRequest, Choice, Delta, Event, Failed, Finished, Logprobs, Started
 from agentmem.model.calls import Call, CallReader, Part, TextPart
-from agentmem.server.identity import Identity
-from agentmem.server.service import Service
-from agentmem.server.turn import Turn
 
 FIRST_EVENT_S = 2.0
 CLIENT_CLOSED_REQUEST = 499

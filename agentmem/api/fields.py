@@ -15,10 +15,10 @@ from pydantic import (
     field_validator,
 )
 
+from agentmem.api.errors import invalid
 from agentmem.api.message import Text
 from agentmem.compose.reuse import Planner, Reuse
 from agentmem.engine.request import Sampling
-from agentmem.server.errors import invalid
 
 MAX_COUNT = 10**9
 MAX_STOPS = 16

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from agentmem.server.errors import invalid, unsupported
+from agentmem.api.errors import invalid, unsupported
 
 Content = str | list[dict[str, Any] | str] | None
 """What clients may send as the text of a message."""

@@ -12,14 +12,14 @@ from starlette.responses import JSONResponse, Response
 from agentmem.api import items
 from agentmem.api.archive import Archive
 from agentmem.api.exchange import Exchange, answered, chat_request, first_event
+from agentmem.api.identity import DEFAULT, Identity, resolve
 from agentmem.api.kept import Items, Kept
 from agentmem.api.responses_body import ResponsesBody
 from agentmem.api.responses_stream import Writer, usage_fields
+from agentmem.api.service import Service
 from agentmem.api.sse import TurnStream
 from agentmem.engine.request import check_name
 from agentmem.errors import BadRequest
-from agentmem.server.identity import DEFAULT, Identity, resolve
-from agentmem.server.service import Service
 
 
 class Draft:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, field_validator
 
 from agentmem.api.chat_body import ResponseFormat
+from agentmem.api.errors import unsupported
 from agentmem.api.fields import Body, CacheOptions, SampledBody, Tokens
 from agentmem.api.message import Name, Text
 from agentmem.api.tools import MAX_TOOLS, Function, NamedFunction, NamedTool, Tools
 from agentmem.engine.request import MAX_TOP_LOGPROBS
-from agentmem.server.errors import unsupported
 
 MAX_ITEMS = 100_000
 LOGPROBS = "message.output_text.logprobs"

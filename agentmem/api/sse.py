@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from agentmem.server.turn import Turn
+from agentmem.api.turn import Turn
 
 KEEP_ALIVE_S = 5.0
 KEEP_ALIVE = b": keep-alive\n\n"

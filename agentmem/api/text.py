@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, StrictBool, StrictInt, model_validator
 from starlette.responses import JSONResponse, Response
 
+from agentmem.api.errors import envelope, unsupported
 from agentmem.api.exchange import (
     Exchange,
     Reply,
@@ -21,14 +22,13 @@ from agentmem.api.exchange import (
     first_event,
 )
 from agentmem.api.fields import MAX_COUNT, MAX_STOPS, SampledBody, Stops, StreamOptions, Tokens
+from agentmem.api.identity import Identity, resolve
 from agentmem.api.message import Text
+from agentmem.api.service import Service
 from agentmem.api.sse import DONE, KEEP_ALIVE, TurnStream, event
 from agentmem.api.tools import Tools
 from agentmem.engine.request import MAX_CHOICES, ChatRequest, Failed, Finished, Logprobs
 from agentmem.model.calls import TextPart
-from agentmem.server.errors import envelope, unsupported
-from agentmem.server.identity import Identity, resolve
-from agentmem.server.service import Service
 
 MAX_PROMPTS = 16
 DEFAULT_TOKENS = 16

@@ -22,12 +22,12 @@ import uvicorn
 from pydantic import ValidationError
 
 from agentmem import __version__
+from agentmem.api.service import Service
 from agentmem.daemon import DaemonRecord
 from agentmem.errors import AgentMemError, AlreadyRunning, Forbidden
 from agentmem.server.app import create_app
 from agentmem.server.connection import connection_class
 from agentmem.server.life import bind, held, listen, local, url_of
-from agentmem.server.service import Service
 from agentmem.server.tokens import Tokens
 from agentmem.settings import Settings
 

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import time
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentmem import __version__
+from agentmem.api.agents import agents_router
 from agentmem.api.anthropic import anthropic_router
 from agentmem.api.chat import chat_router
+from agentmem.api.compose import compose_router
 from agentmem.api.conversations import conversations_router
+from agentmem.api.daemon import daemon_router
 from agentmem.api.embeddings import embeddings_router
+from agentmem.api.errors import ErrorBody, install_handlers
+from agentmem.api.metrics import Metrics
 from agentmem.api.responses import responses_router
+from agentmem.api.service import Service
+from agentmem.api.store import upkeep_router
 from agentmem.api.text import text_router
-from agentmem.engine.request import check_name
-from agentmem.server.agents import agents_router
-from agentmem.server.bodies import PruneBody
-from agentmem.server.compose import compose_router
-from agentmem.server.errors import ErrorBody, install_handlers
-from agentmem.server.metrics import Metrics
+from agentmem.api.transfer import transfer_router
 from agentmem.server.security import Bodies, Gate, Lock
-from agentmem.server.service import Service
-from agentmem.server.store import upkeep_router
 from agentmem.server.tokens import Tokens, tokens_router
-from agentmem.server.transfer import transfer_router
 
 OPEN = "/health"
 """The route that answers without a token, though less."""
+ROUTERS = (
+    chat_router, text_router, responses_router, conversations_router, anthropic_router, embeddings_router,
+    transfer_router, agents_router, upkeep_router, compose_router, daemon_router,
+)  # fmt: skip
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "the request is refused"},
     "5XX": {"model": ErrorBody, "description": "the daemon failed"},
@@ -47,20 +46,8 @@ def create_app(service: Service, tokens: Tokens) -> FastAPI:
     app = FastAPI(title="agentmem", version=__version__, docs_url=None, redoc_url=None, responses=FAILURES)
     install_handlers(app)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
-    for router in (
-        chat_router,
-        text_router,
-        responses_router,
-        conversations_router,
-        anthropic_router,
-        embeddings_router,
-    ):
+    for router in ROUTERS:
         app.include_router(router(service))
-    app.include_router(transfer_router(service))
-    app.include_router(agents_router(service))
-    app.include_router(upkeep_router(service))
-    app.include_router(compose_router(service))
-    app.include_router(daemon_router(service))
     app.include_router(tokens_router(tokens))
     # The last one added is the first to see a request.
     app.add_middleware(Bodies, settings=settings)
@@ -69,7 +56,7 @@ def create_app(service: Service, tokens: Tokens) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["*"],
         )
     app.add_middleware(Gate, settings=settings)
@@ -88,56 +75,6 @@ def _described(app: FastAPI) -> dict[str, Any]:
                 operation["security"] = [] if path == OPEN else [{"token": []}]
         app.openapi_schema = schema
     return app.openapi_schema
-
-
-def daemon_router(service: Service) -> APIRouter:
-    """Models, health, store and metrics."""
-    router = APIRouter()
-    runtime = service.runtime
-
-    @router.get("/v1/models")
-    def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model()]}
-
-    @router.get("/v1/models/{name:path}")
-    def show_model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return service.model()
-
-    @router.get("/health")
-    def health(request: Request) -> dict[str, Any]:
-        """`status` alone without the token, everything with it."""
-        facts = {"status": "ok", **runtime.health()}
-        if not request.state.trusted:
-            return {"status": facts["status"]}
-        return {
-            **facts,
-            "encryption": runtime.encryption(),
-            "version": __version__,
-            "pid": os.getpid(),
-            "model": runtime.model_name,
-            "max_context": runtime.max_context,
-            "home": str(service.settings.home),
-            "started": service.started,
-            "uptime_s": time.time() - service.started,
-        }
-
-    @router.get("/v1/store")
-    def store() -> dict[str, Any]:
-        """Budgets and bytes."""
-        return runtime.store()
-
-    @router.post("/v1/store/prune")
-    def prune(body: PruneBody) -> dict[str, Any]:
-        """Drop from disk the state of agents that were not used for long; their tokens stay."""
-        namespace = None if body.namespace is None else check_name(body.namespace, "namespace")
-        return runtime.prune(float(body.older_s), namespace, body.dry_run)
-
-    @router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
-    def metrics() -> Response:
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-    return router
 
 
 class Counted:

@@ -9,8 +9,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from agentmem.api.errors import HeadTooLarge, TooSlow, error_response
 from agentmem.errors import AgentMemError, BadRequest
-from agentmem.server.errors import HeadTooLarge, TooSlow, error_response
 
 HEAD_TOO_LARGE = 431
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agentmem.api.errors import HeadTooLarge, TooLarge, TooSlow, WrongContentType, error_response
 from agentmem.errors import AgentMemError, BadRequest, Forbidden, Unauthorized
-from agentmem.server.errors import HeadTooLarge, TooLarge, TooSlow, WrongContentType, error_response
 from agentmem.server.tokens import Tokens
 from agentmem.settings import Settings
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from agentmem.api.bodies import RotateBody
 from agentmem.errors import StoreError
 from agentmem.home import Home
-from agentmem.server.bodies import RotateBody
 from agentmem.tokens import TokenScope, load_token, renew_token
 
 

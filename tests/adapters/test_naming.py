@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentmem.adapters.naming import cache_key, legal_name, thread_session
+from agentmem.api.bodies import ChatBody
+from agentmem.api.identity import resolve
 from agentmem.engine.request import NAME, check_name
-from agentmem.server.bodies import ChatBody
-from agentmem.server.identity import resolve
 
 NAMES = st.text(min_size=1, max_size=200) | st.from_regex(r"[A-Za-z./_ -]{1,140}", fullmatch=True)
 

@@ -148,12 +148,12 @@ def test_threads_may_share_a_tokenizer(embedded: LoadedModel) -> None:
 
 def test_refusal_written_in_the_template_reaches_the_caller() -> None:
     template = (
-        "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('a tool cannot begin') }}{% endif %}ok"
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}ok"
     )
     tokenizer = ChatTokenizer(_words(template, decoders.ByteLevel()))
     assert tokenizer.render([{"role": "user", "content": "x"}]) == "ok"
-    with pytest.raises(BadRequest, match="a tool cannot begin"):
-        tokenizer.render([{"role": "tool", "content": "x"}])
+    with pytest.raises(BadRequest, match="no system prompts"):
+        tokenizer.render([{"role": "system", "content": "x"}])
 
 
 def test_tokenizer_without_chat_template_is_refused() -> None:

@@ -9,8 +9,8 @@ import pytest
 from starlette.datastructures import Headers
 
 from agentmem.api.chat_body import ChatBody
+from agentmem.api.identity import resolve
 from agentmem.errors import BadRequest
-from agentmem.server.identity import resolve
 
 
 def who(headers: dict[str, str] | None = None, **fields: Any) -> tuple[str, str, str]:

@@ -7,8 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from agentmem.api.metrics import Metrics
 from agentmem.engine.request import ChatRequest, Delta, Event, Failed, Finished, Ticket
-from agentmem.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from agentmem.runtime import Runtime

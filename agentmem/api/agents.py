@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
 
+from agentmem.api.bodies import AppendBody, CreateBody, ForkBody, PolicyBody
+from agentmem.api.service import Service
 from agentmem.engine.request import NAME, ChatRequest, check_name
-from agentmem.server.bodies import AppendBody, CreateBody, ForkBody, PolicyBody
-from agentmem.server.service import Service
 
 PATTERN: dict[str, Any] = {"pattern": f"^{NAME.pattern}$"}
 """What the schema says of names; `check_name` says it to those who did not read it."""

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path
 
+from agentmem.api.agents import PATTERN, Namespace
+from agentmem.api.bodies import CalibrateBody, TextBody
+from agentmem.api.service import Service
 from agentmem.engine.request import check_name
-from agentmem.server.agents import PATTERN, Namespace
-from agentmem.server.bodies import CalibrateBody, TextBody
-from agentmem.server.service import Service
 
 
 def named(name: Annotated[str, Path(json_schema_extra=PATTERN)]) -> str:

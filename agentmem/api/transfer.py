@@ -13,10 +13,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
+from agentmem.api.agents import Agent, Namespace
+from agentmem.api.service import Service
 from agentmem.engine.request import check_name
 from agentmem.errors import StoreError
-from agentmem.server.agents import Agent, Namespace
-from agentmem.server.service import Service
 
 PIECE = 1 << 20
 BINARY = "application/octet-stream"

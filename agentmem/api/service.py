@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from agentmem.api.archive import Archive
+from agentmem.api.errors import UnknownModel
+from agentmem.api.metrics import Metrics
+from agentmem.api.turn import Turn
 from agentmem.engine.request import ChatRequest
-from agentmem.server.errors import UnknownModel
-from agentmem.server.metrics import Metrics
-from agentmem.server.turn import Turn
 from agentmem.settings import Settings
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 
+from agentmem.api.errors import invalid
 from agentmem.api.fields import INT64, MAX_COUNT, Body
 from agentmem.api.message import Find, Message, Text
 from agentmem.compose.reuse import Reuse
 from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
-from agentmem.server.errors import invalid
 from agentmem.tokens import TokenScope
 
 

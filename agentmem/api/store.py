@@ -6,8 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from agentmem.server.bodies import RepairBody, VerifyBody
-from agentmem.server.service import Service
+from agentmem.api.bodies import RepairBody, VerifyBody
+from agentmem.api.service import Service
 
 
 def upkeep_router(service: Service) -> APIRouter:
