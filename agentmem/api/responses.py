@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from agentmem.api import items
 from agentmem.api.archive import Archive
+from agentmem.api.diagnostics import diagnosed
 from agentmem.api.exchange import Exchange, answered, chat_request, first_event
 from agentmem.api.identity import DEFAULT, Identity, resolve
 from agentmem.api.kept import Items, Kept
@@ -19,7 +20,7 @@ from agentmem.api.responses_stream import Writer, usage_fields
 from agentmem.api.service import Service
 from agentmem.api.sse import TurnStream
 from agentmem.engine.request import check_name
-from agentmem.errors import BadRequest
+from agentmem.errors import BadRequest, NotFound
 
 
 class Draft:
@@ -32,6 +33,14 @@ class Draft:
         self.body, self.who, self._service, self._archive = body, who, service, archive
         self.given = items.given(body.input)
         self.before = before
+        self.compared = self._kept(body.compared)
+
+    def _kept(self, id_: str | None) -> dict[str, Any] | None:
+        """A response that this one is compared with; None for one that is not there."""
+        try:
+            return self._archive.response(id_, self.who.namespace).body if id_ is not None else None
+        except NotFound:
+            return None
 
     def messages(self) -> list[dict[str, Any]]:
         """The whole conversation as the engine takes it. Raises BadRequest when there is none, NotFound for documents."""
@@ -61,9 +70,12 @@ class Draft:
     def ended(self, output: Items, cut: bool, usage: dict[str, Any]) -> dict[str, Any]:
         """The complete response; `cut` when its last reply is not."""
         reason = {"reason": "max_output_tokens"} if cut else None
-        return self.object(
+        found = self.object(
             "incomplete" if cut else "completed", output, incomplete_details=reason, usage=usage_fields(usage)
         )
+        if self.body.compared is not None:
+            found["prompt_cache_diagnostics"] = diagnosed(found, self.compared)
+        return found
 
     async def keep(self, response: dict[str, Any]) -> None:
         """Make it possible to go on from it. Raises StoreError."""

@@ -115,6 +115,11 @@ class ResponsesBody(SampledBody):
         return [self.instructions, [tool.model_dump(exclude_none=True) for tool in self.tools or ()]]
 
     @property
+    def compared(self) -> str | None:
+        """The response that the use of the memory is compared with."""
+        return self.prompt_cache_options.comparison_response_id if self.prompt_cache_options else None
+
+    @property
     def kept(self) -> bool:
         """Whether a later request can go on from this one by its id."""
         return self.store is not False

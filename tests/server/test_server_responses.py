@@ -166,6 +166,25 @@ def test_what_was_given_can_be_read_and_deleted(client) -> None:
         client.responses.retrieve(unkept.id, **options)
 
 
+def test_a_miss_is_diagnosed_against_another_response(client) -> None:
+    def compared(given: Any, first: Any, **fields: Any) -> Any:
+        options = {"comparison_response_id": first}
+        return ask(
+            client, "diagnosed", given, prompt_cache_options=options, **fields
+        ).prompt_cache_diagnostics
+
+    first = ask(client, "diagnosed", STORY, instructions="Be brief.")
+    assert compared(STORY + " Go on.", first.id, instructions="Be brief.").type in ("cache_hit", "cache_miss")
+    assert compared(STORY, first.id, instructions="Be brief.").type == "cache_hit"
+    changed = compared(STORY, first.id, instructions="Be long.")
+    assert (changed.type, changed.reason) == ("cache_miss", "input_changed")
+    assert changed.cache_missed_tokens > 0
+    assert changed.comparison_reusable_tokens == first.usage.input_tokens
+    tools = compared(STORY, first.id, instructions="Be brief.", tools=[WEATHER])
+    assert tools.reason == "tools_changed"
+    assert compared(STORY, "resp_none").type == "comparison_response_not_found"
+
+
 def test_forgetting_an_agent_takes_its_responses_along(client, daemon) -> None:
     first = ask(client, "gone", STORY)
     assert daemon.http.delete("/v1/agents/gone", params={"namespace": "responses"}).status_code == 200
