@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentmem.adapters.naming import cache_key, legal_name, thread_session
-from agentmem.api.bodies import ChatBody
+from agentmem.api.chat_body import ChatBody
 from agentmem.api.identity import resolve
 from agentmem.engine.request import NAME, check_name
 

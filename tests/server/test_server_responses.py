@@ -61,6 +61,7 @@ def test_going_on_by_an_id_needs_only_what_is_new(client) -> None:
     assert other.previous_response_id == first.id
 
 
+@pytest.mark.slow
 def test_a_chain_survives_a_restart(start, tmp_path) -> None:
     daemon = start(tmp_path / "home")
     first = ask(daemon.openai(), None, STORY)
