@@ -207,6 +207,7 @@ class Runtime(Roster):
             episodes,
             max_context=self.max_context,
             max_reply=settings.max_reply,
+            model=model.name,
         )
         scheduler: Scheduler[Sequence] = Scheduler(
             Pace(), itl_target_ms=settings.itl_target_ms, chunk_tokens=settings.chunk_tokens

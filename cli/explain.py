@@ -17,10 +17,12 @@ REASONS = {
     "tools_changed": "the tools differ from those of the turn before",
     "quarantined": "its state was damaged and is put aside; its tokens were read again",
     "evicted": "its state had left the disk, to make room or by prune; its tokens were read again",
+    "expired": "its state had left the disk after the time it was to be kept for; its tokens were read again",
+    "model_changed": "its state is that of another model",
     "composed": "an earlier turn was composed; such state is not kept, so its tokens were read or composed again",
     "compressed": "an earlier turn saw a shortened past; such state is not exact, so its tokens were read again",
     "off": "nothing that is remembered was to be used",
-    "fingerprint_changed": "its state is that of another model, tokenizer, template, KV format or page size",
+    "fingerprint_changed": "its state is that of another tokenizer, template, KV format or page size",
 }
 
 

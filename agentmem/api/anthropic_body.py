@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from agentmem.api.errors import invalid, unsupported
-from agentmem.api.fields import MAX_COUNT, MAX_STOPS, Body, SampledBody, StopText
+from agentmem.api.fields import MAX_COUNT, MAX_STOPS, Body, SampledBody, StopText, Ttl
 from agentmem.api.message import (
     Content,
     Find,
@@ -82,6 +82,26 @@ class PromptBody(SampledBody):
     system: Annotated[Spelled, BeforeValidator(content_of, json_schema_input_type=Content)] = None
     tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
+
+    ttls: list[Ttl] = Field(default_factory=list, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _marked(cls, value: Any) -> Any:
+        """Breakpoints may stand on the request, its system prompt, its tools and its blocks."""
+        if not isinstance(value, dict):
+            return value
+        messages = [m.get("content") for m in value.get("messages") or () if isinstance(m, dict)]
+        lists = [value.get("system"), value.get("tools"), *messages]
+        marked = [value, *(part for one in lists if isinstance(one, list) for part in one)]
+        controls = [
+            part["cache_control"] for part in marked if isinstance(part, dict) and part.get("cache_control")
+        ]
+        return {**value, "ttls": [c["ttl"] for c in controls if isinstance(c, dict) and c.get("ttl")]}
+
+    @property
+    def marked_ttls(self) -> list[str]:
+        return self.ttls
 
     @property
     def opening(self) -> Any:

@@ -15,7 +15,7 @@ from agentmem.compose.reuse import Reuse
 from agentmem.engine.admission import Admission
 from agentmem.engine.conversation import Alignment, Conversation
 from agentmem.engine.episodes import Episodes
-from agentmem.engine.memory import Memory
+from agentmem.engine.memory import Memory, Session
 from agentmem.engine.past import NOTHING, Past
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Started
@@ -31,8 +31,9 @@ class Planner:
 
     def __init__(
         self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, admission: Admission, episodes: Episodes, *,
-        max_context: int, max_reply: int,
+        max_context: int, max_reply: int, model: str = "",
     ) -> None:  # fmt: skip
+        self._model = model
         self._episodes = episodes
         self._memory = memory
         self._pool = pool
@@ -272,32 +273,38 @@ class Planner:
         ids = sequence.ids[keep:fed]
         return Alignment(keep, self._tokenizer.decode(ids), ids)
 
-    @staticmethod
-    def _reason(sequence: Sequence, before: int, kept: int) -> str:
+    def _foreign(self, session: Session) -> str:
+        """Why the state of a session is not this daemon's."""
+        models = [t.stats["model"] for t in session.row.turns if "model" in t.stats]
+        return "model_changed" if models and models[-1] != self._model else "fingerprint_changed"
+
+    def _reason(self, sequence: Sequence, before: int, kept: int) -> str:
         """Why as much was reused as was, in a word; the session had `before` tokens, and `kept` of them.
 
         `new_session`: nothing was remembered. `extended`: all of it goes on. `input_changed`: the messages are not those of the
         session. The others say why there was no state of tokens that stayed the same: `quarantined` (damaged), `evicted` (it had
-        left the disk), `composed` or `compressed` (an earlier turn was, and such state counts for nothing else), `off` (none was
-        to be used), `fingerprint_changed` (it is that of another model, tokenizer, template, format or page size).
+        left the disk), `expired` (the same, after the time it was to be kept for), `composed` or `compressed` (an earlier turn
+        was, and such state counts for nothing else), `off` (none was to be used), `model_changed` (it is another model's),
+        `fingerprint_changed` (it is that of another tokenizer, template, format or page size).
         """
         session, reused = sequence.session, (sequence.before or sequence).reused
         assert session is not None
         if not before:
             whole = [t for t in session.row.turns if not t.stats.get("part")]
-            return "fingerprint_changed" if whole else "new_session"
+            return self._foreign(session) if whole else "new_session"
         # The last token of a reply was sampled, not fed: it never has state.
         if sequence.lost or reused + 1 < kept:
             if sequence.lost or session.damaged:
                 return "quarantined"
             if session.row.foreign:
-                return "fingerprint_changed"
+                return self._foreign(session)
             if sequence.reuse == "off":
                 return "off"
             for word in ("composed", "compressed"):
                 if any(t.stats.get(f"{word}_tokens") for t in session.row.turns):
                     return word
-            return "evicted"
+            assert sequence.agent is not None
+            return "expired" if 0 < sequence.agent.keep_until < time.time() else "evicted"
         return "extended" if kept >= before else "input_changed"
 
     @staticmethod
@@ -326,6 +333,7 @@ class Planner:
             "kept_tokens": kept,
             "identity_source": sequence.request.identity_source,
             "finish": sequence.finish,
+            "model": self._model,
             "tools": xxhash.xxh3_64_hexdigest(json.dumps(sequence.request.tools or []).encode()),
             "reuse": sequence.reuse,
             **({"composition": list(sequence.notes)} if sequence.notes else {}),

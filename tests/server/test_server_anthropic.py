@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import anthropic
@@ -75,6 +76,20 @@ def test_the_header_that_changes_with_every_request_is_left_out(client) -> None:
     second = ask(client, "nonce", [user("Go.")], system=system("d3e4f"))
     whole = first.usage.input_tokens
     assert second.usage.cache_read_input_tokens >= whole - 1
+
+
+def test_a_breakpoint_keeps_the_agent_for_its_time(client, daemon) -> None:
+    def kept() -> float | None:
+        return daemon.http.get("/v1/agents/marked", params={"namespace": "anthropic-marked"}).json()[
+            "keep_until"
+        ]
+
+    system = [{"type": "text", "text": STORY, "cache_control": {"type": "ephemeral"}}]
+    ask(client, "marked", [user("Go.")], system=system, max_tokens=2)
+    assert kept() is None
+    system[0]["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+    ask(client, "marked", [user("Go.")], system=system, max_tokens=2)
+    assert kept() == pytest.approx(time.time() + 3600, abs=120)
 
 
 def test_stream_says_the_same(client) -> None:
