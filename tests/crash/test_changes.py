@@ -29,6 +29,7 @@ CHANGES: dict[str, Callable[[Path], Runtime]] = {
     "page size": lambda home: start(home, page_tokens=32),
     "format": lambda home: start(home, kv_format="q4-plain"),
     "weights": lambda home: opened(home, changed(weights="0" * 64)),
+    "model": lambda home: opened(home, dataclasses.replace(changed(weights="1" * 64), name="another")),
     "tokenizer": lambda home: opened(home, changed(tokenizer="0" * 64)),
     "chat template": lambda home: opened(home, changed(chat_template="0" * 64)),
 }
@@ -48,7 +49,8 @@ def test_words_outlive_a_change_and_state_waits_for_the_way_back(
     assert memory(reply)["state_before"] == "cold"
     assert memory(reply)["prefilled_tokens"] == reply.usage["prompt_tokens"]
     assert reply.usage["prompt_tokens"] == expected.prompts["bob"]
-    assert other.explain("bob")["reason"] == "fingerprint_changed"
+    renamed = other.model_name == "another"
+    assert other.explain("bob")["reason"] == ("model_changed" if renamed else "fingerprint_changed")
     turn(other, "bob", "and?")
     assert other.explain("bob")["reason"] == "extended"
     assert other.upkeep.verify(deep=True)["ok"]

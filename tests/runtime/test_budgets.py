@@ -157,6 +157,22 @@ def test_state_evicted_from_disk_stays_hot_until_room_is_needed(tmp_path: Path) 
     runtime.close()
 
 
+def test_state_that_is_to_be_kept_stays_until_its_time_is_over(tmp_path: Path) -> None:
+    runtime = open_runtime(tmp_path)
+    turn(runtime, "ada", "The lighthouse keeper counts the ships. " * 8, keep_s=3600.0)
+    runtime.prune(0.0)
+    runtime.close()
+    runtime = open_runtime(tmp_path)
+    assert cached(turn(runtime, "ada", "go on")) > 200
+    runtime.set_policy("ada", {"keep_until": time.time() - 1})
+    runtime.prune(0.0)
+    runtime.close()
+    runtime = open_runtime(tmp_path)
+    turn(runtime, "ada", "and on")
+    assert runtime.explain("ada")["reason"] == "expired"
+    runtime.close()
+
+
 def test_explain_says_that_state_had_left_the_disk(tmp_path: Path) -> None:
     runtime = open_runtime(tmp_path)
     fill(runtime, ["ada", "bob"])
