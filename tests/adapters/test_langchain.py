@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,6 @@ def reused(reply: AIMessage) -> float:
     assert usage is not None
     assert usage["input_token_details"]["cache_read"] == memory(reply)["exact_tokens"]
     return memory(reply)["exact_tokens"] / usage["input_tokens"]
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[AgentMemClient]:
-    with AgentMemClient(home=daemon.home) as client:
-        for info in client.agents():
-            client.forget(info["agent"])
-        yield client
 
 
 def test_two_agents_remember_over_a_restart(start: Start, tmp_path: Path) -> None:

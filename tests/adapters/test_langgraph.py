@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,6 @@ def delete(saver: AgentMemSaver, thread: str) -> None:
 
 def adelete(saver: AgentMemSaver, thread: str) -> None:
     asyncio.run(saver.adelete_thread(thread))
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[AgentMemClient]:
-    with AgentMemClient(home=daemon.home) as client:
-        for info in client.agents():
-            client.forget(info["agent"])
-        yield client
 
 
 @pytest.fixture

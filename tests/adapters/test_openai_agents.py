@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from tests.server.conftest import Daemon, Start
 pytestmark = pytest.mark.slow
 
 PROMPT = "You plan gardens, and say what is to be planted where. " * 20
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[AgentMemClient]:
-    with AgentMemClient(home=daemon.home) as client:
-        for info in client.agents():
-            client.forget(info["agent"])
-        yield client
 
 
 @pytest.fixture

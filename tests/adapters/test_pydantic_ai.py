@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ def reused(result: Any) -> float:
 
 def sessions(client: AgentMemClient) -> dict[str, list[str]]:
     return {info["agent"]: sorted(info["sessions"]) for info in client.agents()}
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[AgentMemClient]:
-    with AgentMemClient(home=daemon.home) as client:
-        for info in client.agents():
-            client.forget(info["agent"])
-        yield client
 
 
 def test_two_agents_remember_over_a_restart(start: Start, tmp_path: Path) -> None:
