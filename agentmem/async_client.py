@@ -253,6 +253,10 @@ class AsyncAgentMemClient:
         """Registered documents: their names and tokens."""
         return (await self._ask(Call("GET", "/v1/documents", query={"namespace": self.namespace})))["data"]
 
+    async def document(self, name: str) -> dict[str, Any]:
+        """A document's text. Raises NotFound."""
+        return await self._ask(named_call("GET", "documents", name, self.namespace))
+
     async def unregister_document(self, name: str) -> dict[str, Any]:
         """Raises NotFound."""
         return await self._ask(named_call("DELETE", "documents", name, self.namespace))

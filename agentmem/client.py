@@ -279,6 +279,10 @@ class AgentMemClient:
         """Registered documents: their names and tokens."""
         return self._ask(Call("GET", "/v1/documents", query={"namespace": self.namespace}))["data"]
 
+    def document(self, name: str) -> dict[str, Any]:
+        """A document's text. Raises NotFound."""
+        return self._ask(named_call("GET", "documents", name, self.namespace))
+
     def unregister_document(self, name: str) -> dict[str, Any]:
         """Raises NotFound."""
         return self._ask(named_call("DELETE", "documents", name, self.namespace))
