@@ -14,6 +14,9 @@ PATTERN: dict[str, Any] = {"pattern": f"^{NAME.pattern}$"}
 """What the schema says of names; `check_name` says it to those who did not read it."""
 
 
+TURN = r"^(last|[0-9]{1,9})$"
+
+
 def named_agent(agent: Annotated[str, Path(json_schema_extra=PATTERN)]) -> str:
     """The agent of the path. Raises BadRequest."""
     return check_name(agent)
@@ -103,9 +106,14 @@ def agents_router(service: Service) -> APIRouter:
         return runtime.append(request)
 
     @router.get("/{agent}/explain")
-    def explain_agent(agent: Agent, namespace: Namespace, session: Session) -> dict[str, Any]:
-        """Why the last turn was reused as far as it was."""
-        return runtime.explain(agent, session, namespace)
+    def explain_agent(
+        agent: Agent,
+        namespace: Namespace,
+        session: Session,
+        turn: Annotated[str, Query(pattern=TURN)] = "last",
+    ) -> dict[str, Any]:
+        """Why a turn was reused as far as it was: the last one, or the one of this number in its session."""
+        return runtime.explain(agent, session, namespace, None if turn == "last" else int(turn))
 
     @router.get("/{agent}/episodes")
     def agent_episodes(agent: Agent, namespace: Namespace, session: Session) -> dict[str, Any]:

@@ -167,8 +167,10 @@ class Roster:
         result = self._when_written(lambda: self._budget.prune(older, namespace, dry_run, done))
         return {**result, "bytes_freed": freed.result()}
 
-    def explain(self, name: str, session: str | None = None, namespace: str = "default") -> dict[str, Any]:
-        """Why the last turn was or was not reused. Raises NotFound."""
+    def explain(
+        self, name: str, session: str | None = None, namespace: str = "default", turn: int | None = None
+    ) -> dict[str, Any]:
+        """Why a turn, by default the last, was or was not reused. Raises NotFound."""
 
         def explain() -> dict[str, Any]:
             sessions = self._memory.find(namespace, name).spoken
@@ -176,10 +178,13 @@ class Roster:
                 [sessions[session]] if session in sessions else [] if session else list(sessions.values())
             )
             found = max(
-                ((t, s) for s in wanted for t in s.row.turns), key=lambda one: one[0].created, default=None
+                ((t, s) for s in wanted for t in s.row.turns if turn in (None, t.n)),
+                key=lambda one: one[0].created,
+                default=None,
             )
             if found is None:
-                raise NotFound(f"agent {name!r} has no turn in session {session!r}")
+                which = "turn" if turn is None else f"turn {turn}"
+                raise NotFound(f"agent {name!r} has no {which} in session {session!r}")
             return explained(name, found[0], found[1].row.turns)
 
         return self._call(explain)

@@ -25,8 +25,8 @@ def daemon(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> H
     return home
 
 
-def run(name: str) -> str:
-    command = ["sh"] if name.endswith(".sh") else [sys.executable]
+def run(name: str, python: str = sys.executable) -> str:
+    command = ["sh"] if name.endswith(".sh") else [python]
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     url = parse(invoke("status", "--json"))["url"]
     result = subprocess.run(
@@ -45,7 +45,7 @@ def test_every_example_has_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     for example in EXAMPLES.iterdir():
         if example.is_file():
-            assert f'run("{example.name}")' in source, f"{example.name} has no test"
+            assert f'run("{example.name}"' in source, f"{example.name} has no test"
 
 
 def test_openai_client_remembers_its_first_run(daemon: Home) -> None:
@@ -136,3 +136,42 @@ def test_curl_prints_a_reply_and_its_agent(daemon: Home) -> None:
     reply, agent = run("curl.sh").strip().splitlines()
     assert json.loads(reply)["choices"][0]["message"]["role"] == "assistant"
     assert json.loads(agent)["agent"] == "traveller"
+
+
+def apart(folder: Path, *packages: str) -> str:
+    """The Python of an environment that holds nothing but these packages."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, timeout=1200)
+    return python
+
+
+nightly = pytest.mark.skipif(
+    not os.environ.get("AGENTMEM_NIGHTLY"), reason="installs an environment of its own; set AGENTMEM_NIGHTLY"
+)
+
+
+def with_token(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTMEM_TOKEN", home.token.read_text().strip())
+
+
+@nightly
+@pytest.mark.slow
+def test_llamaindex_needs_no_adapter(daemon: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_token(daemon, monkeypatch)
+    python = apart(tmp_path / "env", "llama-index-llms-openai-like")
+    run("llamaindex_recipe.py", python=python)
+    turns = remembered(run("llamaindex_recipe.py", python=python))
+    assert len(turns) == 2
+    assert turns[0][0] == turns[0][1] - 1
+    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+
+
+@nightly
+@pytest.mark.slow
+def test_crewai_needs_no_adapter(daemon: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_token(daemon, monkeypatch)
+    run("crewai_recipe.py", python=apart(tmp_path / "env", "crewai"))
+    agents = {agent["agent"]: agent for agent in parse(invoke("agents", "--json"))["agents"]}
+    assert "garden" in agents["planner"]["sessions"]
+    assert "garden" in agents["critic"]["sessions"]

@@ -213,6 +213,11 @@ def test_explain_says_what_changed_where_and_what_that_cost(daemon) -> None:
         system | {"content": "You watch the sky.\nIt is 20:59 now."}, user("Something else."), tools=[CLOCK]
     )
     assert told["reason"] == "tools_changed"
+    where: dict[str, Any] = {"namespace": "tools-why"}
+    first = daemon.http.get("/v1/agents/why/explain", params=where | {"turn": 1}).json()
+    assert (first["turn"], first["reason"]) == (1, "new_session")
+    assert daemon.http.get("/v1/agents/why/explain", params=where | {"turn": 99}).status_code == 404
+    assert daemon.http.get("/v1/agents/why/explain", params=where | {"turn": "first"}).status_code == 400
 
 
 def test_state_is_kept_for_as_long_as_was_asked(daemon) -> None:
