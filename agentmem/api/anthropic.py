@@ -16,7 +16,7 @@ from agentmem.api.errors import ANTHROPIC, AnthropicErrorBody, body_of
 from agentmem.api.exchange import Exchange, Reply, Shown, answered, chat_request, first_event
 from agentmem.api.identity import resolve
 from agentmem.api.service import Service
-from agentmem.api.sse import TurnStream, event
+from agentmem.api.sse import STREAMED, TurnStream, event
 from agentmem.engine.request import Failed, Finished, Started
 from agentmem.errors import BadRequest
 from agentmem.model.calls import ArgumentsPart, CallPart, Part
@@ -34,7 +34,7 @@ REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 def anthropic_router(service: Service) -> APIRouter:
     router = APIRouter(responses=FAILURES)
 
-    @router.post(ANTHROPIC)
+    @router.post(ANTHROPIC, responses=STREAMED)
     async def create_message(request: Request, body: AnthropicBody) -> Response:
         """One turn. The messages are the whole conversation, or (`agentmem.history`: "server") follow it."""
         _check_model(service, body)

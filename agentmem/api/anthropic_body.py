@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 from agentmem.api.errors import invalid, unsupported
-from agentmem.api.fields import MAX_COUNT, MAX_STOPS, Body, SampledBody, StopText, Ttl
+from agentmem.api.fields import MAX_COUNT, MAX_STOPS, TTL, Body, SampledBody, StopText
 from agentmem.api.message import (
     Content,
     Find,
@@ -83,25 +92,26 @@ class PromptBody(SampledBody):
     tools: list[AnthropicTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
 
-    ttls: list[Ttl] = Field(default_factory=list, exclude=True)
+    _ttls: list[str] = PrivateAttr(default_factory=list)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _marked(cls, value: Any) -> Any:
+    def _marked(cls, value: Any, validate: ModelWrapValidatorHandler[PromptBody]) -> PromptBody:
         """Breakpoints may stand on the request, its system prompt, its tools and its blocks."""
-        if not isinstance(value, dict):
-            return value
-        messages = [m.get("content") for m in value.get("messages") or () if isinstance(m, dict)]
-        lists = [value.get("system"), value.get("tools"), *messages]
-        marked = [value, *(part for one in lists if isinstance(one, list) for part in one)]
-        controls = [
-            part["cache_control"] for part in marked if isinstance(part, dict) and part.get("cache_control")
-        ]
-        return {**value, "ttls": [c["ttl"] for c in controls if isinstance(c, dict) and c.get("ttl")]}
+        body = validate(value)
+        if isinstance(value, dict):
+            lists = [value.get("system"), value.get("tools"), *(m.get("content") for m in value["messages"])]
+            marked = [value, *(part for one in lists if isinstance(one, list) for part in one)]
+            controls = [part.get("cache_control") for part in marked if isinstance(part, dict)]
+            found = [c["ttl"] for c in controls if isinstance(c, dict) and c.get("ttl") is not None]
+            if any(not (isinstance(ttl, str) and TTL.fullmatch(ttl)) for ttl in found):
+                raise invalid("the ttl of a cache_control is a time like '5m' or '1h'")
+            body._ttls = found
+        return body
 
     @property
     def marked_ttls(self) -> list[str]:
-        return self.ttls
+        return self._ttls
 
     @property
     def opening(self) -> Any:

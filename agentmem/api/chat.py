@@ -16,7 +16,7 @@ from agentmem.api.errors import envelope
 from agentmem.api.exchange import Exchange, Reply, Shown, answered, chat_request, first_event
 from agentmem.api.identity import resolve
 from agentmem.api.service import Service
-from agentmem.api.sse import DONE, KEEP_ALIVE, TurnStream, event
+from agentmem.api.sse import DONE, KEEP_ALIVE, STREAMED, TurnStream, event
 from agentmem.engine.request import Failed, Finished, Logprobs, TokenLogprob
 from agentmem.model.calls import CallPart, Part, TextPart
 
@@ -24,7 +24,7 @@ from agentmem.model.calls import CallPart, Part, TextPart
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """One turn. Messages are the whole conversation, or (`agentmem.history`: "server") follow it."""
         service.check_model(body.model)

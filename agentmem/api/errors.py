@@ -180,12 +180,13 @@ def from_http(error: HTTPException) -> AgentMemError:
 
 def _methods(app: FastAPI, path: str) -> set[str]:
     """What may be asked of a path: each method is a route of its own, which knows of no other."""
-    return {
-        method.upper()
-        for template, operations in app.openapi()["paths"].items()
+    described = app.openapi()["paths"]
+    found = [described[path]] if path in described else [
+        operations
+        for template, operations in described.items()
         if re.fullmatch(re.sub(r"\{[^}]*\}", "[^/]+", template), path)
-        for method in operations
-    }
+    ]  # fmt: skip
+    return {method.upper() for operations in found for method in operations}
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -39,7 +40,8 @@ def as_list(value: Any) -> Any:
 
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-Ttl = Annotated[str, Field(pattern=r"^[0-9]{1,5}[smhd]$")]
+TTL = re.compile(r"^[0-9]{1,5}[smhd]$")
+Ttl = Annotated[str, Field(pattern=TTL.pattern)]
 Stops = Annotated[
     list[StopText] | None, BeforeValidator(as_list, json_schema_input_type=str | list[StopText] | None)
 ]

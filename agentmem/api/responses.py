@@ -18,7 +18,7 @@ from agentmem.api.kept import Items, Kept
 from agentmem.api.responses_body import ResponsesBody
 from agentmem.api.responses_stream import Writer, usage_fields
 from agentmem.api.service import Service
-from agentmem.api.sse import TurnStream
+from agentmem.api.sse import STREAMED, TurnStream
 from agentmem.engine.request import check_name
 from agentmem.errors import BadRequest, NotFound
 
@@ -94,7 +94,7 @@ def responses_router(service: Service) -> APIRouter:
     router = APIRouter()
     archive = service.archive
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=STREAMED)
     async def create_response(request: Request, body: ResponsesBody) -> Response:
         """One turn. It follows the response or the conversation that it names, or brings the whole conversation along."""
         service.check_model(body.model)

@@ -14,6 +14,8 @@ from agentmem.api.turn import Turn
 KEEP_ALIVE_S = 5.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the schema says of routes that answer whole or as a stream."""
 
 
 class TurnStream(StreamingResponse):

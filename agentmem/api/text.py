@@ -25,7 +25,7 @@ from agentmem.api.fields import MAX_COUNT, MAX_STOPS, SampledBody, Stops, Stream
 from agentmem.api.identity import Identity, resolve
 from agentmem.api.message import Text
 from agentmem.api.service import Service
-from agentmem.api.sse import DONE, KEEP_ALIVE, TurnStream, event
+from agentmem.api.sse import DONE, KEEP_ALIVE, STREAMED, TurnStream, event
 from agentmem.api.tools import Tools
 from agentmem.engine.request import MAX_CHOICES, ChatRequest, Failed, Finished, Logprobs
 from agentmem.model.calls import TextPart
@@ -76,7 +76,7 @@ class TextBody(SampledBody):
 def text_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=STREAMED)
     async def completions(request: Request, body: TextBody) -> Response:
         """Replies to each prompt. Further prompts are sessions of their own, by the name of the first with a number."""
         service.check_model(body.model)

@@ -83,9 +83,11 @@ class ChatTokenizer:
 
         Raises BadRequest where the template refuses the messages.
         """
-        written = self.tools.written(messages, tools)
         try:
+            written = self.tools.written(messages, tools)
             return self._template(written, tools if self.tools.native else None, generation=generation)
+        except BadRequest:
+            raise
         except Exception as error:  # a template is a program of its own
             message = f"The model's chat template refuses these messages: {error}"
             raise BadRequest(message, param="messages") from error

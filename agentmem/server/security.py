@@ -149,7 +149,7 @@ class Bodies:
         self.upload_limit = int(settings.max_import)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in WITH_BODY:
+        if scope["type"] != "http" or scope["method"] not in WITH_BODY or _is_no_route(scope):
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -204,6 +204,11 @@ class Bodies:
             await refuse(error, scope, receive, send)
         else:
             await self.app(scope, counted, send)
+
+
+def _is_no_route(scope: Scope) -> bool:
+    """An import is only ever posted: what else is asked of its path is refused for its method, whatever it brings."""
+    return scope["path"] == UPLOAD and scope["method"] in ("PUT", "PATCH")
 
 
 def _check_head(headers: Headers, limit: int, wanted: str) -> None:

@@ -102,7 +102,7 @@ def test_openai_agents_hand_over_and_remember(daemon: Home) -> None:
     assert first[0] == first[1] - 1
     assert len(later) == 2
     assert all(cached > 0 for cached, _ in later)
-    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+    assert "garden" in parse(invoke("show", "critic", "--json"))["agent"]["sessions"]
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_agents_of_the_agent_framework_remember(daemon: Home) -> None:
     assert first[0] == first[1] - 1
     assert len(later) == 2
     assert all(cached > 0 for cached, _ in later)
-    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+    assert "garden" in parse(invoke("show", "critic", "--json"))["agent"]["sessions"]
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_smolagents_need_no_adapter(daemon: Home) -> None:
     turns = remembered(run("smolagents_recipe.py"))
     assert len(turns) == 2
     assert turns[0][0] == turns[0][1] - 1
-    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+    assert "garden" in parse(invoke("show", "critic", "--json"))["agent"]["sessions"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script")
@@ -164,7 +164,7 @@ def test_llamaindex_needs_no_adapter(daemon: Home, tmp_path: Path, monkeypatch: 
     turns = remembered(run("llamaindex_recipe.py", python=python))
     assert len(turns) == 2
     assert turns[0][0] == turns[0][1] - 1
-    assert parse(invoke("show", "critic", "--json"))["agent"]["sessions"] == ["garden"]
+    assert "garden" in parse(invoke("show", "critic", "--json"))["agent"]["sessions"]
 
 
 @nightly

@@ -125,7 +125,7 @@ def test_template_is_rendered_with_and_without_the_head_of_a_reply(embedded: Loa
 
 @pytest.mark.parametrize(
     "messages",
-    [[{"role": "user"}], [{"role": "user", "content": None}], [{"role": "user", "content": ["part"]}], [7]],
+    [[{"content": "x"}], [{"role": "user", "content": 7}], [{"role": "user", "content": ["part"]}], [7]],
 )
 def test_messages_that_the_template_cannot_take_are_a_bad_request(
     embedded: LoadedModel, messages: Any

@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ from agentmem.local_socket import bind_socket, is_own_socket, socket_path
 def through(path: Path | str, **options: Any) -> httpx.Client:
     transport = httpx.HTTPTransport(uds=str(path))
     return httpx.Client(transport=transport, base_url="http://localhost", timeout=60, **options)
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's name, wherever the tests have theirs."""
+    with tempfile.TemporaryDirectory(prefix="am-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 def test_record_names_a_socket_of_the_owner_alone(daemon, record) -> None:
@@ -75,8 +84,8 @@ def test_an_address_that_is_named_is_taken(daemon) -> None:
 
 
 @pytest.mark.slow
-def test_a_socket_that_a_killed_daemon_left_is_replaced(start, tmp_path: Path) -> None:
-    home = tmp_path / "home"
+def test_a_socket_that_a_killed_daemon_left_is_replaced(start, short: Path) -> None:
+    home = short / "home"
     path = home / "agentmem.sock"
     start(home).stop(signal.SIGKILL)
     left = path.lstat().st_ino, path.lstat().st_mtime_ns
@@ -117,11 +126,11 @@ def test_a_long_path_gets_a_short_private_one(deep: Home, runtime_folder: Path) 
 def test_a_folder_that_others_enter_gets_no_socket(
     deep: Home,
     runtime_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    short: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runtime_folder.chmod(0o755)
-    temporary = tmp_path_factory.mktemp("tmp")
+    temporary = short
     (temporary / f"agentmem-{os.getuid()}").mkdir(mode=0o700)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     assert (found := socket_path(deep)) is not None
@@ -131,12 +140,12 @@ def test_a_folder_that_others_enter_gets_no_socket(
     assert bind_socket(deep.prepare()) is None
 
 
-def test_a_file_in_the_place_of_the_socket_stays(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home").prepare()
+def test_a_file_in_the_place_of_the_socket_stays(short: Path) -> None:
+    home = Home(short / "home").prepare()
     home.socket.write_text("mine")
     assert bind_socket(home) is None
     assert home.socket.read_text() == "mine"
     home.socket.unlink()
-    home.socket.symlink_to(tmp_path / "elsewhere")
+    home.socket.symlink_to(short / "elsewhere")
     assert bind_socket(home) is None
-    assert not (tmp_path / "elsewhere").exists()
+    assert not (short / "elsewhere").exists()

@@ -62,11 +62,11 @@ def test_a_call_that_must_be_is_one_of_the_schema(daemon) -> None:
     assert set(arguments) == {"city", "days"}
 
 
-def test_any_tool_may_be_the_one_that_must_be_called(daemon) -> None:
+def test_any_tool_may_be_the_one_that_must_be_called(tiny_daemon) -> None:
     names = set()
     for seed in range(4):
         reply = ask(
-            daemon,
+            tiny_daemon,
             "any",
             [user(ASKED)],
             tools=[WEATHER, CLOCK],
@@ -79,11 +79,11 @@ def test_any_tool_may_be_the_one_that_must_be_called(daemon) -> None:
     assert names
 
 
-def test_several_calls_come_where_several_are_asked_for(daemon) -> None:
+def test_several_calls_come_where_several_are_asked_for(tiny_daemon) -> None:
     counts = set()
     for seed, parallel in ((1, True), (2, True), (3, True), (1, False), (2, False)):
         reply = ask(
-            daemon, f"several-calls-{seed}-{parallel}", [user(ASKED)], tools=[CLOCK], tool_choice="required",
+            tiny_daemon, f"several-calls-{seed}-{parallel}", [user(ASKED)], tools=[CLOCK], tool_choice="required",
             parallel_tool_calls=parallel, temperature=1, seed=seed, max_tokens=300,
         )  # fmt: skip
         counts.add((parallel, len(reply.choices[0].message.tool_calls)))
