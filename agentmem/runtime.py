@@ -26,6 +26,7 @@ from agentmem.compose.library import Library
 from agentmem.engine.admission import Admission, device_bytes, model_size
 from agentmem.engine.budget import Budget, Limits
 from agentmem.engine.census import Census
+from agentmem.engine.checkpoints import Checkpoints
 from agentmem.engine.composing import Composing
 from agentmem.engine.compositions import Compositions
 from agentmem.engine.embedding import Embedding
@@ -33,11 +34,12 @@ from agentmem.engine.encoders import Encoders
 from agentmem.engine.engine import Engine
 from agentmem.engine.episodes import Episodes
 from agentmem.engine.folds import Folds
-from agentmem.engine.layout import layout
+from agentmem.engine.layout import BLANK, Layout, layout
 from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
 from agentmem.engine.pace import Pace
 from agentmem.engine.planner import Planner
+from agentmem.engine.proof import prove
 from agentmem.engine.recall import Recall
 from agentmem.engine.request import ChatRequest, Event, Failed, Finished, Ticket
 from agentmem.engine.roster import Roster
@@ -66,13 +68,10 @@ SWITCH_SECONDS = 5e-4
 """How long the engine may wait for a thread that copies rows; Python's own 5 ms is several decode steps."""
 
 
-def fingerprint(
-    identity: dict[str, str], format: KVFormat, geometry: Geometry, calibration: str | None = None
-) -> str:
-    """SHA-256 over everything that decides what a stored row means: model, tokenizer, template, format, page size, version.
-
-    `calibration` is the digest of the values that keys are corrected by, for formats that have some.
-    """
+def fingerprint(identity: dict[str, str], format: KVFormat, plan: Layout) -> str:
+    """SHA-256 over everything that decides what a stored row means: model, tokenizer, template, format, what keys are corrected
+    by, kinds of layers, page size, version."""
+    geometry = plan.geometry
     parts = {
         "model": identity,
         "format": format.identity(),
@@ -84,8 +83,10 @@ def fingerprint(
         "page_tokens": geometry.page_tokens,
         "version": FORMAT_VERSION,
     }
-    if calibration is not None:
-        parts["calibration"] = calibration
+    if plan.calibration is not None:
+        parts["calibration"] = plan.calibration
+    if plan.kinds:
+        parts["kinds"] = plan.kinds
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -171,14 +172,16 @@ class Runtime(Roster):
             plan = layout(
                 model, settings.kv_format, settings.page_tokens, settings.paths.calibration, self._progress
             )
+            if not plan.anatomy.plain:
+                prove(model, plan)
             format = kv_format(settings.kv_format)
-            self._fingerprint = fingerprint(model.identity, format, plan.geometry, plan.calibration)
+            self._fingerprint = fingerprint(model.identity, format, plan)
             self._pool = Pool(plan.geometry, int(settings.ram_budget), self._fingerprint)
         except ValueError as error:
             raise ModelUnavailable(str(error)) from error
-        self._self_test = self_tests(plan.codecs, plan.query_heads, plan.dtype)
-        fused = self._self_test["fused"]["ok"]
-        runner = Runner(model, plan.query_heads, fused)
+        self._self_test = self_tests(plan.codecs or [BLANK], plan.query_heads, plan.dtype)
+        fused = self._self_test["fused"]["ok"] and plan.attends
+        runner = Runner(model, plan.anatomy, fused)
         self._admission = Admission(
             model_size(model.model, plan.geometry, plan.query_heads, plan.dtype), plan.geometry, self._pool.capacity_bytes,
             settings.memory_bytes(device_bytes()), chunk_tokens=settings.chunk_tokens, fused=fused,
@@ -196,6 +199,8 @@ class Runtime(Roster):
         self._memory = Memory(self._store, self._pool, model.tokenizer, settings.encrypt)
         self._memory.load()
         recall = Recall(self._pool, self._store)
+        carried, plain = plan.baggage, plan.anatomy.plain
+        checkpoints = Checkpoints(self._memory, self._pool, carried) if carried is not None else None
         encoders = Encoders(settings.episode_encoder, settings.paths.models, lambda: self._engine.wake())
         folds = Folds(self._memory, self._pool, recall, runner.network, model.tokenizer, encoders)
         episodes = Episodes(self._pool, folds, encoders)
@@ -208,6 +213,8 @@ class Runtime(Roster):
             max_context=self.max_context,
             max_reply=settings.max_reply,
             model=model.name,
+            plain=plain,
+            checkpoints=checkpoints,
         )
         scheduler: Scheduler[Sequence] = Scheduler(
             Pace(), itl_target_ms=settings.itl_target_ms, chunk_tokens=settings.chunk_tokens
@@ -219,7 +226,7 @@ class Runtime(Roster):
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, recall, planner, chosen(self._self_test),
             scheduler, lobby, self._composing(model, runner), episodes, max_batch=settings.max_batch,
-            wait_for_commit=settings.commit == "full",
+            wait_for_commit=settings.commit == "full", plain=plain, checkpoints=checkpoints,
         )  # fmt: skip
         self._census = Census(
             self._memory, self._pool, self._store, self.model_name, lambda: self._engine.pace.rate

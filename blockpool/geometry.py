@@ -15,12 +15,16 @@ WORD = 4
 class Geometry:
     """One slot holds `page_tokens` packed rows of every layer, or `raw_per_slot` raw rows of every layer.
 
-    `key_maps`, one a layer, say how keys are changed before they become rows; by default as the formats say.
+    `key_maps`, one a layer, say how keys are changed before they become rows; by default as the formats say. `latent` layers
+    are those that read keys and values whole, in the model's own terms. `carried_words` is what a checkpoint of the layers
+    without rows takes, at most.
     """
 
     codecs: tuple[RowCodec, ...]
     page_tokens: int
     key_maps: tuple[KeyMap, ...] = field(default=(), compare=False)
+    carried_words: int = 0
+    latent: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.key_maps:
@@ -68,6 +72,16 @@ class Geometry:
         return -(-rows // self.raw_per_slot) if raw else 1
 
     def worst_slots(self, tokens: int) -> int:
-        """Slots that `tokens` tokens can occupy at most: raw first page, packed pages, raw tail, one page cut short."""
+        """Slots that `tokens` tokens can occupy at most: raw first page, packed pages, raw tail, one page cut short;
+        with the checkpoint that they start from, and the one that they end with."""
         pages = -(-tokens // self.page_tokens)
-        return pages + 1 + 2 * self.slots_for(True, self.page_tokens)
+        return (
+            pages
+            + 1
+            + 2 * self.slots_for(True, self.page_tokens)
+            + 2 * self.checkpoint_slots(self.carried_words)
+        )
+
+    def checkpoint_slots(self, words: int) -> int:
+        """Slots that a checkpoint of so many words occupies."""
+        return -(-WORD * words // self.slot_bytes)

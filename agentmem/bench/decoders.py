@@ -58,7 +58,7 @@ class Format:
         self.path = chosen(tested)
         self.fused = bool(tested["fused"]["ok"])
         self.query_heads, self.dtype = plan.query_heads, plan.dtype
-        self.runner = Runner(model, plan.query_heads, self.fused)
+        self.runner = Runner(model, plan.anatomy, self.fused)
 
 
 class Paged:

@@ -18,6 +18,7 @@ from agentmem.bench.toll import Toll
 from agentmem.bench.turns import finished_turn
 from agentmem.engine.request import Finished
 from agentmem.model import seam
+from agentmem.model.anatomy import anatomy
 from agentmem.model.loaded import LoadedModel
 from agentmem.quant.device import backend
 from agentmem.runtime import Runtime
@@ -65,8 +66,7 @@ class RestoreBench:
         mx.eval(model.model.parameters())
 
     def open(self, home: Path, tokens: int) -> Runtime:
-        shapes, _, _ = seam.probe(self.model.model)
-        row = sum(s.heads * (s.key_dim + s.value_dim) * 2 for s in shapes)
+        row = sum(s.heads * (s.key_dim + s.value_dim) * 2 for s in anatomy(self.model.model).shapes)
         budget = max(64 << 20, int(1.5 * row * (0.3 * tokens + 400)))
         return Runtime.open(
             Settings(home=home, ram_budget=ByteSize(budget), chunk_tokens=self.chunk), lambda: self.model

@@ -9,11 +9,12 @@ import numpy as np
 
 from agentmem.engine.seal import seal
 from agentmem.engine.table import Table
-from agentmem.engine.views import History, LayerCache, LayerRows
+from agentmem.engine.views import History, LayerCache, LayerRows, whole_rows
 from agentmem.quant.device import on_device
 from agentmem.quant.kernels.decode import flash_decode
 from agentmem.quant.kernels.plan import Batch
 from agentmem.quant.keymap import KeyMap
+from agentmem.quant.rows import RowCodec
 
 Failures = dict[int, Exception]
 PLAIN = KeyMap()
@@ -43,13 +44,20 @@ class DecodeStep:
     def __init__(self, tables: list[Table], query_heads: int, plans: Plans | None) -> None:
         self.tables, self.pool = tables, tables[0].pool
         self.plan = plans.plan(tables, query_heads) if plans is not None else None
-        self._histories = [History(t) for t in tables] if self.plan is None else []
+        self._histories = (
+            [History(t) for t in tables] if self.plan is None or self.pool.geometry.latent else []
+        )
 
-    def views(self) -> list[BatchView]:
-        """One view per layer."""
-        lengths = [len(t) for t in self.tables]
+    def views(self) -> list[BatchView | BatchLatentView]:
+        """One view for each layer with rows."""
+        lengths, g = [len(t) for t in self.tables], self.pool.geometry
         offset = lengths[0] if len(lengths) == 1 else on_device(np.array(lengths, np.int32))
-        return [BatchView(self, layer, offset) for layer in range(self.pool.geometry.layers)]
+        return [
+            BatchLatentView(g.codecs[layer], [LayerRows(h, layer) for h in self._histories], offset)
+            if layer in g.latent
+            else BatchView(self, layer, offset)
+            for layer in range(g.layers)
+        ]
 
     def outer_map(self, layer: int) -> KeyMap:
         """What queries and keys of the model go through before `attend`: nothing, where the kernel does it."""
@@ -111,6 +119,47 @@ class BatchView(LayerCache):
     ) -> mx.array:
         out, self._rows = self._step.attend(self._layer, queries, keys, values, scale, sinks)
         return out
+
+    def rows(self) -> mx.array:
+        """The tokens' rows, 16-bit: uint32 [B, raw_words]. Precondition: the model ran."""
+        assert self._rows is not None
+        return self._rows
+
+
+class BatchLatentView:
+    """The cache of a layer that reads keys and values whole, for one decode step: shorter histories have zeros before them."""
+
+    def __init__(self, codec: RowCodec, stored: list[LayerRows], offset: int | mx.array) -> None:
+        self.offset = offset
+        self._codec, self._stored = codec, stored
+        self._kept = [s.packed + s.raw + s.tail.shape[0] for s in stored]
+        self._rows: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """keys, values [B, heads, 1, dim] of the step -> [B, heads, S, dim], those of the step last."""
+        self._rows = mx.concatenate([self._codec.raw(k, v) for k, v in zip(keys, values, strict=True)])
+        wholes = [whole_rows(self._codec, s, keys.dtype) for s in self._stored]
+        return (
+            mx.stack([self._whole(k, one) for (k, _), one in zip(wholes, keys, strict=True)]),
+            mx.stack([self._whole(v, one) for (_, v), one in zip(wholes, values, strict=True)]),
+        )
+
+    def _whole(self, parts: list[mx.array], own: mx.array) -> mx.array:
+        """[heads, S, dim]"""
+        gap = max(self._kept) - sum(p.shape[1] for p in parts)
+        return mx.concatenate([mx.zeros((own.shape[0], gap, own.shape[2]), own.dtype), *parts, own], axis=1)
+
+    def make_mask(
+        self, n: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | None:
+        """bool [B, 1, 1, S]: all but what stands before shorter histories; None where there are none."""
+        assert n == 1
+        assert window_size is None
+        most = max(self._kept)
+        if min(self._kept) == most:
+            return None
+        gaps = np.array([[most - kept] for kept in self._kept])
+        return on_device((np.arange(most + 1)[None] >= gaps)[:, None, None])
 
     def rows(self) -> mx.array:
         """The tokens' rows, 16-bit: uint32 [B, raw_words]. Precondition: the model ran."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
 
+from agentmem.model.anatomy import Anatomy, probes
 from agentmem.model.calibration_file import CalibrationFile
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.progress import Progress, silent
@@ -23,21 +25,25 @@ SINK = 16
 
 
 def calibration(
-    model: LoadedModel, codecs: Sequence[RowCodec], folder: Path | None, progress: Progress = silent
+    model: LoadedModel,
+    found: Anatomy,
+    codecs: Sequence[RowCodec],
+    folder: Path | None,
+    progress: Progress = silent,
 ) -> Calibration:
-    """The model's calibration for these codecs, from its file in `folder` or made and kept there; None keeps nothing.
+    """The model's calibration, from its file in `folder` or made and kept there; None keeps nothing.
 
-    Precondition: `seam.install` has seen the model.
+    `codecs` are those of the layers in which we attend. Precondition: `seam.install` has seen the model.
     """
     if folder is None:
-        return calibrated(model, codecs)
+        return calibrated(model, found, codecs)
     shapes = [codec.shape for codec in codecs]
     packing = [[str(codec.shape), str(codec.format.keys), str(codec.stored)] for codec in codecs]
     file = CalibrationFile(folder, model.identity, [str(model.dtype), packing])
     kept = file.read(shapes)
     if kept is None:
         progress("calibrating the KV format", None)
-        kept = calibrated(model, codecs)
+        kept = calibrated(model, found, codecs)
         file.write(kept)
     return kept
 
@@ -53,22 +59,23 @@ class Observed:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
-    def make_mask(self, n: int, **_: Any) -> str:
-        return "causal"
+    def make_mask(self, n: int, return_array: bool = False, **_: Any) -> mx.array | str:
+        return create_causal_mask(n) if return_array else "causal"
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any,
         sinks: mx.array | None,
     ) -> mx.array:  # fmt: skip
         self.queries, self.keys, self.values, self.scale = queries, keys, values, scale
+        mask = mask if isinstance(mask, mx.array) else "causal"
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask="causal", sinks=sinks
+            queries, keys, values, scale=scale, mask=mask, sinks=sinks
         )
 
 
-def calibrated(model: LoadedModel, codecs: Sequence[RowCodec]) -> Calibration:
+def calibrated(model: LoadedModel, found: Anatomy, codecs: Sequence[RowCodec]) -> Calibration:
     """Read the text and measure; takes as long as a prompt of `TOKENS` tokens."""
-    pieces = [_observe(model, ids, at, len(codecs)) for ids, at in _pieces(model)]
+    pieces = [_observe(model, found, ids, at) for ids, at in _pieces(model)]
     layers: list[Correction] = []
     for codec, *seen in zip(codecs, *pieces, strict=True):
         assert codec.format.keys is not None
@@ -91,9 +98,14 @@ def _pieces(model: LoadedModel) -> list[tuple[list[int], int]]:
     return [(ids[i * n : (i + 1) * n], min(at, last)) for i, at in enumerate(POSITIONS)]
 
 
-def _observe(model: LoadedModel, ids: list[int], offset: int, layers: int) -> list[Observed]:
+def _observe(model: LoadedModel, found: Anatomy, ids: list[int], offset: int) -> list[Observed]:
     """One pass over `ids`, of which nothing but queries and keys is computed."""
-    seen = [Observed(offset) for _ in range(layers)]
-    model.model(mx.array([ids]), cache=seen)
-    mx.eval([(s.queries, s.keys) for s in seen])
-    return seen
+    caches, seen = probes(model.model, lambda: Observed(offset))
+    model.model(mx.array([ids]), cache=caches)
+    attending = [
+        s
+        for s, p in zip(seen, (p for p in found.parts if p.kind != "recurrent"), strict=True)
+        if p.kind != "latent"
+    ]
+    mx.eval([(s.queries, s.keys) for s in attending])
+    return attending

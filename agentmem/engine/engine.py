@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.engine.carry import Carry
+from agentmem.engine.checkpoints import Checkpoints
 from agentmem.engine.composing import Composing
 from agentmem.engine.draw import Chosen
 from agentmem.engine.episodes import Episodes
@@ -49,8 +51,9 @@ class Engine:
     def __init__(
         self, runner: Runner, memory: Memory, pool: Pool, store: Store, recall: Recall, planner: Planner, path: Path,
         scheduler: Scheduler[Sequence], lobby: Lobby, composing: Composing, episodes: Episodes, *,
-        max_batch: int, wait_for_commit: bool,
+        max_batch: int, wait_for_commit: bool, plain: bool = True, checkpoints: Checkpoints | None = None,
     ) -> None:  # fmt: skip
+        self.plain, self.checkpoints = plain, checkpoints
         self.runner, self.model = runner, runner.model
         self.memory, self.pool, self.store, self.planner = memory, pool, store, planner
         self.recall = recall
@@ -238,6 +241,10 @@ class Engine:
         table.load(past.newer, sequence.reused - (past.shown.tokens if past.shown is not None else 0))
         table.stream = stream
         sequence.table = table
+        if self.checkpoints is not None:
+            table.carry = Carry(self.checkpoints.baggage)
+            if past.checkpoint is not None:
+                self.checkpoints.load(past.checkpoint, table.carry)
         self.planner.unpin(sequence)
         self.composing.plan(sequence)
         sequence.phase = "prefill"
@@ -323,7 +330,7 @@ class Engine:
         assert sequence.agent is not None
         assert sequence.session is not None
         self.composing.gather(sequence)
-        fed = len(table)
+        fed, carry = len(table), table.carry
         try:
             root = self.pool.tree(sequence.agent.row.space).root
             last = exact.settle(root)
@@ -341,8 +348,9 @@ class Engine:
         if sequence in self.active:
             self.active.remove(sequence)
 
-        agent = sequence.agent
-        self.folds.due(agent, sequence.session)
+        agent, session = sequence.agent, sequence.session
+        if self.plain:
+            self.folds.due(agent, session)
 
         def committed(written: int, error: Exception | None) -> None:
             self._report(sequence, written, error is None and agent.persist)
@@ -352,6 +360,8 @@ class Engine:
         else:
             self.memory.finish(sequence.agent, sequence.session, turn, head, lambda *_: None)
             self._report(sequence, 0, False)
+        if carry is not None and self.checkpoints is not None and head is not None:
+            self.checkpoints.keep(agent, session, head, carry)
 
     def _report(self, sequence: Sequence, written: int, committed: bool) -> None:
         sequence.reported = True

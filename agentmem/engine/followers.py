@@ -66,6 +66,8 @@ class Followers:
 
 
 def _follows(sequence: Sequence) -> bool:
-    """One that is composed, or whose past is shortened, goes its own way, and so does one that is to use nothing remembered."""
-    approximate = sequence.table is not None and sequence.table.approximate
-    return sequence.course is None and sequence.reuse != "off" and not approximate
+    """One that is composed, or whose past is shortened, goes its own way, and so does one that is to use nothing remembered,
+    or that carries state along: no other has passed the place where they part with it at hand."""
+    table = sequence.table
+    apart = table is not None and (table.approximate or table.carry is not None)
+    return sequence.course is None and sequence.reuse != "off" and not apart

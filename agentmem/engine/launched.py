@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from agentmem.engine.batch import DecodeStep, Failures
+from agentmem.engine.batch import Failures
 from agentmem.engine.draw import Chosen, Draw
+from agentmem.engine.feed import Fed
 from agentmem.engine.sequence import Sequence
 
 Outcome = tuple[Sequence, list[Chosen] | Exception]
@@ -16,18 +17,17 @@ Outcome = tuple[Sequence, list[Chosen] | Exception]
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """`lengths` of the sequences' tables before it; `rows` of every layer; `drawn` are those whose next tokens `draw` chooses."""
+    """`lengths` of the sequences' tables before it; what they were `fed`; `drawn` are those whose next tokens `draw` chooses."""
 
     sequences: list[Sequence]
     lengths: list[int]
-    step: DecodeStep
-    rows: list[mx.array]
+    fed: Fed
     drawn: list[Sequence]
     draw: Draw | None
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [*self.rows, *(self.draw.arrays if self.draw is not None else [])]
+        return [*self.fed.arrays, *(self.draw.arrays if self.draw is not None else [])]
 
     def still(self, sequences: list[Sequence]) -> list[int]:
         """Which of its sequences are among `sequences`, as they were when it was launched."""
@@ -43,7 +43,7 @@ class Launched:
     def apply(self, kept: list[int]) -> Failures:
         """Give the tables of `kept` their rows; see `DecodeStep.apply`."""
         tokens = [s.last for i in kept if (s := self.sequences[i]).last is not None]
-        return self.step.apply(self.rows, tokens, kept)
+        return self.fed.apply(tokens, kept)
 
     def read(self, kept: list[int], failures: Failures, piece: Callable[[int], bytes]) -> list[Outcome]:
         """The tokens of `kept`, once they are there."""

@@ -1,4 +1,6 @@
-"""How the state of a model is laid out: the codec and the key map of every layer, as a format asks for them."""
+"""How the state of a model is laid out: which layers have rows in pages and which are carried along, and the codec and the key
+map of each, as a format asks for them.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache
 
 from agentmem.blockpool.geometry import Geometry
 from agentmem.engine.calibrate import calibration
+from agentmem.engine.carry import Baggage
+from agentmem.engine.windows import WindowLayer
 from agentmem.model import seam
+from agentmem.model.anatomy import Anatomy, Part, anatomy, flattened, probes
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.products import join_rows
 from agentmem.model.progress import Progress, silent
+from agentmem.model.recurrent import RecurrentLayer, recurrent_shapes
 from agentmem.quant.calibration import wide_format
-from agentmem.quant.format import kv_format, stored_dtype
-from agentmem.quant.keymap import CalibratedMap
+from agentmem.quant.format import Code, KVFormat, LayerShape, kv_format, stored_dtype
+from agentmem.quant.keymap import CalibratedMap, KeyMap
 from agentmem.quant.rows import RowCodec
+
+BLANK = RowCodec(LayerShape(1, 64, 64), KVFormat("fp16", None, None), mx.float16)
+"""Rows of the tokens of a model that keeps none: something must lie in its pages."""
+BLANK_PAGES = 8
+"""Pages of such a model are so many times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +39,23 @@ class Layout:
     query_heads: int
     dtype: mx.Dtype
     calibration: str | None
+    anatomy: Anatomy
+    baggage: Baggage | None = None
 
     @property
     def codecs(self) -> list[RowCodec]:
-        """The different codecs of the layers."""
-        return list(dict.fromkeys(self.geometry.codecs))
+        """The different codecs of the layers that have rows."""
+        return list(dict.fromkeys(self.geometry.codecs)) if self.anatomy.paged else []
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layers that have rows leave attention to us."""
+        return bool(self.anatomy.paged) and not self.geometry.latent
+
+    @property
+    def kinds(self) -> list[list[object]]:
+        """What the fingerprint says of layers that are not plain attention."""
+        return [] if self.anatomy.plain else [[p.kind, p.window, p.arrays] for p in self.anatomy.parts]
 
 
 def layout(
@@ -47,15 +71,61 @@ def layout(
     """
     seam.install(model.model)
     join_rows(model.model)
-    shapes, query_heads, dtype = seam.probe(model.model)
+    found = anatomy(model.model)
     format = kv_format(format_name)
-    codecs = [RowCodec(s, format.for_shape(s), stored_dtype(dtype)) for s in shapes]
-    if not format.calibrated:
-        return Layout(Geometry(tuple(codecs), page_tokens), query_heads, dtype, None)
-    values = calibration(model, codecs, folder, progress)
-    codecs = [
-        replace(codec, format=wide_format(codec.format)) if layer.wide else codec
-        for codec, layer in zip(codecs, values.layers, strict=True)
-    ]
-    maps = tuple(CalibratedMap(layer.mean, layer.scale, dtype) for layer in values.layers)
-    return Layout(Geometry(tuple(codecs), page_tokens, maps), query_heads, dtype, values.digest)
+    attending = [p for p in found.parts if p.kind != "recurrent"]
+    codecs = [RowCodec(p.shape, _format(format, p), stored_dtype(found.dtype)) for p in attending]
+    maps: list[KeyMap] = [KeyMap(c.format.rotation) for c in codecs]
+    digest = None
+    if format.calibrated and attending:
+        mapped = [p.kind != "latent" for p in attending]
+        values = calibration(
+            model, found, [c for c, m in zip(codecs, mapped, strict=True) if m], folder, progress
+        )
+        layers = iter(values.layers)
+        for i in (i for i, m in enumerate(mapped) if m):
+            layer = next(layers)
+            maps[i] = CalibratedMap(layer.mean, layer.scale, found.dtype)
+            if layer.wide:
+                codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format))
+        digest = values.digest
+    paged = [i for i, p in enumerate(attending) if not p.carried]
+    blank = not paged
+    page_tokens *= BLANK_PAGES if blank else 1
+    carried = _baggage(model, found, page_tokens, codecs, maps) if found.carried else None
+    geometry = Geometry(
+        (BLANK,) if blank else tuple(codecs[i] for i in paged), page_tokens,
+        (KeyMap(),) if blank else tuple(maps[i] for i in paged),
+        carried_words=carried.most_words() if carried is not None else 0,
+        latent=frozenset(i for i, p in enumerate(found.paged) if p.kind == "latent"),
+    )  # fmt: skip
+    return Layout(geometry, found.query_heads, found.dtype, digest, found, carried)
+
+
+def _format(format: KVFormat, part: Part) -> KVFormat:
+    """The format of one layer. What a latent layer stores is read whole, in the model's own terms: nothing is turned, and the
+    rotary key, which is small, gets 8 bits."""
+    fitted = format.for_shape(part.shape)
+    if part.kind != "latent" or fitted.keys is None or fitted.values is None:
+        return fitted
+    values = Code(max(8, fitted.values.bits), fitted.values.group)
+    return KVFormat(fitted.name, fitted.keys, values, "none", fitted.raw_first_page)
+
+
+def _baggage(
+    model: LoadedModel, found: Anatomy, page_tokens: int, codecs: list[RowCodec], maps: list[KeyMap]
+) -> Baggage:
+    """The carried layers. Recurrent ones are looked at after a token."""
+    caches, _ = probes(model.model)
+    mx.eval(model.model(mx.array([[0]]), cache=caches))
+    arrays = iter(recurrent_shapes([c for c in flattened(caches) if isinstance(c, ArraysCache)]))
+    attending = iter(zip(codecs, maps, strict=True))
+    layers: list[WindowLayer | RecurrentLayer] = []
+    for part in found.parts:
+        if part.kind == "recurrent":
+            layers.append(RecurrentLayer(next(arrays)))
+            continue
+        codec, key_map = next(attending)
+        if part.kind == "window":
+            layers.append(WindowLayer(codec, key_map, part.window, page_tokens))
+    return Baggage(tuple(layers), page_tokens)

@@ -77,7 +77,7 @@ class Passes:
         """A pass over chunks of prompts; when it fails, over each alone."""
         if not chunks:
             return []
-        if len(chunks) > 1 and not self.runner.batches:
+        if len(chunks) > 1 and not self.runner.packs:
             return [outcome for chunk in chunks for outcome in self._prefill([chunk])]
         sequences, start = [s for s, _ in chunks], time.perf_counter()
         parts = [(len(tokens), s.history) for s, tokens in chunks]

@@ -13,15 +13,16 @@ from agentmem.blockpool.index import TurnRow
 from agentmem.blockpool.pool import Pool
 from agentmem.compose.reuse import Reuse
 from agentmem.engine.admission import Admission
+from agentmem.engine.checkpoints import Checkpoints, stops
 from agentmem.engine.conversation import Alignment, Conversation
 from agentmem.engine.episodes import Episodes
-from agentmem.engine.memory import Memory, Session
+from agentmem.engine.memory import Agent, Memory, Session
 from agentmem.engine.past import NOTHING, Past
 from agentmem.engine.reply import Reply
 from agentmem.engine.request import Started
 from agentmem.engine.sampler import Sampler
 from agentmem.engine.sequence import Sequence
-from agentmem.episode.policy import Full, most_rows, stretch
+from agentmem.episode.policy import Episodic, Full, Window, most_rows, stretch
 from agentmem.errors import BadRequest, ContextOverflow
 from agentmem.model.chat import ChatTokenizer
 
@@ -31,9 +32,10 @@ class Planner:
 
     def __init__(
         self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, admission: Admission, episodes: Episodes, *,
-        max_context: int, max_reply: int, model: str = "",
+        max_context: int, max_reply: int, model: str = "", plain: bool = True, checkpoints: Checkpoints | None = None,
     ) -> None:  # fmt: skip
-        self._model = model
+        """`plain`: all layers are plain attention; only then can the past be shortened, or state be moved."""
+        self._model, self._plain, self._checkpoints = model, plain, checkpoints
         self._episodes = episodes
         self._memory = memory
         self._pool = pool
@@ -54,7 +56,7 @@ class Planner:
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
-        past = None if isinstance(agent.memory, Full) else self._past(sequence)
+        past = None if isinstance(self._policy(agent), Full) else self._past(sequence)
         if past is not None and not (past.ready and self._has_room(sequence, past)):
             return False
         need = sequence.worst_slots(self._pool.geometry)
@@ -73,7 +75,7 @@ class Planner:
     def _has_room(self, sequence: Sequence, past: Past) -> bool:
         """Whether a prompt that is read in stretches may go on: what is not on disk yet cannot leave RAM."""
         assert sequence.agent is not None
-        end = stretch(sequence.agent.memory, past.match.tokens, len(sequence.ids))
+        end = stretch(self._policy(sequence.agent), past.match.tokens, len(sequence.ids))
         return end == len(sequence.ids) or not self._memory.unwritten
 
     def _past(self, sequence: Sequence) -> Past:
@@ -83,6 +85,14 @@ class Planner:
         if sequence.reuse == "off":
             return NOTHING
         agent, session = sequence.agent, sequence.session
+        if self._checkpoints is not None:
+            most = len(sequence.ids) - int(sequence.generate)
+            match, checkpoint, remembered = self._checkpoints.match(agent, session, sequence.ids, most)
+            page = self._pool.geometry.page_tokens
+            sequence.stops = stops(page, match.tokens, remembered, len(sequence.ids))
+            return Past(match, checkpoint=checkpoint)
+        if not self._plain:
+            return Past(self._memory.match(agent, session, sequence.ids))
         return self._episodes.past(sequence, lambda: self._memory.match(agent, session, sequence.ids))
 
     def _render(self, sequence: Sequence) -> None:
@@ -97,7 +107,7 @@ class Planner:
         if not sequence.ids:
             raise BadRequest("the messages hold no text", param="messages")
         assert sequence.agent is not None
-        sequence.most = most_rows(sequence.agent.memory, self._pool.geometry.page_tokens)
+        sequence.most = most_rows(self._policy(sequence.agent), self._pool.geometry.page_tokens)
         self._fit(sequence)
         if any(not 0 <= token < self._tokenizer.vocab_size for token in request.sampling.logit_bias):
             raise BadRequest(
@@ -131,8 +141,11 @@ class Planner:
             break
         return conversation.align(text)
 
-    @staticmethod
-    def _reuse(sequence: Sequence) -> Reuse:
+    def _policy(self, agent: Agent) -> Full | Episodic | Window:
+        """How much of its past an agent keeps at hand: all of it, where the model's layers allow nothing else."""
+        return agent.memory if self._plain else Full()
+
+    def _reuse(self, sequence: Sequence) -> Reuse:
         """As the request says, or else the agent. What an agent says that is encrypted or off the disk stays apart."""
         agent = sequence.agent
         assert agent is not None
@@ -141,6 +154,9 @@ class Planner:
             return wanted
         if not (agent.persist and agent.encrypted == "off"):
             sequence.notes = ("not composed: the agent is encrypted, or kept off the disk",)
+            return "exact"
+        if not self._plain:
+            sequence.notes = ("not composed: the layers of this model are not all plain attention",)
             return "exact"
         if not isinstance(agent.memory, Full):
             sequence.notes = ("not composed: the agent's memory is not kept whole",)
@@ -178,7 +194,7 @@ class Planner:
     def stretch(self, sequence: Sequence) -> Sequence | None:
         """The beginning of an admitted prompt that is too long to be read before the past is cut down; None for most."""
         assert sequence.agent is not None
-        end = stretch(sequence.agent.memory, sequence.reused, len(sequence.ids))
+        end = stretch(self._policy(sequence.agent), sequence.reused, len(sequence.ids))
         if end >= len(sequence.ids) or sequence.reuse == "off":
             return None
         return sequence.stretch(self._cut_short(sequence, end), end)

@@ -52,7 +52,9 @@ class Returns:
         if self._engine.prefetch.finish(sequence, lambda: self.restore(sequence)):
             return
         if not whole:
-            sequence.restored = sequence.prefetched + sum(p.rows for p in missing)
+            checkpoint = sequence.past.checkpoint
+            own = [p for p in missing if checkpoint is None or p not in checkpoint.pages]
+            sequence.restored = sequence.prefetched + sum(p.rows for p in own)
         copied = [p for p in missing[-1:] if p.raw and p is match.pages[-1]]  # by the table, before any pass
         rest = missing[: len(missing) - len(copied)]
 
@@ -71,7 +73,11 @@ class Returns:
 
     def _streams(self, sequence: Sequence, pages: list[Page]) -> bool:
         alone = self._engine.active == [sequence] and not self._engine.waiting
-        whole = sequence.may_compose or sequence.reused == len(sequence.ids)
+        whole = (
+            sequence.may_compose
+            or sequence.reused == len(sequence.ids)
+            or sequence.past.checkpoint is not None
+        )
         return alone and not whole and self._engine.recall.streams(pages)
 
     def _read(self, sequence: Sequence, pages: list[Page], then: Callable[[], None]) -> None:

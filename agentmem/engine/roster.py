@@ -125,7 +125,10 @@ class Roster:
 
         def fork(done: Done) -> Agent:
             parent = self._memory.find(namespace, name)
-            return self._memory.fork(parent, self._memory.session(parent, session), new, at, done)
+            agent = self._memory.fork(parent, self._memory.session(parent, session), new, at, done)
+            if self._engine.checkpoints is not None:
+                self._engine.checkpoints.fork(agent)
+            return agent
 
         return self._when_idle(namespace, name, lambda: self._change(fork))()
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from agentmem.engine.batch import DecodeStep, Plans
+from agentmem.engine.batch import Plans
 from agentmem.engine.draw import Chosen, Draw
+from agentmem.engine.feed import Feed
 from agentmem.engine.launched import Launched, Outcome
 from agentmem.engine.packing import PackedPass
 from agentmem.engine.sequence import Sequence
 from agentmem.errors import Overloaded
 from agentmem.model import seam
+from agentmem.model.anatomy import Anatomy
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.network import Network
 
@@ -33,15 +35,18 @@ class Work:
 class Runner:
     """Runs the model. Engine thread only. A prefill pass that raises has changed no table.
 
-    `fused`: decode steps take the fused path, which reads the packed pages of all sequences in one kernel. Where `batches`
-    is False, the model does not take a position for each row: passes are of one sequence then.
+    `anatomy` is that of the model. `fused`: decode steps take the fused path, which reads the packed pages of all sequences in
+    one kernel. Where `batches` is False, the model does not take a position for each row: passes are of one sequence then.
+    Only plain attention `packs` several prompts in one pass.
     """
 
-    def __init__(self, model: LoadedModel, query_heads: int, fused: bool, looks_ahead: bool = True) -> None:
-        self.model, self.query_heads = model, query_heads
+    def __init__(self, model: LoadedModel, anatomy: Anatomy, fused: bool, looks_ahead: bool = True) -> None:
+        self.model, self.query_heads = model, anatomy.query_heads
         self.network = Network(model.model)
+        self.feed = Feed(self.network, anatomy)
         self._plans = Plans() if fused else None
         self.batches = seam.takes_ragged_rows(model.model)
+        self.packs = self.batches and anatomy.plain
         self.looks_ahead = looks_ahead
         self._ahead: Launched | None = None
 
@@ -55,12 +60,16 @@ class Runner:
     def _whole(self, sequence: Sequence, tokens: list[int]) -> list[Chosen]:
         table = sequence.table
         assert table is not None
-        views, due = table.views(), sequence.is_due(len(tokens))
-        logits = self.network.logits(mx.array([tokens]), views, [len(tokens) - 1] if due else [])
-        arrays, apply = table.absorb(views, tokens)
-        draw = Draw([sequence], logits) if due else None
-        mx.eval(arrays, draw.arrays if draw is not None else [])
-        apply()
+        due = sequence.is_due(len(tokens))
+        chunk = self.feed.chunk(table, tokens, [len(tokens) - 1] if due else [])
+        draw = Draw([sequence], chunk.logits) if due else None
+        mx.eval(chunk.arrays, draw.arrays if draw is not None else [])
+        chunk.apply()
+        if table.carry is not None:
+            if table.carry.tokens in sequence.stops:
+                table.carry.mark()
+            if due:
+                table.carry.anchor()
         return draw.read(self.model.tokenizer.piece)[0] if draw is not None else []
 
     def _packed(self, chunks: list[Chunk]) -> list[list[Chosen]]:
@@ -149,11 +158,10 @@ class Runner:
             known = before.draw.tokens[mx.array([before.drawn.index(s) for s in pending])]
             tokens[mx.array(at)] = known.astype(tokens.dtype)
         tables = [s.table for s in sequences if s.table is not None]
-        step = DecodeStep(tables, self.query_heads, self._plans)
-        views = step.views()
         at = [i for i, s in enumerate(sequences) if s.phase != "closing"]
-        logits, drawn = self.network.logits(tokens[:, None], views, at), [sequences[i] for i in at]
-        draw = Draw(drawn, logits, pending) if drawn else None
-        launched = Launched(sequences, [len(t) for t in tables], step, [v.rows() for v in views], drawn, draw)
+        fed = self.feed.step(tables, tokens, at, self.query_heads, self._plans)
+        drawn = [sequences[i] for i in at]
+        draw = Draw(drawn, fed.logits, pending) if drawn else None
+        launched = Launched(sequences, [len(t) for t in tables], fed, drawn, draw)
         mx.async_eval(launched.arrays)
         return launched

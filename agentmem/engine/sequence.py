@@ -58,7 +58,7 @@ class Sequence:
     is composed, or why nothing is. `content` has the spans of its messages, where it may be composed. What is remembered of its
     `past` may be `compressed` for so many tokens of what is `reused`; `most` tokens of its prompt have rows then.
     One that is read in stretches has what was known `before` the first; each of these is a `part`.
-    It was `routed` to an episode for a reason, once.
+    It was `routed` to an episode for a reason, once. At its `stops`, tokens of the prompt, checkpoints are taken.
     """
 
     request: ChatRequest
@@ -105,6 +105,7 @@ class Sequence:
     before: Known | None = None
     routed: tuple[int, str] | None = None
     part: bool = False
+    stops: tuple[int, ...] = ()
     first: Sequence | None = None
     index: int = 0
     others: list[Sequence] = field(default_factory=list)
@@ -124,7 +125,7 @@ class Sequence:
         if self.table is None:
             return self.guess
         end = self.course.read_until(self.history) if self.course is not None else len(self.ids)
-        return end - self.history
+        return min([end, *(n for n in self.stops if n > self.history)]) - self.history
 
     @property
     def history(self) -> int:

@@ -18,9 +18,10 @@ import numpy as np
 from agentmem.blockpool.page import Match, Page, PageTree, veiled
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.siblings import ordered
+from agentmem.engine.carry import Carry
 from agentmem.engine.shown import Shown
 from agentmem.engine.stream import Stream
-from agentmem.engine.views import History, LayerView
+from agentmem.engine.views import History, LatentView, LayerView
 from agentmem.quant.attention import Path
 from agentmem.quant.kernels.plan import Reach
 
@@ -57,7 +58,8 @@ class Table:
     """State of a sequence's first `len(table)` tokens, of which some may have no row. Engine thread only.
 
     Holds a pin on every page and a reference on every slot it uses; `settle` or `release` ends it. With a `stream`, its pages
-    are still on their way: only `views` know how to wait for them. While it `keeps`, pages that it packs have their raw rows too.
+    are still on their way: only `views` know how to wait for them. What its sequence carries along is in `carry`.
+    While it `keeps`, pages that it packs have their raw rows too.
     """
 
     def __init__(self, pool: Pool, path: Path) -> None:
@@ -75,6 +77,7 @@ class Table:
         self.keeps = False
         self.shown: Shown | None = None
         self.approximate = False
+        self.carry: Carry | None = None
 
     def __len__(self) -> int:
         if self._paged is None:
@@ -139,6 +142,7 @@ class Table:
             if block.page is None:
                 self.pool.slots.share(block.slots)
             other.blocks.append(replace(block))
+        other.carry = self.carry.fork() if self.carry is not None else None
         other.tail_tokens, other.tail_origin = list(self.tail_tokens), self.tail_origin
         self.pool.tails.write(other.place, 0, [self.tail(i) for i in range(self.pool.geometry.layers)])
         return other
@@ -179,10 +183,13 @@ class Table:
             self._reach = Reach(slots, rows, raw.astype(bool), self.place)
         return self._reach
 
-    def views(self) -> list[LayerView]:
-        """One view per layer for the next forward pass."""
-        history = History(self)
-        return [LayerView(self, history, layer) for layer in range(self.pool.geometry.layers)]
+    def views(self) -> list[LayerView | LatentView]:
+        """One view for each layer with rows, for the next forward pass."""
+        history, g = History(self), self.pool.geometry
+        return [
+            LatentView(history, layer) if layer in g.latent else LayerView(self, history, layer)
+            for layer in range(g.layers)
+        ]
 
     def _raw_page(self, number: int) -> bool:
         format = self.pool.geometry.codecs[0].format
@@ -287,7 +294,9 @@ class Table:
         return [tuple(next(taken) for _ in range(n)) for n in sizes]
 
     def cut(self, tokens: int) -> None:
-        """Forget everything behind the first `tokens` tokens."""
+        """Forget everything behind the first `tokens` tokens; somewhat more, where that is not carried along any more."""
+        if self.carry is not None:
+            tokens = self.carry.cut(tokens)
         drop = len(self) - tokens
         keep = max(0, len(self.tail_tokens) - drop)
         drop -= len(self.tail_tokens) - keep

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.base import create_causal_mask
 
+from agentmem.quant.attention import dequantised_history
 from agentmem.quant.device import on_device
 from agentmem.quant.keymap import KeyMap
+from agentmem.quant.rows import RowCodec
 
 if TYPE_CHECKING:
     from agentmem.engine.table import Table
@@ -135,3 +138,42 @@ class LayerView(LayerCache):
         """The chunk's rows, 16-bit: uint32 [n, raw_words]. Precondition: the model ran."""
         assert self._rows is not None
         return self._rows
+
+
+class LatentView:
+    """A layer's cache that hands out whole keys and values, those of the history first; the model attends by itself."""
+
+    def __init__(self, history: History, layer: int) -> None:
+        self.offset = history.length
+        self._codec: RowCodec = history.table.pool.geometry.codecs[layer]
+        self._history, self._layer = history, layer
+        self._rows: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """keys, values [1, heads, n, dim] of the pass -> [1, heads, S, dim], with the rows that are kept."""
+        self._rows = self._codec.raw(keys[0], values[0])
+        old_keys, old_values = whole_rows(self._codec, LayerRows(self._history, self._layer), keys.dtype)
+        return (
+            mx.concatenate([*(k[None] for k in old_keys), keys], axis=2),
+            mx.concatenate([*(v[None] for v in old_values), values], axis=2),
+        )
+
+    def make_mask(
+        self, n: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """The history is visible to all tokens of the pass."""
+        assert window_size is None
+        if n == 1:
+            return None
+        kept = self._history.packed + self._history.raw + len(self._history.table.tail_tokens)
+        return create_causal_mask(n, kept) if return_array else "causal"
+
+    def raw_rows(self) -> mx.array:
+        """The chunk's rows, 16-bit: uint32 [n, raw_words]. Precondition: the model ran."""
+        assert self._rows is not None
+        return self._rows
+
+
+def whole_rows(codec: RowCodec, stored: LayerRows, dtype: mx.Dtype) -> tuple[list[mx.array], list[mx.array]]:
+    """Keys and values [heads, n, dim] of the rows that are kept, in parts."""
+    return dequantised_history(codec, stored.raw_blocks(), stored.packed_rows(), dtype)

@@ -54,7 +54,8 @@ class Bench:
         self.pool = Pool(plan.geometry, 400 * plan.geometry.slot_bytes, "batch")
         tested = self_tests(plan.codecs, plan.query_heads, plan.dtype)
         self.path: Attention = chosen(tested)
-        self.query_heads, self.plans = plan.query_heads, Plans() if tested["fused"]["ok"] else None
+        self.anatomy, self.query_heads = plan.anatomy, plan.query_heads
+        self.plans = Plans() if tested["fused"]["ok"] else None
         self.last = np.zeros(0)
 
     def prefilled(self, prompt: Sequence[int]) -> Table:

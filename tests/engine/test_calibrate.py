@@ -111,7 +111,10 @@ def test_formats_without_values_read_nothing(tmp_path: Path, format: str) -> Non
 def test_values_are_part_of_the_fingerprint() -> None:
     plan = layout(MODEL, "q4", 64)
     format = plan.geometry.codecs[0].format
-    prints = {fingerprint(MODEL.identity, format, plan.geometry, value) for value in (None, "a", "b")}
+    prints = {
+        fingerprint(MODEL.identity, format, dataclasses.replace(plan, calibration=value))
+        for value in (None, "a", "b")
+    }
     assert len(prints) == 3
 
 
@@ -119,7 +122,9 @@ def test_positions_stay_within_a_short_context() -> None:
     short = dataclasses.replace(MODEL, max_context=600)
     ends = [at + len(ids) for ids, at in calibrate._pieces(short)]
     assert max(ends) <= 600
-    assert calibrated(short, layout(MODEL, "q4", 64).geometry.codecs).layers[0].mean.shape == (2, 64)
+    assert calibrated(short, layout(MODEL, "q4", 64).anatomy, layout(MODEL, "q4", 64).geometry.codecs).layers[
+        0
+    ].mean.shape == (2, 64)
 
 
 @pytest.mark.parametrize("layer", [0, 1])

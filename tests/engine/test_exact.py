@@ -29,7 +29,7 @@ def recorded(settings: Settings, model: LoadedModel, keep: list[np.ndarray]) -> 
     """A runtime that notes the logits that choose tokens."""
     runtime = Runtime.open(settings, lambda: model)
     runner = runtime._engine.runner
-    runner.network = runtime._call(lambda: Recorder(model.model, keep))
+    runner.feed.network = runner.network = runtime._call(lambda: Recorder(model.model, keep))
     return runtime
 
 

@@ -22,7 +22,7 @@ class Crowd:
     """Sequences over prompts of random lengths that decode through one runner."""
 
     def __init__(self, bench: Bench, looks_ahead: bool, samplings: list[Sampling]) -> None:
-        self.runner = Runner(bench.model, bench.query_heads, bench.plans is not None, looks_ahead)
+        self.runner = Runner(bench.model, bench.anatomy, bench.plans is not None, looks_ahead)
         rng = random.Random(11)
         prompts = [[rng.randrange(250) for _ in range(rng.randrange(1, 2 * PAGE))] for _ in samplings]
         self.sequences = [

@@ -12,6 +12,7 @@ from agentmem.episode.rows import LayerKind, kinds_of, whole_kinds
 from agentmem.episode.selection import Heads
 from agentmem.episode.store import MemoryStore
 from agentmem.model import seam
+from agentmem.model.anatomy import anatomy
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.network import Network
 from agentmem.model.random import random_model
@@ -49,7 +50,8 @@ class World:
 def world_of(architecture: str = "llama") -> World:
     model = random_model(architecture, seed=3, num_hidden_layers=3)
     seam.install(model.model)
-    shapes, _, dtype = seam.probe(model.model)
+    found = anatomy(model.model)
+    shapes, dtype = found.shapes, found.dtype
     kinds = {"whole": whole_kinds(shapes, dtype)}
     for name in ("q4-plain", "q4-rotated", "k8v4-plain", "fp16"):
         format = kv_format(name)

@@ -15,6 +15,7 @@ from agentmem.blockpool.pool import Pool
 from agentmem.engine.table import Table
 from agentmem.errors import ModelUnavailable
 from agentmem.model import seam
+from agentmem.model.anatomy import anatomy
 from agentmem.model.random import random_model
 from agentmem.quant.attention import reference_path
 from agentmem.quant.format import LayerShape, kv_format
@@ -28,14 +29,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {"hidden_size": 256},
     "mixtral": {"hidden_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
-MAMBA = {
-    "intermediate_size": 256,
-    "state_size": 16,
-    "conv_kernel": 4,
-    "use_bias": False,
-    "use_conv_bias": True,
-    "time_step_rank": 8,
-}
 CHUNKS = (50, 64, 1, 33, 128, 1, 1, 7)
 
 
@@ -47,7 +40,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 def paged_logits(model: nn.Module, tokens: list[int], format: str) -> tuple[np.ndarray, Pool]:
     """Logits of every token, fed chunk by chunk through a table of our pool."""
     seam.install(model)
-    shapes, _, _ = seam.probe(model)
+    shapes = anatomy(model).shapes
     codecs = tuple(RowCodec(s, kv_format(format).for_shape(s), mx.float16) for s in shapes)
     pool = Pool(Geometry(codecs, 64), 8 << 20, "fingerprint")
     table, out, at = Table(pool, reference_path), [], 0
@@ -115,31 +108,9 @@ def test_install_leaves_mlx_lms_own_cache_alone(model: nn.Module) -> None:
 def test_probe_tells_the_geometry() -> None:
     model = random_model("llama", seed=0, num_hidden_layers=3).model
     seam.install(model)
-    assert seam.probe(model) == ([LayerShape(2, 64, 64)] * 3, 4, mx.float32)
-
-
-@pytest.mark.parametrize(
-    ("family", "kind", "overrides"),
-    [
-        ("gemma3_text", "RotatingKVCache", {"sliding_window": 64, "sliding_window_pattern": 2}),
-        ("mamba", "ArraysCache", MAMBA),
-    ],
-)
-def test_windows_and_recurrent_state_are_refused_by_name(
-    family: str, kind: str, overrides: dict[str, Any]
-) -> None:
-    model = random_model(family, seed=0, **overrides).model
-    with pytest.raises(ModelUnavailable, match=rf"keeps state of the kinds .*{kind}.*only full attention"):
-        seam.probe(model)
-
-
-def test_a_model_that_bypasses_mlx_lms_attention_is_refused() -> None:
-    class Own(nn.Module):
-        def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
-            return tokens
-
-    with pytest.raises(ModelUnavailable, match="bypass mlx-lm's attention"):
-        seam.install(Own())
+    found = anatomy(model)
+    assert (found.shapes, found.query_heads, found.dtype) == ([LayerShape(2, 64, 64)] * 3, 4, mx.float32)
+    assert found.plain
 
 
 def test_another_attention_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

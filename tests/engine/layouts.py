@@ -1,0 +1,31 @@
+"""Tiny models of every kind of layer, and what `random_model` needs to make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "window": (
+        "gemma3_text",
+        {
+            "sliding_window": 96, "sliding_window_pattern": 2, "num_hidden_layers": 4, "query_pre_attn_scalar": 64,
+            "rope_global_base_freq": 10000.0, "rope_local_base_freq": 10000.0,
+        },
+    ),
+    "recurrent": (
+        "mamba2",
+        {
+            "num_heads": 8, "head_dim": 32, "state_size": 32, "conv_kernel": 4, "n_groups": 1, "use_bias": False,
+            "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "time_step_limit": (0.001, 100.0),
+            "time_step_rank": "auto", "chunk_size": 64, "rms_norm": True,
+        },
+    ),
+    "latent": (
+        "deepseek_v3",
+        {
+            "num_hidden_layers": 3, "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+            "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+            "moe_intermediate_size": 64, "n_group": 2, "topk_group": 1, "num_key_value_heads": 4, "routed_scaling_factor": 1.0,
+        },
+    ),
+}  # fmt: skip
