@@ -16,6 +16,7 @@ from agentmem.engine.carry import Baggage
 from agentmem.engine.windows import WindowLayer
 from agentmem.model import seam
 from agentmem.model.anatomy import Anatomy, Part, anatomy, flattened, probes
+from agentmem.model.latent import keep_latents
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.products import join_rows
 from agentmem.model.progress import Progress, silent
@@ -71,6 +72,7 @@ def layout(
     """
     seam.install(model.model)
     join_rows(model.model)
+    keep_latents(model.model)
     found = anatomy(model.model)
     format = kv_format(format_name)
     attending = [p for p in found.parts if p.kind != "recurrent"]

@@ -70,7 +70,8 @@ class Table:
         self.tail_tokens: list[int] = []
         self.tail_origin: Origin | None = None
         self._pinned: list[Page] = []
-        self._taken: tuple[int, ...] = ()
+        self.reserved: tuple[int, ...] = ()
+        """Slots that were taken for rows to come."""
         self._paged: int | None = None
         self._reach: Reach | None = None
         self.stream: Stream | None = None
@@ -134,7 +135,6 @@ class Table:
     def fork(self) -> Table:
         """Another table with the same state: it shares the pages, and has a tail of its own."""
         other = Table(self.pool, self.path)
-        other._blocks_changed()
         other.shown, other.approximate = self.shown, self.approximate
         other._pinned = list(self._pinned)
         self.pool.pin(other._pinned)
@@ -224,7 +224,7 @@ class Table:
         tail = [r[full * p + fresh :] for r in rows]
 
         def apply() -> None:
-            self._taken = ()
+            self.reserved = ()
             for i in range(lead):
                 self.pool.arena.write_raw(slots[i], raw[i])
             if packed:
@@ -244,13 +244,13 @@ class Table:
 
     def reserve(self) -> None:
         """Take the slots that the next row needs, when it fills a page; raises Overloaded when there are none."""
-        if self.fills and not self._taken:
+        if self.fills and not self.reserved:
             self._take_pages([self.next_is_raw])
 
     def unreserve(self) -> None:
         """Give back slots that were taken for rows that did not come."""
-        self.pool.release(self._taken)
-        self._taken = ()
+        self.pool.release(self.reserved)
+        self.reserved = ()
 
     @property
     def fills(self) -> bool:
@@ -267,11 +267,6 @@ class Table:
         """Whether the next page stays in 16 bits."""
         return self._raw_page(len(self.blocks))
 
-    @property
-    def reserved(self) -> tuple[int, ...]:
-        """The slots that `reserve` took."""
-        return self._taken
-
     def append(self, token: int) -> None:
         """The token's row has been given to the tail."""
         self.tail_tokens.append(token)
@@ -279,7 +274,7 @@ class Table:
     def close_page(self) -> None:
         """The rows of the full tail are in the reserved slots, which are a page now."""
         kept = self.tail_copy() if self.keeps and not self.next_is_raw else None
-        slots, self._taken = self._taken, ()
+        slots, self.reserved = self.reserved, ()
         tokens = np.array(self.tail_tokens, np.int32)
         self.blocks.append(Block(slots, self.next_is_raw, tokens, None, self.tail_origin, kept))
         self.tail_tokens, self.tail_origin = [], None
@@ -289,8 +284,8 @@ class Table:
         """Slots for full pages, raw where `kinds` says so; all or none."""
         g = self.pool.geometry
         sizes = [g.slots_for(raw, g.page_tokens) for raw in kinds]
-        self._taken = self.pool.take(sum(sizes)) if sizes else ()
-        taken = iter(self._taken)
+        self.reserved = self.pool.take(sum(sizes)) if sizes else ()
+        taken = iter(self.reserved)
         return [tuple(next(taken) for _ in range(n)) for n in sizes]
 
     def cut(self, tokens: int) -> None:
@@ -393,7 +388,7 @@ class Table:
         self.pool.unpin(self._pinned)
         self.unreserve()
         self.pool.tails.release(self.place)
-        self._pinned, self.blocks, self.tail_tokens, self.shown = [], [], [], None
+        self._pinned, self.blocks, self.tail_tokens, self.shown, self.carry = [], [], [], None, None
         self._blocks_changed()
 
 

@@ -20,6 +20,35 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
             "time_step_rank": "auto", "chunk_size": 64, "rms_norm": True,
         },
     ),
+    "sinks": (
+        "gpt_oss",
+        {"sliding_window": 40, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "hybrid": (
+        "qwen3_next",
+        {
+            "num_hidden_layers": 4, "full_attention_interval": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+            "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4, "num_experts": 4,
+            "num_experts_per_tok": 2, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 64, "mlp_only_layers": [],
+            "moe_intermediate_size": 64, "partial_rotary_factor": 0.5,
+        },
+    ),
+    "both in one layer": (
+        "falcon_h1",
+        {
+            "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_d_state": 32, "mamba_n_heads": 4, "mamba_chunk_size": 64,
+            "lm_head_multiplier": 1.0,
+        },
+    ),
+    "latent of heads": (
+        "deepseek_v2",
+        {
+            "num_hidden_layers": 3, "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+            "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+            "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
+            "rope_scaling": {"factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7, "original_max_position_embeddings": 2048},
+        },
+    ),
     "latent": (
         "deepseek_v3",
         {
