@@ -115,6 +115,13 @@ def veiled(ids: Sequence[int] | Tokens) -> Tokens:
     return np.invert(np.asarray(ids, dtype=np.int32))
 
 
+def numbered(number: int, rows: int) -> Tokens:
+    """Ids of a chain of `rows` rows that is reached by its `number` alone, not along tokens: all of them veiled."""
+    ids = np.arange(rows)
+    ids[:1] = number
+    return veiled(ids)
+
+
 def page_key(parent: bytes, tokens: Tokens) -> bytes:
     """SHA-256 over the parent's key and the page's token ids (little-endian int32)."""
     return hashlib.sha256(parent + np.asarray(tokens, dtype="<i4").tobytes()).digest()

@@ -25,6 +25,7 @@ from agentmem.blockpool.extent import SUFFIX
 from agentmem.blockpool.failpoint import failpoint
 from agentmem.blockpool.files import Files, why_not
 from agentmem.blockpool.index import Index
+from agentmem.blockpool.page import numbered
 from agentmem.blockpool.rows import (
     AgentRow,
     SessionRow,
@@ -276,7 +277,10 @@ def _whole(primary: Primary, session: SessionLog) -> tuple[list[TurnRow], list[T
 
 
 def _tokens(turns: list[TurnRow]) -> np.ndarray:
-    """The token ids of a session after these turns."""
+    """The token ids of a session after these turns, or those of the chain of pages that its last one names."""
+    match turns[-1].stats.get("chain") if turns else None:
+        case [int(number), int(rows)] if 0 <= number < 1 << 31 and 0 < rows < 1 << 31:
+            return numbered(number, rows)
     ids = np.zeros(0, np.int32)
     for turn in turns:
         ids = np.concatenate([ids[: turn.keep_tokens], turn.ids])

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from agentmem.blockpool.geometry import WORD
-from agentmem.blockpool.page import Match, Page, match_chain, veiled
+from agentmem.blockpool.page import Match, Page, match_chain, numbered
 from agentmem.blockpool.pool import Pool
 from agentmem.engine.agents import HIDDEN, Agent, Session
 from agentmem.engine.carry import Baggage, Carry, State, arrays_of, packed, unpacked
@@ -141,8 +141,9 @@ class Checkpoints:
         rows = sum(page.rows for page in made.pages)
         facts = {"tokens": made.tokens, "base": base.key.hex(), "rows": rows}
         self._memory.note(
-            agent, hidden, {"checkpoint": facts}, made.pages[-1], lambda *_: self._drop(agent, before)
-        )
+            agent, hidden, {"checkpoint": facts, "chain": [int(made.pages[0].said[0]), rows]}, made.pages[-1],
+            lambda *_: self._drop(agent, before),
+        )  # fmt: skip
 
     def fork(self, agent: Agent) -> None:
         """`agent` was forked from another, and goes on from the same checkpoints."""
@@ -173,12 +174,9 @@ class Checkpoints:
         slots = self._pool.take(-(-rows // g.page_tokens))
         self._pool.arena.write_packed(slots, layers)
         tree = self._pool.tree(agent.row.space)
-        page, pages = tree.root, list[Page]()
+        page, pages, ids = tree.root, list[Page](), numbered(self._next_number(), rows)
         for i, slot in enumerate(slots):
-            ids = np.arange(i * g.page_tokens, min(rows, (i + 1) * g.page_tokens))
-            if i == 0:
-                ids[0] = self._next_number()
-            page = tree.add(page, veiled(ids), raw=False)
+            page = tree.add(page, ids[i * g.page_tokens : (i + 1) * g.page_tokens], raw=False)
             self._pool.settle(page, (slot,))
             pages.append(page)
         return pages

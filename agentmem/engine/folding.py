@@ -8,7 +8,7 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from agentmem.blockpool.page import Page, veiled
+from agentmem.blockpool.page import Page, numbered
 from agentmem.blockpool.pool import Pool
 from agentmem.episode.line import Line
 from agentmem.episode.passes import Sounding
@@ -181,13 +181,11 @@ class Folding:
         """
         p = self._pool.geometry.page_tokens
         tree = self._pool.tree_of(self._first)
-        head, placed = tree.root, list[Page]()
+        head, placed, ids = tree.root, list[Page](), numbered(number, self._keep)
         try:
             for i in range(self._keep // p):
                 slots = self._slots_with(list(self._words.pop(0).values()))
-                ids = np.arange(i * p, (i + 1) * p)
-                ids[0] = number if i == 0 else ids[0]
-                head = tree.add(head, veiled(ids), raw=not self._packs)
+                head = tree.add(head, ids[i * p : (i + 1) * p], raw=not self._packs)
                 self._pool.settle(head, slots)
                 placed.append(head)
         except Overloaded:

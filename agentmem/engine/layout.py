@@ -26,9 +26,9 @@ from agentmem.quant.format import Code, KVFormat, LayerShape, kv_format, stored_
 from agentmem.quant.keymap import CalibratedMap, KeyMap
 from agentmem.quant.rows import RowCodec
 
-BLANK = RowCodec(LayerShape(1, 64, 64), KVFormat("fp16", None, None), mx.float16)
+BLANK = RowCodec(LayerShape(1, 128, 128), KVFormat("fp16", None, None), mx.float16)
 """Rows of the tokens of a model that keeps none: something must lie in its pages."""
-BLANK_PAGES = 8
+BLANK_PAGES = 2
 """Pages of such a model are so many times as long."""
 
 

@@ -133,8 +133,11 @@ class Lives:
         """A view was made of the session's tokens up to `base`; returns the pages of the one before it, if there was one."""
         hidden = self._memory.hidden(lived.agent, f"{_views(lived.session)}{topic}")
         before = hidden.head.chain() if hidden.head is not None else []
-        facts = {"tokens": base.end, "base": base.key.hex(), "rows": sum(p.rows for p in head.chain())}
-        self._memory.note(lived.agent, hidden, {"view": facts}, head, done)
+        pages = head.chain()
+        rows = sum(p.rows for p in pages)
+        facts = {"tokens": base.end, "base": base.key.hex(), "rows": rows}
+        stats = {"view": facts, "chain": [int(pages[0].said[0]), rows]}
+        self._memory.note(lived.agent, hidden, stats, head, done)
         return before
 
     def take_views(self, agent: Agent, session: Session, gone: Callable[[int], bool]) -> list[Page]:

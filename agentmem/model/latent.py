@@ -18,7 +18,11 @@ class LatentAttention(DeepseekV2Attention):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """x [B, n, hidden] -> the same shape. `mask` as the model makes it, for keys that are as many as the cache gives."""
         batch, n, _ = x.shape
-        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = (
+            self.q_proj(x)
+            if self.q_lora_rank is None
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        )
         q = q.reshape(batch, n, self.num_heads, -1).transpose(0, 2, 1, 3)
         content, turned = mx.split(q, [self.qk_nope_head_dim], axis=-1)
         latent, key = mx.split(self.kv_a_proj_with_mqa(x), [self.kv_lora_rank], axis=-1)
@@ -49,9 +53,7 @@ class LatentAttention(DeepseekV2Attention):
         own = latent @ up.swapaxes(-1, -2)
         keys = mx.concatenate([own, mx.broadcast_to(key, (*own.shape[:3], key.shape[-1]))], axis=-1)
         queries = mx.concatenate([content, turned], axis=-1)
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, latent @ down, scale=self.scale, mask=mask
-        )
+        return mx.fast.scaled_dot_product_attention(queries, keys, latent @ down, scale=self.scale, mask=mask)
 
     def _unpacking(self) -> tuple[mx.array, mx.array]:
         """Matrices of every head: [heads, qk_nope_head_dim, kv_lora_rank] and [heads, kv_lora_rank, v_head_dim]."""
