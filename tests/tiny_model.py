@@ -15,12 +15,12 @@ END_TOKEN = BYTES + 1
 """The one id that ends its replies; every byte is a token of its own."""
 
 
-def save_model(folder: Path, **overrides: Any) -> Path:
+def save_model(folder: Path, architecture: str = "llama", **overrides: Any) -> Path:
     """Make `folder`, in the form that mlx-lm and transformers write. `overrides` go into the model's config."""
     folder.mkdir()
-    made = random_model("llama", seed=0, **overrides)
+    made = random_model(architecture, seed=0, **overrides)
     weights: Any = dict(tree_flatten(made.model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    (folder / "config.json").write_text(json.dumps(TINY | {"model_type": "llama"} | overrides))
+    (folder / "config.json").write_text(json.dumps(TINY | {"model_type": architecture} | overrides))
     made.tokenizer._tokenizer.save_pretrained(folder)
     return folder

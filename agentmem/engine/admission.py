@@ -31,6 +31,8 @@ SHORT = 3.0
 AHEAD = 9.0
 """Layers of a pass whose arrays MLX has asked for on CUDA while it has not given back the first ones: ten graphs of operations
 may be on their way. Fitted to one run: 8 streams, a prompt of 16,384 tokens, Llama-3.1-8B's shape with 4-bit weights, an H200."""
+CARRIED = 6
+"""States of layers that carry them along which a sequence holds: now, before, at the end of its prompt, and for checkpoints."""
 AT_ONCE = 2
 """Decode steps on their way: one is built while the device is at the one before."""
 COMPOSING = 8.0
@@ -137,7 +139,8 @@ class Admission:
         prefill, decode = self._prefill(requests), AT_ONCE * self._decode(requests)
         step = max(prefill, decode) if len(requests) == 1 else prefill + decode
         states = COMPOSING * composing * self._geometry.raw_row_bytes
-        return round(self.standing + self._tails(len(requests)) + step + states)
+        carried = len(requests) * self._geometry.carried_words * WORD * CARRIED
+        return round(self.standing + self._tails(len(requests)) + carried + step + states)
 
     def check(self, request: Sequence[int]) -> None:
         """Raises ContextOverflow when a request, with the tokens of each of its replies, would not fit even if it were alone."""

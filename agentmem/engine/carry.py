@@ -21,6 +21,7 @@ Layer = WindowLayer | RecurrentLayer
 RECENT = 8
 """Tokens that can be taken back, as the end of a stop sequence is."""
 RECENT_BYTES = 64 << 20
+"""What may be kept for that beside the state at the end of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from agentmem.blockpool.page import Match, Page, match_chain, numbered
 from agentmem.blockpool.pool import Pool
 from agentmem.engine.agents import HIDDEN, Agent, Session
 from agentmem.engine.carry import Baggage, Carry, State, arrays_of, packed, unpacked
+from agentmem.engine.journal import Done
 from agentmem.engine.memory import Memory
 from agentmem.errors import Overloaded
 
@@ -114,35 +115,43 @@ class Checkpoints:
         mx.eval(arrays_of(states))
         carry.tokens, carry.states = checkpoint.tokens, states
 
-    def keep(self, agent: Agent, session: Session, head: Page, carry: Carry) -> None:
+    def keep(self, agent: Agent, session: Session, head: Page, carry: Carry, done: Done) -> None:
         """A turn ended: keep the states at its end in place of those of the turn before, and those that were marked on the way.
 
-        Where there are no slots for them the next turn reads its prompt from further back.
+        Where there are no slots for them the next turn reads its prompt from further back. `done` as in `Memory.finish`.
         """
         for page in head.chain():
             if page.end in carry.marks and self.at(page) is None:
                 self._mark(agent, page, carry.marks[page.end])
         if head.end != carry.tokens:
+            done(0, None)
             return
         hidden = self._memory.hidden(agent, f"{session.row.name}{SUFFIX}")
         before = hidden.head.chain() if hidden.head is not None else []
         same = self.at(head)
         if same is not None and list(same.pages) == before:
+            done(0, None)
             return
         try:
             made = Checkpoint(carry.tokens, tuple(self._placed(agent, carry.states)))
         except Overloaded as error:
             log.warning("no room for the checkpoint of agent %s: %s", agent.row.name, error)
+            done(0, None)
             return
         self._known[head.key].append(made)
-        self._note(agent, hidden, head, made, before)
 
-    def _note(self, agent: Agent, hidden: Session, base: Page, made: Checkpoint, before: list[Page]) -> None:
+        def noted(written: int, error: Exception | None) -> None:
+            self._drop(agent, before)
+            done(written, error)
+
+        self._note(agent, hidden, head, made, noted)
+
+    def _note(self, agent: Agent, hidden: Session, base: Page, made: Checkpoint, done: Done) -> None:
         rows = sum(page.rows for page in made.pages)
         facts = {"tokens": made.tokens, "base": base.key.hex(), "rows": rows}
         self._memory.note(
             agent, hidden, {"checkpoint": facts, "chain": [int(made.pages[0].said[0]), rows]}, made.pages[-1],
-            lambda *_: self._drop(agent, before),
+            done,
         )  # fmt: skip
 
     def fork(self, agent: Agent) -> None:
@@ -150,7 +159,13 @@ class Checkpoints:
         for own in list(agent.spoken.values()):
             found = self.at(own.head) if own.head is not None else None
             if found is not None and own.head is not None:
-                self._note(agent, self._memory.hidden(agent, f"{own.row.name}{SUFFIX}"), own.head, found, [])
+                self._note(
+                    agent,
+                    self._memory.hidden(agent, f"{own.row.name}{SUFFIX}"),
+                    own.head,
+                    found,
+                    lambda *_: None,
+                )
 
     def _mark(self, agent: Agent, page: Page, states: tuple[State, ...]) -> None:
         """Keep states in RAM, if there are free slots."""

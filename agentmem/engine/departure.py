@@ -109,8 +109,9 @@ class Departure:
         assert agent is not None
         if agent.locked:
             raise locked(name)
+        carries = bool(self._memory.pool.geometry.carried_words)  # what is carried along does not travel
         sessions = [
-            (s.row.name, list(s.row.turns), _stored(s), s.row.text)
+            (s.row.name, list(s.row.turns), None if carries else _stored(s), s.row.text)
             for s in agent.spoken.values()
             if s.row.turns
         ]

@@ -352,16 +352,21 @@ class Engine:
         if self.plain:
             self.folds.due(agent, session)
 
-        def committed(written: int, error: Exception | None) -> None:
-            self._report(sequence, written, error is None and agent.persist)
+        waits = self.wait_for_commit
+        parts: list[tuple[int, Exception | None]] = []
+        checkpoint = carry is not None and head is not None
 
-        if self.wait_for_commit:
-            self.memory.finish(sequence.agent, sequence.session, turn, head, committed)
-        else:
-            self.memory.finish(sequence.agent, sequence.session, turn, head, lambda *_: None)
+        def committed(written: int, error: Exception | None) -> None:
+            parts.append((written, error))
+            if waits and len(parts) == 1 + checkpoint:
+                sound = all(error is None for _, error in parts)
+                self._report(sequence, sum(written for written, _ in parts), sound and agent.persist)
+
+        self.memory.finish(agent, session, turn, head, committed)
+        if carry is not None and head is not None and self.checkpoints is not None:
+            self.checkpoints.keep(agent, session, head, carry, committed)
+        if not waits:
             self._report(sequence, 0, False)
-        if carry is not None and self.checkpoints is not None and head is not None:
-            self.checkpoints.keep(agent, session, head, carry)
 
     def _report(self, sequence: Sequence, written: int, committed: bool) -> None:
         sequence.reported = True

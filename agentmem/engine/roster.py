@@ -15,7 +15,8 @@ from agentmem.engine.explained import explained
 from agentmem.engine.journal import Done
 from agentmem.engine.memory import Agent, Memory
 from agentmem.engine.request import AgentInfo
-from agentmem.errors import AgentMemError, NotFound, Overloaded, StoreError
+from agentmem.episode.policy import Full, memory_policy
+from agentmem.errors import AgentMemError, BadRequest, NotFound, Overloaded, StoreError
 
 T = TypeVar("T")
 
@@ -94,11 +95,13 @@ class Roster:
         return done.result()
 
     def create(self, name: str, policy: dict[str, Any], namespace: str = "default") -> AgentInfo:
-        """A new agent without turns; `policy` has `pinned`, `persist`, `quota_bytes`, `reuse`. Raises AlreadyExists."""
+        """A new agent without turns; `policy` as for `set_policy`, and `persist`. Raises AlreadyExists, BadRequest."""
+        self._check_policy(policy)
         return self._changed(lambda done: self._memory.create(namespace, name, policy, done))
 
     def set_policy(self, name: str, changes: dict[str, Any], namespace: str = "default") -> AgentInfo:
-        """Change `pinned`, `quota_bytes`, `reuse` or `memory` of an agent. Raises NotFound."""
+        """Change `pinned`, `quota_bytes`, `reuse` or `memory` of an agent. Raises NotFound, BadRequest."""
+        self._check_policy(changes)
 
         def change(done: Done) -> Agent:
             agent = self._memory.find(namespace, name)
@@ -109,6 +112,21 @@ class Roster:
             return agent
 
         return self._changed(change)
+
+    def _check_policy(self, policy: dict[str, Any]) -> None:
+        """Raises BadRequest for what the layers of the model do not allow."""
+        if self._engine.plain:
+            return
+        if not isinstance(memory_policy(policy), Full):
+            raise BadRequest(
+                "this model keeps more than keys and values of every token, so its agents are kept whole; use kind 'full'",
+                param="policy",
+            )
+        if policy.get("reuse") in ("composed", "auto"):
+            raise BadRequest(
+                "state of this model cannot be moved behind another text; use reuse 'exact' or 'off'",
+                param="reuse",
+            )
 
     def fork(
         self,

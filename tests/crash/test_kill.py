@@ -13,6 +13,7 @@ import pytest
 
 from agentmem.blockpool.index import Index
 from tests.crash.daemon import Daemon, spawn
+from tests.engine.layouts import LAYOUTS
 from tests.tiny_model import save_model
 
 AGENTS = ("ada", "bob", "cleo")
@@ -88,6 +89,29 @@ def test_ten_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     index = Index(home / "store" / "index.sqlite", "any")
     assert on_disk == {e.name for e in index.extents()}
     index.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_kills_in_the_middle_of_turns_on_every_kind_of_layer(tmp_path: Path, kind: str) -> None:
+    """A reply after a kill is that of a home where nobody was killed; what was acknowledged is there."""
+    architecture, overrides = LAYOUTS[kind]
+    model, rng = save_model(tmp_path / "model", architecture, **overrides), random.Random(kind)
+    texts = [" ".join(rng.choice(WORDS) for _ in range(n)) for n in (90, 5, 30, 60)]
+    calm = Daemon(tmp_path / "calm", model)
+    want = [calm.say("ada", text) for text in texts]
+    assert calm.stop() == 0
+    home, got = tmp_path / "home", []
+    for text in texts:
+        daemon = Daemon(home, model)
+        beside = threading.Thread(target=speak, args=(daemon, "bob", Known(), random.Random(rng.random())))
+        beside.start()
+        got.append(daemon.say("ada", text))
+        daemon.kill()
+        beside.join(timeout=60)
+    assert [reply for reply, _ in got] == [reply for reply, _ in want]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for _, usage in got]
+    assert cached == [usage["prompt_tokens_details"]["cached_tokens"] for _, usage in want]
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "window": (
         "gemma3_text",
@@ -58,3 +60,9 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+
+
+QUICK = ("window", "hybrid", "latent")
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in LAYOUTS]
+CARRIED = [k for k in KINDS if not str(k).startswith("latent") and "latent of heads" not in str(k)]
+"""For tests of all kinds; those that carry state along."""

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from agentmem.model.random import random_model
-from tests.engine.layouts import LAYOUTS
+from tests.engine.layouts import KINDS, LAYOUTS
 from tests.engine.test_exact import check_trace
 
 
 @pytest.mark.parametrize("format", ["q4", "fp16"])
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_traces(tmp_path: Path, kind: str, format: str) -> None:
     """Random conversations, hot, evicted and restarted between turns: text, logits and fed tokens are the uninterrupted run's."""
     architecture, overrides = LAYOUTS[kind]

@@ -9,14 +9,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from agentmem.errors import BadRequest
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.random import random_model
 from agentmem.runtime import Runtime
 from agentmem.settings import Settings
-from tests.engine.layouts import LAYOUTS
+from tests.engine.layouts import CARRIED, KINDS, LAYOUTS
 from tests.runtime.agents import LONG, Running, ask, cached, extents, memory, quarantined, turn
 
-CARRIED = [kind for kind in LAYOUTS if not kind.startswith("latent")]
 MODELS: dict[str, LoadedModel] = {}
 
 
@@ -44,7 +44,7 @@ def first(runtime: Runtime, agent: str, system: str, text: str, **options: Any) 
     return Running(runtime, request).end()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_agents_with_a_common_prompt_share_it(tmp_path: Path, kind: str) -> None:
     """The second shows where prompts part, the third goes on from there, and says what it says alone."""
     alone = opened(tmp_path / "alone", kind)
@@ -69,7 +69,7 @@ def test_a_prompt_that_is_asked_again_is_not_read_again(tmp_path: Path, kind: st
     runtime.close()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_several_at_once_say_what_each_says_alone(tmp_path: Path, kind: str) -> None:
     texts = {"a": LONG, "b": "short", "c": LONG[100:400], "d": "and the tide comes in; " * 9}
     runtime = opened(tmp_path / "alone", kind)
@@ -91,13 +91,13 @@ def test_several_at_once_say_what_each_says_alone(tmp_path: Path, kind: str) -> 
     runtime.close()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_choices_and_a_stop_sequence(tmp_path: Path, kind: str) -> None:
     """Choices go their own ways from one prompt; a reply that is cut at a stop sequence goes on as it was said."""
     runtime = opened(tmp_path / "a", kind)
     replies = {
         text: turn(runtime, text, text, max_tokens=30).text
-        for text in ("lamp", "tell me", "why?", "night", "sea")
+        for text in ("lamp", "tell", "why", "night", "sea")
     }
     runtime.close()
     asked, whole = max(replies.items(), key=lambda item: len(item[1]))
@@ -115,7 +115,7 @@ def test_choices_and_a_stop_sequence(tmp_path: Path, kind: str) -> None:
     runtime.close()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fork_goes_on_whoever_speaks_first(tmp_path: Path, kind: str) -> None:
     runtime = opened(tmp_path, kind)
     turn(runtime, "planner", LONG)
@@ -136,7 +136,7 @@ def test_a_fork_goes_on_whoever_speaks_first(tmp_path: Path, kind: str) -> None:
     runtime.close()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_forgotten_means_freed(tmp_path: Path, kind: str) -> None:
     runtime = opened(tmp_path, kind)
     turn(runtime, "other", "stays")
@@ -166,7 +166,7 @@ def test_old_checkpoints_leave_the_disk(tmp_path: Path, kind: str) -> None:
     assert sizes[-1] - sizes[5] < 8 * rows + runtime.geometry.carried_words * 4
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_checkpoint_costs_time_and_changes_nothing(tmp_path: Path, kind: str) -> None:
     runtime = opened(tmp_path / "a", kind, kv_format="fp16")
     turn(runtime, "a", LONG)
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_costs_time_and_changes_nothing(tmp_path: Path, kin
     runtime.close()
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_store_is_sound_and_is_rebuilt_without_its_index(tmp_path: Path, kind: str) -> None:
     runtime = opened(tmp_path, kind)
     for text in (LONG, "go on"):
@@ -200,4 +200,33 @@ def test_the_store_is_sound_and_is_rebuilt_without_its_index(tmp_path: Path, kin
     after = turn(runtime, "a", "and on")
     assert runtime.agent("a")["turns"] == 3
     assert cached(after) > 0
+    runtime.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_layers_do_not_allow_is_refused(tmp_path: Path, kind: str) -> None:
+    runtime = opened(tmp_path, kind)
+    with pytest.raises(BadRequest, match="kept whole"):
+        runtime.create("a", {"memory": {"kind": "window", "recent": 512}})
+    turn(runtime, "a", "hello")
+    with pytest.raises(BadRequest, match="cannot be moved"):
+        runtime.set_policy("a", {"reuse": "composed"})
+    asked = turn(runtime, "a", "and?", reuse="composed")
+    assert memory(asked)["composed_tokens"] == 0
+    assert "not composed" in str(runtime.explain("a")["composition"])
+    runtime.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_agent_that_moves_says_the_same(tmp_path: Path, kind: str) -> None:
+    """Where state is carried along, an archive holds the tokens; they are read once more."""
+    runtime = opened(tmp_path / "here", kind, kv_format="fp16")
+    turn(runtime, "a", LONG)
+    with runtime.transfer.export("a") as file:
+        want = turn(runtime, "a", "go on").text
+        runtime.close()
+        runtime = opened(tmp_path / "there", kind, kv_format="fp16")
+        report = runtime.transfer.admit(file, trust=False)
+    assert report["kept"] == ("state" if kind.startswith("latent") else "tokens")
+    assert turn(runtime, "a", "go on").text == want
     runtime.close()
