@@ -7,6 +7,10 @@ from typing import Any
 from agentmem.model.zoo.parts import NO_BIAS, SCALED
 
 DENSE: dict[str, dict[str, Any]] = {
+    "afm7": {
+        "hidden_dim": 128, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+        "hidden_dim_scale_factor": 2.0,
+    },
     "apertus": NO_BIAS | {"post_norm": False, "qk_norm": True},
     "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 1.0},
     "ernie4_5": {"use_bias": False},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from agentmem.model.zoo.parts import DELTA, EXPERTS, FULL, LATENT, LINEAR, SCALED, WINDOW
+from agentmem.model.zoo.parts import DELTA, EXPERTS, FULL, LATENT, LINEAR, SCALED, SLIDING, WINDOW
 
 KDA: dict[str, Any] = {"num_heads": 2, "head_dim": 64, "short_conv_kernel_size": 4}
 LFM: dict[str, Any] = {
@@ -24,6 +24,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 64, "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_d_state": 32, "mamba_n_heads": 4,
         "embedding_multiplier": 1.0, "lm_head_multiplier": 1.0, "key_multiplier": 1.0, "ssm_multipliers": [1.0] * 5,
         "ssm_in_multiplier": 1.0, "ssm_out_multiplier": 1.0,
+    },
+    "gear": {
+        "sliding_window": WINDOW, "num_hidden_layers": 4, "conv_L_cache": 3,
+        "layer_types": ["conv_mixer", SLIDING, "conv_mixer", FULL],
     },
     "granitemoehybrid": SCALED | {
         "layer_types": ["mamba", "attention", "mamba", "attention"], "num_hidden_layers": 4, "num_local_experts": 4,
@@ -63,7 +67,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "linear_allow_neg_eigval": True, "attention_bias": False, "layer_types": [LINEAR, FULL, LINEAR, FULL],
     },
     "plamo2": {
-        "hidden_size_per_head": 32, "attention_window_size": WINDOW, "full_attention_idx": [3], "mamba_d_state": 32,
+        "hidden_size_per_head": 32, "mamba_d_state": 32,
         "mamba_num_heads": 4, "num_hidden_layers": 4,
     },
     "qwen3_5": DELTA,

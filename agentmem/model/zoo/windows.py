@@ -20,10 +20,6 @@ GEMMA4: dict[str, Any] = PATTERN | {
     "use_double_wide_mlp": True,
 }  # fmt: skip
 WINDOWS: dict[str, dict[str, Any]] = {
-    "afm7": {
-        "hidden_dim": 128, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-        "hidden_dim_scale_factor": 2.0,
-    },
     "afmoe": LAYERS | EXPERTS | {"num_shared_experts": 1, "num_dense_layers": 1, "route_scale": 1.0},
     "baichuan_m1": {
         "sliding_window": WINDOW, "sliding_window_layers": [0, 2], "conv_window": 2, "num_hidden_layers": 4,
@@ -34,14 +30,14 @@ WINDOWS: dict[str, dict[str, Any]] = {
         "num_shared_experts": 1, "is_moe_layer": [False, True, True, True], "n_group": 2, "topk_group": 1,
         "routed_scaling_factor": 1.0,
     },
-    "gear": LAYERS,
     "gemma3_text": PATTERN | {"query_pre_attn_scalar": 64},
     "gemma4_text": GEMMA4,
     "gpt_oss": LAYERS | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
     "iquestloopcoder": {"loop_num": 2, "loop_window_size": WINDOW},
     "laguna": LAYERS | EXPERTS | {"shared_expert_intermediate_size": 64, "rope_parameters": ROPES},
     "mellum": LAYERS | EXPERTS | {"norm_topk_prob": True, "rope_parameters": ROPES},
-    "mimo_v2_flash": EXPERTS | {
+    "mimo_v2_flash": {
+        "num_experts_per_tok": 2, "moe_intermediate_size": 64,
         "hybrid_layer_pattern": [1, 0, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "add_swa_attention_sink_bias": True,
         "add_full_attention_sink_bias": False, "sliding_window_size": WINDOW, "num_hidden_layers": 4,
         "n_shared_experts": None, "n_routed_experts": 4, "routed_scaling_factor": 1.0, "topk_method": "noaux_tc",
