@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,13 @@ TINY: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+# Drawn around 0 like a bias, these would shut a path or make a layer forget within a few tokens.
+MIDDLES: dict[str, float] = {
+    "a_g": 1.0, "w_g": 1.0, "head_g": 1.0, "layer_scalar": 1.0, "correct_output_scale": 1.0,
+    "scale": 1.0, "q_weight": 1.0, "k_weight": 1.0, "recurrent_param": -3.0,
+    "x_r": 0.5, "x_w": 0.5, "x_k": 0.5, "x_v": 0.5, "x_a": 0.5, "x_g": 0.5,
+}  # fmt: skip
+DECAY_BIAS = "w_lora.lora.2.bias"
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -119,7 +127,7 @@ def random_model(architecture: str, *, seed: int, **overrides: Any) -> LoadedMod
     layer is tied to the embeddings), so a reply that a client sends back becomes the same ids again.
     """
     config = TINY | {"model_type": architecture} | overrides
-    model = _empty(config)
+    model = _empty(deepcopy(config))  # some of mlx-lm's arguments edit the dictionaries they are made from
     named: list[Any] = list(tree_flatten(model.parameters()))
     keys = mx.random.split(mx.random.key(seed), len(named))
     weights = [(name, _random_weight(name, old, key)) for (name, old), key in zip(named, keys, strict=True)]
@@ -176,6 +184,13 @@ def _loaded(name: str, model: nn.Module, dtype: mx.Dtype, config: dict[str, Any]
 def _random_weight(name: str, old: mx.array, key: mx.array) -> mx.array:
     """Weights large enough that attention is not uniform: a wrong cache then changes the next token."""
     noise = mx.random.normal(old.shape, key=key)
+    middle = MIDDLES.get(name.rpartition(".")[2])
+    if name.endswith(DECAY_BIAS):
+        middle = -3.0
+    if middle is not None:
+        return middle + 0.1 * noise
+    if old.ndim == 0:
+        return old
     if old.ndim == 1:
         return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
     return noise if "embed" in name else noise / math.sqrt(old.shape[-1])
