@@ -55,9 +55,9 @@ from agentmem.model.identity import text_identity
 from agentmem.model.loaded import LoadedModel, Progress, load
 from agentmem.model.progress import silent
 from agentmem.model.tools import ToolFormat
+from agentmem.model.verdict_file import VerdictFile
 from agentmem.quant import blas
 from agentmem.quant.device import backend, leave_thread
-from agentmem.quant.format import KVFormat, kv_format
 from agentmem.quant.paths import chosen
 from agentmem.quant.selftest import self_tests
 from agentmem.settings import Settings
@@ -68,13 +68,13 @@ SWITCH_SECONDS = 5e-4
 """How long the engine may wait for a thread that copies rows; Python's own 5 ms is several decode steps."""
 
 
-def fingerprint(identity: dict[str, str], format: KVFormat, plan: Layout) -> str:
+def fingerprint(identity: dict[str, str], plan: Layout) -> str:
     """SHA-256 over everything that decides what a stored row means: model, tokenizer, template, format, what keys are corrected
     by, kinds of layers, page size, version."""
     geometry = plan.geometry
     parts = {
         "model": identity,
-        "format": format.identity(),
+        "format": geometry.format.identity(),
         "layers": [
             [c.shape.heads, c.shape.key_dim, c.shape.value_dim, str(c.format.identity())]
             for c in geometry.codecs
@@ -174,14 +174,21 @@ class Runtime(Roster):
             )
             if not plan.anatomy.plain:
                 prove(model, plan)
-            format = kv_format(settings.kv_format)
-            self._fingerprint = fingerprint(model.identity, format, plan)
+            self._fingerprint = fingerprint(model.identity, plan)
+            self._verdict = VerdictFile(settings.paths.calibration, model.identity).verdict(
+                settings.kv_format
+            )
             self._pool = Pool(plan.geometry, int(settings.ram_budget), self._fingerprint)
         except ValueError as error:
             raise ModelUnavailable(str(error)) from error
         self._self_test = self_tests(plan.codecs or [BLANK], plan.query_heads, plan.dtype)
         fused = self._self_test["fused"]["ok"] and plan.attends
         runner = Runner(model, plan.anatomy, fused)
+        if self._verdict != "ok":
+            log.warning(
+                "KV format %s with %s: %s; `agentmem verify MODEL` measures what it costs",
+                settings.kv_format, model.name, self._verdict,
+            )  # fmt: skip
         self._admission = Admission(
             model_size(model.model, plan.geometry, plan.query_heads, plan.dtype), plan.geometry, self._pool.capacity_bytes,
             settings.memory_bytes(device_bytes()), chunk_tokens=settings.chunk_tokens, fused=fused,
@@ -323,6 +330,7 @@ class Runtime(Roster):
             "blas": blas.status(),
             "self_test": self._self_test,
             "kv_format": self._settings.kv_format,
+            "kv_verdict": self._verdict,
             "fingerprint": self._fingerprint,
             "commit": self._settings.commit,
             "uptime_s": time.time() - self._started,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from agentmem.quant.format import KVFormat
 from agentmem.quant.keymap import KeyMap
 from agentmem.quant.rows import RowCodec
 
@@ -29,6 +30,11 @@ class Geometry:
     def __post_init__(self) -> None:
         if not self.key_maps:
             object.__setattr__(self, "key_maps", tuple(KeyMap(c.format.rotation) for c in self.codecs))
+
+    @property
+    def format(self) -> KVFormat:
+        """The format that decides which pages are packed: that of a layer that packs, if there is one."""
+        return next((c.format for c in self.codecs if c.format.packs), self.codecs[0].format)
 
     @property
     def layers(self) -> int:

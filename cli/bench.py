@@ -14,6 +14,7 @@ BENCHMARKS = {
     "attention": "One decode step's attention over packed rows, next to 16-bit keys and values.",
     "batch": "Many streams at once: decode speed and memory, next to 16-bit pages and stock mlx-lm, and speed under load.",
     "compose": "What reusing segments behind other text costs the answers, and saves.",
+    "layouts": "What works with the layers of each model type, tried on tiny random models.",
     "http": "What HTTP adds to the time to first token.",
     "episodic": "Long conversations in a small budget: episodes, against the full cache and other ways to evict.",
 }

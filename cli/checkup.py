@@ -128,6 +128,8 @@ def check_health(health: dict[str, Any]) -> Iterator[Check]:
     """What a running daemon says about its attention kernels and its store; nothing when none runs."""
     if "self_test" in health:
         yield _kernels(health["self_test"]["paths"], health["backend"])
+    if "kv_verdict" in health:
+        yield _format(health["kv_format"], health["kv_verdict"])
     if "store" in health:
         yield _store(health["store"])
 
@@ -141,6 +143,16 @@ def _kernels(paths: dict[str, dict[str, Any]], backend: str) -> Check:
         message = f"refused on {backend}: {', '.join(wrong)}; in use: {right[0]}"
         return Check("kernels", "warning", message, "replies are right, and may be slower")
     return Check("kernels", "ok", f"self-test passed on {backend}: {', '.join(right)}")
+
+
+def _format(name: str, verdict: str) -> Check:
+    """What `verify MODEL` found of the KV format in use."""
+    if verdict == "ok":
+        return Check("kv format", "ok", f"{name}: verified, or 16 bits")
+    hint = "agentmem verify MODEL measures what it costs"
+    if verdict == "unverified":
+        return Check("kv format", "note", f"{name} was never measured with this model", hint)
+    return Check("kv format", "warning", f"{name}: {verdict}", f"choose another kv_format; {hint}")
 
 
 def _store(store: dict[str, Any]) -> Check:

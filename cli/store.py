@@ -22,6 +22,15 @@ PATIENCE_S = 86400.0  # a large store takes long to read
 
 
 @click.command()
+@click.argument("model", required=False)
+@click.option("--formats", help="With MODEL: the KV formats to measure, such as q4,k8v4.")
+@click.option(
+    "--data",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="With MODEL: a text to measure on; repeatable.",
+)
+@click.option("--quick", is_flag=True, help="With MODEL: few texts and cases.")
 @click.option("--deep", is_flag=True, help="Read every byte, and compare tokens with the index.")
 @click.option(
     "--rebuild", is_flag=True, help="Make a new index from the files: at once, or at the daemon's next start."
@@ -32,8 +41,24 @@ PATIENCE_S = 86400.0  # a large store takes long to read
     help="Measure composed prompts against dense ones instead; for `--reuse auto`.",
 )
 @json_option
-def verify(deep: bool, rebuild: bool, composed: bool, as_json: bool) -> int:
-    """Check the index and the extents, with a running daemon or without. Exit code 6 when something is damaged."""
+def verify(
+    model: str | None, formats: str | None, data: tuple[str, ...], quick: bool, deep: bool, rebuild: bool,
+    composed: bool, as_json: bool,
+) -> int:  # fmt: skip
+    """Check the index and the extents, with a running daemon or without. Exit code 6 when something is damaged.
+
+    With MODEL, such as `embedded`: measure what KV formats cost that model's answers, and keep the verdict.
+    """
+    if model is not None:
+        if deep or rebuild or composed:
+            raise click.UsageError("--deep, --rebuild and --composed are for what is kept, not for a model")
+        chosen = ["--formats", formats] if formats else []
+        flags = [*chosen, *(x for text in data for x in ("--data", text)), *(["--quick"] if quick else [])]
+        return _measured(model, *flags, *(["--json"] if as_json else []))
+    if formats or data or quick:
+        raise click.UsageError(
+            "--formats, --data and --quick need a MODEL, such as `agentmem verify embedded`"
+        )
     if composed:
         if deep or rebuild:
             raise click.UsageError("--composed goes alone")
@@ -67,6 +92,11 @@ def repair(purge: bool, as_json: bool) -> int:
         else:
             report = _offline(home, "--repair", *(["--purge"] if purge else []))
     return _tell(report, as_json)
+
+
+def _measured(model: str, *flags: str) -> int:
+    """Measure a model, in a process of its own: it needs the engine's libraries."""
+    return subprocess.call([sys.executable, "-m", "agentmem.bench", "verify", "--model", model, *flags])
 
 
 def _offline(home: Home, *flags: str) -> dict[str, Any]:

@@ -93,6 +93,11 @@ FORMATS: dict[str, KVFormat] = {
     for f in (
         _plain("q4", 4, 4, rotation="calibrated"),
         _plain("q3", 3, 3, rotation="calibrated"),
+        _plain("k5v4", 5, 4, rotation="calibrated"),
+        _plain("k6v4", 6, 4, rotation="calibrated"),
+        _plain("k8v4", 8, 4, rotation="calibrated"),
+        _plain("q8", 8, 8, rotation="calibrated"),
+        KVFormat("q4-stock", Code(4, 64), Code(4, 64), raw_first_page=False),
         _plain("q4-plain", 4, 4),
         _plain("q4-rotated", 4, 4, rotation="hadamard"),
         _plain("k8v4-plain", 8, 4),
@@ -108,6 +113,31 @@ def kv_format(name: str) -> KVFormat:
         return FORMATS[name]
     except KeyError:
         raise ValueError(f"unknown kv_format {name!r}; known: {', '.join(sorted(FORMATS))}") from None
+
+
+def kv_formats(spec: str, layers: int) -> list[KVFormat]:
+    """One format for each of a model's layers, as `spec` says: a name for all, or "q4,0=k8v4,29=k8v4" with names for some.
+
+    A model may mix formats that pack with "fp16". Raises ValueError with what is wrong.
+    """
+    name, *exceptions = [part.strip() for part in spec.split(",")]
+    default = kv_format(name)
+    formats = [default] * layers
+    for part in exceptions:
+        number, _, other = part.partition("=")
+        if not number.isdecimal() or int(number) >= layers:
+            raise ValueError(
+                f"kv_format {spec!r}: {part!r} is not like 0=k8v4, for one of the model's layers 0 to {layers - 1}"
+            )
+        chosen = kv_format(other)
+        if chosen.packs and chosen.raw_first_page != default.raw_first_page:
+            raise ValueError(f"kv_format {spec!r}: {other} and {name} keep different pages in 16 bits")
+        formats[int(number)] = chosen
+    if not default.packs and any(f.packs for f in formats):
+        raise ValueError(
+            f"kv_format {spec!r}: name a format that packs first, and fp16 for the layers that do not"
+        )
+    return formats
 
 
 def stored_dtype(compute: mx.Dtype) -> mx.Dtype:

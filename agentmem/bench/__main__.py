@@ -1,4 +1,5 @@
-"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic|http ...`: what `agentmem bench` runs.
+"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic|http|layouts|verify ...`: what
+`agentmem bench` and `agentmem verify MODEL` run.
 
 JSON on stdout, progress on stderr.
 """
@@ -11,7 +12,8 @@ from typing import Any
 
 import click
 
-import agentmem.bench.episodic_command  # noqa: F401  (it declares itself)
+import agentmem.bench.episodic_command
+import agentmem.bench.layers_command  # noqa: F401  (they declare themselves)
 from agentmem.bench.command import (
     BITS,
     MEGABYTES,

@@ -97,7 +97,7 @@ def fill(table: Table, tokens: int) -> None:
     rows = [mx.random.normal((PAGE, 2 * c.raw_words)).astype(c.stored).view(mx.uint32) for c in g.codecs]
     packed = [c.pack(r) for c, r in zip(g.codecs, rows, strict=True)]
     mx.eval(rows, packed)
-    format, pages = g.codecs[0].format, tokens // PAGE
+    format, pages = g.format, tokens // PAGE
     lead = 1 if format.packs and format.raw_first_page else 0
     blocks = [(table.pool.take(g.slots_for(True, PAGE)), True) for _ in range(lead)]
     for slots, _ in blocks:

@@ -15,6 +15,7 @@ from agentmem.model.calibration_file import CalibrationFile
 from agentmem.model.loaded import LoadedModel
 from agentmem.model.progress import Progress, silent
 from agentmem.quant.calibration import Calibration, Correction, corrected
+from agentmem.quant.format import Code
 from agentmem.quant.rows import RowCodec
 
 TOKENS = 512
@@ -78,12 +79,12 @@ def calibrated(model: LoadedModel, found: Anatomy, codecs: Sequence[RowCodec]) -
     pieces = [_observe(model, found, ids, at) for ids, at in _pieces(model)]
     layers: list[Correction] = []
     for codec, *seen in zip(codecs, *pieces, strict=True):
-        assert codec.format.keys is not None
+        code = codec.format.keys or Code(8, 64)  # of a layer that is not packed, whose values nobody uses
         layers.append(
             corrected(
                 mx.concatenate([s.keys[0, :, SINK:] for s in seen], axis=1),
                 mx.concatenate([s.queries[0, :, SINK:] for s in seen], axis=1),
-                scale=seen[0].scale, code=codec.format.keys, stored=codec.stored,
+                scale=seen[0].scale, code=code, stored=codec.stored,
             )
         )  # fmt: skip
     return Calibration(tuple(layers))

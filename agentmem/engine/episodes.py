@@ -181,7 +181,7 @@ class Episodes:
             "lines": life.lines(topic) if topic != WHOLE else [],
             "segments": size,
             "tokens": rows,
-            "bytes": rows * self.pool.geometry.row_bytes(not self.pool.geometry.codecs[0].format.packs),
+            "bytes": rows * self.pool.geometry.row_bytes(not self.pool.geometry.format.packs),
             "built_through": view.tokens if view is not None else 0,
             "state": "cold" if view is None else "hot" if in_ram else "warm",
             "hits": life.hits.get(topic, 0),

@@ -51,7 +51,7 @@ class Feed:
     """Engine thread only."""
 
     def __init__(self, network: Network, anatomy: Anatomy) -> None:
-        self.network, self._anatomy = network, anatomy
+        self.network, self.anatomy = network, anatomy
         self._blank = not anatomy.paged
 
     def chunk(self, table: Table, tokens: list[int], rows: Sequence[int]) -> Chunk:
@@ -61,7 +61,7 @@ class Feed:
         """
         views, carry, n = table.views(), table.carry, len(tokens)
         held = carry.views() if carry is not None else []
-        logits = self.network.logits(mx.array([tokens]), self._anatomy.caches(views, held), rows)
+        logits = self.network.logits(mx.array([tokens]), self.anatomy.caches(views, held), rows)
         arrays, absorb = table.absorb([GivenRows(_blank(n))] if self._blank else views, tokens)
         states = carry.after(held, n) if carry is not None else ()
 
@@ -80,7 +80,7 @@ class Feed:
         views = step.views()
         carries = [t.carry for t in tables if t.carry is not None]
         held = CarryStep(carries) if carries else None
-        caches = self._anatomy.caches(views, held.views() if held is not None else [])
+        caches = self.anatomy.caches(views, held.views() if held is not None else [])
         logits = self.network.logits(tokens[:, None], caches, at)
         rows = [_blank(len(tables))] if self._blank else [v.rows() for v in views]
         return Fed(logits, step, rows, held.after() if held is not None else [])

@@ -196,7 +196,7 @@ class Folding:
 
     @property
     def _packs(self) -> bool:
-        return self._pool.geometry.codecs[0].format.packs
+        return self._pool.geometry.format.packs
 
     def _slots_with(self, words: list[mx.array]) -> tuple[int, ...]:
         """A page's words in slots of their own. Raises Overloaded."""

@@ -108,7 +108,7 @@ class Folds:
 
     def older(self, pages: list[Page], usable: int) -> list[Page]:
         """Those of a chain's pages that a view may stand for: within the first `usable` tokens, full, and never the last one."""
-        packs = self._pool.geometry.codecs[0].format.packs
+        packs = self._pool.geometry.format.packs
         return [p for p in pages[:-1] if p.end <= usable and not (packs and p.raw and p.start > 0)]
 
     def short(self, agent: Agent, session: Session) -> bool:

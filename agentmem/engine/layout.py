@@ -22,7 +22,7 @@ from agentmem.model.products import join_rows
 from agentmem.model.progress import Progress, silent
 from agentmem.model.recurrent import RecurrentLayer, recurrent_shapes
 from agentmem.quant.calibration import wide_format
-from agentmem.quant.format import Code, KVFormat, LayerShape, kv_format, stored_dtype
+from agentmem.quant.format import Code, KVFormat, LayerShape, kv_formats, stored_dtype
 from agentmem.quant.keymap import CalibratedMap, KeyMap
 from agentmem.quant.rows import RowCodec
 
@@ -56,7 +56,13 @@ class Layout:
     @property
     def kinds(self) -> list[list[object]]:
         """What the fingerprint says of layers that are not plain attention."""
-        return [] if self.anatomy.plain else [[p.kind, p.window, p.arrays] for p in self.anatomy.parts]
+        windows = (
+            [x.codec.format for x in self.baggage.layers if isinstance(x, WindowLayer)]
+            if self.baggage
+            else []
+        )
+        kinds: list[list[object]] = [[p.kind, p.window, p.arrays] for p in self.anatomy.parts]
+        return [] if self.anatomy.plain else [*kinds, [str(f.identity()) for f in windows]]
 
 
 def layout(
@@ -66,7 +72,7 @@ def layout(
     folder: Path | None = None,
     progress: Progress = silent,
 ) -> Layout:
-    """Puts our attention into the model and looks at its layers; `folder` keeps calibrations.
+    """Puts our attention into the model and looks at its layers; `folder` keeps calibrations. `format_name`: see `kv_formats`.
 
     Raises ModelUnavailable for models that are not supported and ValueError for formats that do not fit.
     """
@@ -74,12 +80,14 @@ def layout(
     join_rows(model.model)
     keep_latents(model.model)
     found = anatomy(model.model)
-    format = kv_format(format_name)
+    formats = kv_formats(format_name, len(found.parts))
     attending = [p for p in found.parts if p.kind != "recurrent"]
-    codecs = [RowCodec(p.shape, _format(format, p), stored_dtype(found.dtype)) for p in attending]
+    chosen = [f for f, p in zip(formats, found.parts, strict=True) if p.kind != "recurrent"]
+    stored = stored_dtype(found.dtype)
+    codecs = [RowCodec(p.shape, _format(f, p), stored) for f, p in zip(chosen, attending, strict=True)]
     maps: list[KeyMap] = [KeyMap(c.format.rotation) for c in codecs]
     digest = None
-    if format.calibrated and attending:
+    if any(f.calibrated for f in chosen):
         mapped = [p.kind != "latent" for p in attending]
         values = calibration(
             model, found, [c for c, m in zip(codecs, mapped, strict=True) if m], folder, progress
@@ -87,8 +95,10 @@ def layout(
         layers = iter(values.layers)
         for i in (i for i, m in enumerate(mapped) if m):
             layer = next(layers)
+            if not chosen[i].calibrated:
+                continue
             maps[i] = CalibratedMap(layer.mean, layer.scale, found.dtype)
-            if layer.wide:
+            if layer.wide and codecs[i].format.packs:
                 codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format))
         digest = values.digest
     paged = [i for i, p in enumerate(attending) if not p.carried]

@@ -202,7 +202,7 @@ def check_pages(
 
 def _check_tree(manifest: Manifest, geometry: Geometry) -> None:
     """Parents come before children; each page is of the kind and length that its place allows."""
-    format = geometry.codecs[0].format
+    format = geometry.format
     parents = {p[0] for p in manifest.pages}
     for i, (parent, raw, rows) in enumerate(manifest.pages):
         if parent is not None and parent >= i:

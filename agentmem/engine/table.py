@@ -192,7 +192,7 @@ class Table:
         ]
 
     def _raw_page(self, number: int) -> bool:
-        format = self.pool.geometry.codecs[0].format
+        format = self.pool.geometry.format
         return not format.packs or (format.raw_first_page and number == 0 and self.shown is None)
 
     def absorb(

@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from agentmem.errors import ModelUnavailable
+from agentmem.model.unsound import unsound
 from agentmem.quant.format import LayerShape
 
 Kind = Literal["full", "latent", "window", "recurrent"]
@@ -100,22 +102,34 @@ def leaves(model: nn.Module) -> tuple[list[Any], tuple[int | None, ...]]:
     return flattened(caches), nested
 
 
+SHARED = ModelUnavailable("layers of this model attend to the keys of other layers, which is not supported")
+
+
 class Probe:
     """A cache that notes the geometry of one layer's attention, and whether the layer looks into what it holds."""
 
-    def __init__(self, offset: int | mx.array = 0) -> None:
-        self.offset = offset
+    def __init__(self, offset: int | mx.array = 0, handed_out: set[int] | None = None) -> None:
+        self.offset, self._handed_out = offset, handed_out
         self.shape = NO_SHAPE
         self.query_heads = 0
         self.opaque = False
+        self.windowed = False
         self.keys = self.values = mx.zeros((0,))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.shape = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
         self.keys, self.values = keys, values
+        if self._handed_out is not None:
+            self._handed_out.add(id(keys))
         return keys, values
 
-    def make_mask(self, n: int, return_array: bool = False, **_: Any) -> mx.array | None:
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        raise SHARED
+
+    def make_mask(
+        self, n: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | None:
+        self.windowed = window_size is not None
         return mx.tril(mx.ones((n, n), mx.bool_)) if return_array else None
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
@@ -123,6 +137,26 @@ class Probe:
         self.opaque = keys is self.keys and values is self.values
         mask = options["mask"] if isinstance(options["mask"], mx.array) else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=options["scale"], mask=mask)
+
+
+_watched: set[int] | None = None
+
+
+@contextmanager
+def watched() -> Iterator[set[int]]:
+    """While it is open, `check_own` knows the keys that probes have put into the set. Engine thread only."""
+    global _watched
+    _watched = set()
+    try:
+        yield _watched
+    finally:
+        _watched = None
+
+
+def check_own(keys: mx.array) -> None:
+    """A layer without a cache attends to `keys`. Raises ModelUnavailable when they are another layer's."""
+    if _watched is not None and id(keys) in _watched:
+        raise SHARED
 
 
 def probes(model: nn.Module, make: Callable[[], Any] = Probe) -> tuple[list[Any], list[Any]]:
@@ -144,13 +178,15 @@ def anatomy(model: nn.Module) -> Anatomy:
         )
     if any(isinstance(c, RotatingKVCache) and c.keep for c in own):
         raise ModelUnavailable("this model keeps the first tokens of its windows, which is not supported")
-    caches, seen = probes(model)
-    mx.eval(model(mx.array([[0]]), cache=caches))
+    with unsound("this model does not run with our caches"), watched() as handed_out:
+        caches, seen = probes(model, lambda: Probe(handed_out=handed_out))
+        mx.eval(model(mx.array([[0]]), cache=caches))
     noted = iter(seen)
     parts = tuple(_part(c, None if isinstance(c, ArraysCache) else next(noted)) for c in own)
     heads = [p.query_heads for p in seen if p.query_heads]
     dtype = seen[0].keys.dtype if seen else _dtype(model)
-    return Anatomy(parts, nested, heads[0] if heads else 1, dtype)
+    most = max((p.shape.heads for p in seen), default=1)
+    return Anatomy(parts, nested, heads[0] if heads else most, dtype)
 
 
 def _part(own: Any, seen: Probe | None) -> Part:
@@ -162,6 +198,10 @@ def _part(own: Any, seen: Probe | None) -> Part:
         if not seen.opaque:
             raise ModelUnavailable("a window of this model is read by other means than mlx-lm's attention")
         return Part("window", seen.shape, window=own.max_size)
+    if seen.windowed:
+        raise ModelUnavailable(
+            "a layer of this model hides tokens that its cache keeps, which is not supported"
+        )
     return Part("full" if seen.opaque else "latent", seen.shape)
 
 

@@ -18,7 +18,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import ArraysCache
 
 from agentmem.errors import ModelUnavailable
-from agentmem.model.anatomy import Probe, leaves, probes
+from agentmem.model.anatomy import Probe, check_own, leaves, probes
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def _dispatch(
     sinks: mx.array | None = None,
 ) -> mx.array:
     attend = getattr(cache, "attend", None)
+    if cache is None:
+        check_own(keys)
     if attend is None:
         return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)  # type: ignore[arg-type]
     return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)

@@ -23,6 +23,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("restore", ("--json", "--model", "--shape", "--tokens")),
         ("store", ("--json", "--pages", "--turns")),
         ("http", ("--json", "--model", "--turns")),
+        ("layouts", ("--json", "--type")),
         ("formats", ("--json", "--model", "--format", "--text")),
         pytest.param("attention", ("--json", "--heads", "--batch", "--tokens"), marks=pytest.mark.slow),
         pytest.param(
