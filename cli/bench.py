@@ -15,6 +15,7 @@ BENCHMARKS = {
     "batch": "Many streams at once: decode speed and memory, next to 16-bit pages and stock mlx-lm, and speed under load.",
     "compose": "What reusing segments behind other text costs the answers, and saves.",
     "layouts": "What works with the layers of each model type, tried on tiny random models.",
+    "bytes": "What an agent takes in RAM and on disk, by model shape.",
     "http": "What HTTP adds to the time to first token.",
     "episodic": "Long conversations in a small budget: episodes, against the full cache and other ways to evict.",
 }

@@ -1,4 +1,4 @@
-"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic|http|layouts|verify ...`: what
+"""`python -m agentmem.bench restore|store|formats|attention|batch|compose|episodic|http|layouts|bytes|verify ...`: what
 `agentmem bench` and `agentmem verify MODEL` run.
 
 JSON on stdout, progress on stderr.

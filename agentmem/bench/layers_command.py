@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from agentmem.bench.command import MODEL, Result, benchmark, checks, model_of, say
+from agentmem.bench.command import MODEL, Result, benchmark, checks, model_of, say, tokens
 from agentmem.home import Home, default_home
 
 FORMATS = "q4,q3,q4-stock"
@@ -78,3 +78,32 @@ def layouts(names: tuple[str, ...]) -> Result:
     if unknown:
         raise click.UsageError(f"there is no tiny model of the type {', '.join(unknown)}")
     return measure(names or None, say=say)
+
+
+def _bytes_table(result: dict[str, Any]) -> str:
+    from agentmem.bench.footprint import table
+
+    return "\n".join([table(result), "", checks(result)])
+
+
+@benchmark(
+    _bytes_table,
+    click.option("--shape", "names", multiple=True, help="A model shape; repeatable. Default: all."),
+    tokens("1024,2048,4096,8192,16384,32768", "Lengths of the context."),
+    click.option(
+        "--written", default="8192", help="Lengths at which an agent is written to files, such as 8192,32768."
+    ),
+    click.option("--format", "format", default="q4", help="KV format."),
+)
+def bytes(names: tuple[str, ...], lengths: list[int], written: str, format: str) -> Result:
+    """What an agent takes in RAM and on disk, by model shape, next to plain 4 bits of every token and to stock mlx-lm."""
+    from agentmem.bench.footprint import SHAPES, measure
+
+    unknown = [name for name in names if name not in SHAPES]
+    if unknown:
+        raise click.UsageError(f"there is no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    try:
+        sizes = [int(size) for size in written.split(",") if size]
+    except ValueError:
+        raise click.UsageError("give lengths like 8192,32768") from None
+    return measure(names or list(SHAPES), lengths, written=sizes, format=format, say=say)

@@ -163,13 +163,21 @@ def _episodic(runtime: Runtime) -> bool:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown, one line for each architecture that is served, then those that are not."""
-    lines = ["| model type | layers | " + " | ".join(FEATURES) + " |", "|---" * (len(FEATURES) + 2) + "|"]
+    """Markdown: one line for all model types with the same kinds of layers of which the same works; then what is refused."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    refused: dict[str, list[str]] = {}
     for name, row in result["rows"].items():
-        if "refused" not in row:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in row["kinds"].items())
-            marks = " | ".join("yes" if row[f] else "no" for f in FEATURES)
-            lines.append(f"| {name} | {kinds} | {marks} |")
-    lines += ["", "| refused | why |", "|---|---|"]
-    lines += [f"| {name} | {row['refused']} |" for name, row in result["rows"].items() if "refused" in row]
+        if "refused" in row:
+            refused.setdefault(row["refused"], []).append(name)
+            continue
+        key = (" + ".join(sorted(row["kinds"])), *("yes" if row[f] else "no" for f in FEATURES))
+        alike.setdefault(key, []).append(name)
+    lines = ["| layers | " + " | ".join(FEATURES) + " | model types |", "|---" * (len(FEATURES) + 2) + "|"]
+    lines += [f"| {' | '.join(key)} | {_names(names)} |" for key, names in sorted(alike.items())]
+    lines += ["", "| refused, because | model types |", "|---|---|"]
+    lines += [f"| {why} | {_names(names)} |" for why, names in sorted(refused.items())]
     return "\n".join(lines)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -84,7 +84,7 @@ def layout(
     attending = [p for p in found.parts if p.kind != "recurrent"]
     chosen = [f for f, p in zip(formats, found.parts, strict=True) if p.kind != "recurrent"]
     stored = stored_dtype(found.dtype)
-    codecs = [RowCodec(p.shape, _format(f, p), stored) for f, p in zip(chosen, attending, strict=True)]
+    codecs = [RowCodec(p.shape, part_format(f, p), stored) for f, p in zip(chosen, attending, strict=True)]
     maps: list[KeyMap] = [KeyMap(c.format.rotation) for c in codecs]
     digest = None
     if any(f.calibrated for f in chosen):
@@ -114,7 +114,7 @@ def layout(
     return Layout(geometry, found.query_heads, found.dtype, digest, found, carried)
 
 
-def _format(format: KVFormat, part: Part) -> KVFormat:
+def part_format(format: KVFormat, part: Part) -> KVFormat:
     """The format of one layer. What a latent layer stores is read whole, in the model's own terms: nothing is turned, and the
     rotary key, which is small, gets 8 bits."""
     fitted = format.for_shape(part.shape)

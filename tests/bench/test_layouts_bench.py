@@ -18,4 +18,4 @@ def test_what_works_is_told_by_trying() -> None:
     assert "keys of other layers" in rows["gemma4_text"]["refused"]
     assert (result["served"], result["refused"]) == (4, 1)
     assert result["checks"][0]["holds"]
-    assert "| mamba2 | 2 recurrent | yes | yes | yes | no | no |" in table(result)
+    assert "| recurrent | yes | yes | yes | no | no | `mamba2` |" in table(result)

@@ -24,6 +24,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("store", ("--json", "--pages", "--turns")),
         ("http", ("--json", "--model", "--turns")),
         ("layouts", ("--json", "--type")),
+        ("bytes", ("--json", "--shape", "--written")),
         ("formats", ("--json", "--model", "--format", "--text")),
         pytest.param("attention", ("--json", "--heads", "--batch", "--tokens"), marks=pytest.mark.slow),
         pytest.param(
