@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
-from agentmem.quant.format import Code, KVFormat, LayerShape
+from agentmem.quant.format import WORD_BITS, Code, KVFormat, LayerShape
 from agentmem.quant.keymap import CalibratedMap
+from agentmem.quant.rows import RowCodec
 
-VERSION = 1
+VERSION = 2
 """Changes with everything that decides the values but the model: text, positions, arithmetic."""
 
 LARGEST_EXPONENT = 8
@@ -32,12 +33,17 @@ TOLERATED_NOISE = 1.0
 class Correction:
     """What one layer's keys go through: `mean` and `scale` float32 [heads, key_dim], scales powers of two.
 
-    `wide` layers, whose keys lose too much even so, keep `WIDE_BITS` bits.
+    `noise`: what packing the keys does to the scores even so, see `score_noise`.
     """
 
     mean: np.ndarray
     scale: np.ndarray
-    wide: bool = False
+    noise: float = 0.0
+
+    @property
+    def wide(self) -> bool:
+        """Whether the keys lose too much, and keep `WIDE_BITS` bits."""
+        return self.noise > TOLERATED_NOISE
 
     def fits(self, shape: LayerShape) -> bool:
         """Whether the values are sound and those of a layer of this shape."""
@@ -46,6 +52,7 @@ class Correction:
             self.mean.shape == self.scale.shape == (shape.heads, shape.key_dim)
             and self.mean.dtype == self.scale.dtype == np.float32
             and bool(np.isfinite(self.mean).all())
+            and 0 <= self.noise < np.inf
             and bool((np.abs(exponents) <= LARGEST_EXPONENT).all() and (exponents % 1 == 0).all())
         )
 
@@ -61,7 +68,7 @@ class Calibration:
         """sha256 of the values, for the fingerprint: rows that other values made are other rows."""
         state = hashlib.sha256(f"{VERSION}".encode())
         for layer in self.layers:
-            state.update(f"{layer.mean.shape}{layer.wide}".encode())
+            state.update(f"{layer.mean.shape}{layer.noise:.2f}".encode())
             state.update(layer.mean.tobytes())
             state.update(layer.scale.tobytes())
         return state.hexdigest()
@@ -70,7 +77,8 @@ class Calibration:
         """The content of a file; see `from_tensors`."""
         out = {"digest": np.frombuffer(bytes.fromhex(self.digest), np.uint8)}
         for i, layer in enumerate(self.layers):
-            out |= {f"mean.{i}": layer.mean, f"scale.{i}": layer.scale, f"wide.{i}": np.array([layer.wide])}
+            noise = np.array([layer.noise], np.float32)
+            out |= {f"mean.{i}": layer.mean, f"scale.{i}": layer.scale, f"noise.{i}": noise}
         return out
 
     @classmethod
@@ -78,7 +86,7 @@ class Calibration:
         """Raises ValueError where a file does not hold what `tensors` made for layers of these shapes."""
         try:
             layers = tuple(
-                Correction(tensors[f"mean.{i}"], tensors[f"scale.{i}"], bool(tensors[f"wide.{i}"].item()))
+                Correction(tensors[f"mean.{i}"], tensors[f"scale.{i}"], float(tensors[f"noise.{i}"].item()))
                 for i in range(len(shapes))
             )
             digest = tensors["digest"].tobytes().hex()
@@ -109,7 +117,7 @@ def corrected(keys: mx.array, queries: mx.array, *, scale: float, code: Code, st
     step = np.exp2(np.round(np.log2(np.maximum(deviation, np.abs(mean) / 128))) - 2)
     means = (np.round(mean / step) * step).astype(np.float32)
     noise = score_noise(CalibratedMap(means, scales, mx.float32), keys, queries, scale, code, stored)
-    return Correction(means, scales, bool(noise > TOLERATED_NOISE))
+    return Correction(means, scales, round(noise, 2))
 
 
 def score_noise(
@@ -132,10 +140,24 @@ def score_noise(
     return scale * float(np.sqrt(np.array(variance)).max())
 
 
-def wide_format(format: KVFormat) -> KVFormat:
+def wide_format(format: KVFormat, bits: int = WIDE_BITS) -> KVFormat:
     """The format of a layer whose keys need more bits."""
     assert format.keys is not None
-    return KVFormat(
-        format.name, Code(max(WIDE_BITS, format.keys.bits), format.keys.group), format.values, format.rotation,
-        format.raw_first_page,
-    )  # fmt: skip
+    return replace(format, keys=Code(max(bits, format.keys.bits), format.keys.group))
+
+
+def spare_layers(codecs: Sequence[RowCodec], noises: Sequence[float]) -> list[int]:
+    """Which layers of one format get its spare bits: those with the most noise, as long as all of them keep to `most_bits`."""
+    elements = sum(c.shape.heads * (c.shape.key_dim + c.shape.value_dim) for c in codecs)
+    room = codecs[0].format.most_bits * elements - sum(WORD_BITS * c.packed_words for c in codecs)
+    chosen = []
+    for i in sorted(range(len(codecs)), key=lambda i: (-noises[i], i)):
+        format = codecs[i].format
+        more = (
+            replace(codecs[i], format=wide_format(format, format.spare_bits)).packed_words
+            - codecs[i].packed_words
+        )
+        if 0 < WORD_BITS * more <= room:
+            room -= WORD_BITS * more
+            chosen.append(i)
+    return sorted(chosen)

@@ -7,7 +7,7 @@ value scale,bias pairs]`; a *raw* row is `[keys | values]` in 16 bits.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import mlx.core as mx
 
@@ -47,7 +47,8 @@ class KVFormat:
     `keys`/`values` of None keep 16 bits. `rotation` names the map that keys go through as they enter the cache and queries at
     attention, so that scores do not change: "none", "hadamard" along head_dim, or "calibrated" (static mean, scale per channel,
     then Hadamard; see `agentmem.quant.calibration`). `raw_first_page` keeps the first page, which holds the attention sink, in
-    16 bits.
+    16 bits. The keys of the layers that lose most get `spare_bits`, as long as an element takes no more than `most_bits` in all,
+    on average over the layers, scales and biases included.
     """
 
     name: str
@@ -55,6 +56,8 @@ class KVFormat:
     values: Code | None
     rotation: str = "none"
     raw_first_page: bool = True
+    most_bits: float = 0.0
+    spare_bits: int = 0
 
     @property
     def packs(self) -> bool:
@@ -77,7 +80,7 @@ class KVFormat:
         for group in (self.keys.group, 32):
             keys, values = Code(self.keys.bits, group), Code(self.values.bits, group)
             if keys.fits(shape.key_dim) and values.fits(shape.value_dim):
-                return KVFormat(self.name, keys, values, self.rotation, self.raw_first_page)
+                return replace(self, keys=keys, values=values)
         raise ValueError(
             f"format {self.name!r} needs head dims that are multiples of 32; this model has "
             f"{shape.key_dim}/{shape.value_dim}. Use kv_format 'fp16'."
@@ -91,8 +94,9 @@ def _plain(name: str, key_bits: int, value_bits: int, rotation: str = "none") ->
 FORMATS: dict[str, KVFormat] = {
     f.name: f
     for f in (
-        _plain("q4", 4, 4, rotation="calibrated"),
-        _plain("q3", 3, 3, rotation="calibrated"),
+        replace(_plain("q4", 4, 4, rotation="calibrated"), most_bits=4.7, spare_bits=8),
+        replace(_plain("q3", 3, 3, rotation="calibrated"), most_bits=3.8, spare_bits=4),
+        _plain("k4v3", 4, 3, rotation="calibrated"),
         _plain("k5v4", 5, 4, rotation="calibrated"),
         _plain("k6v4", 6, 4, rotation="calibrated"),
         _plain("k8v4", 8, 4, rotation="calibrated"),

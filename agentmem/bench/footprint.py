@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from agentmem.engine.windows import WindowLayer, WindowState
 from agentmem.model.anatomy import Part
 from agentmem.model.random import byte_tokenizer
 from agentmem.quant.attention import reference_path
+from agentmem.quant.calibration import spare_layers, wide_format
 from agentmem.quant.format import LayerShape, kv_format
 from agentmem.quant.keymap import KeyMap
 from agentmem.quant.rows import RowCodec
@@ -85,6 +86,9 @@ class Agent:
 
     def __init__(self, folder: Path, shape: Shape, format: str, tokens: int) -> None:
         codecs = [RowCodec(p.shape, part_format(kv_format(format), p), mx.float16) for p in shape.parts]
+        same = [i for i, p in enumerate(shape.parts) if p.kind != "latent"]
+        for n in spare_layers([codecs[i] for i in same], [0.0] * len(same)) if same else ():
+            codecs[same[n]] = replace(codecs[same[n]], format=wide_format(codecs[same[n]].format))
         plain = KeyMap()
         carried = [
             WindowLayer(c, plain, p.window, PAGE)

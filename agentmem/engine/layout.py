@@ -21,7 +21,7 @@ from agentmem.model.loaded import LoadedModel
 from agentmem.model.products import join_rows
 from agentmem.model.progress import Progress, silent
 from agentmem.model.recurrent import RecurrentLayer, recurrent_shapes
-from agentmem.quant.calibration import wide_format
+from agentmem.quant.calibration import spare_layers, wide_format
 from agentmem.quant.format import Code, KVFormat, LayerShape, kv_formats, stored_dtype
 from agentmem.quant.keymap import CalibratedMap, KeyMap
 from agentmem.quant.rows import RowCodec
@@ -93,13 +93,20 @@ def layout(
             model, found, [c for c, m in zip(codecs, mapped, strict=True) if m], folder, progress
         )
         layers = iter(values.layers)
+        noises: dict[int, float] = {}
         for i in (i for i, m in enumerate(mapped) if m):
             layer = next(layers)
             if not chosen[i].calibrated:
                 continue
+            noises[i] = layer.noise
             maps[i] = CalibratedMap(layer.mean, layer.scale, found.dtype)
             if layer.wide and codecs[i].format.packs:
                 codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format))
+        for name in {chosen[i].name for i in noises if chosen[i].spare_bits}:
+            same = [i for i in noises if chosen[i].name == name]
+            for n in spare_layers([codecs[i] for i in same], [noises[i] for i in same]):
+                i = same[n]
+                codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format, chosen[i].spare_bits))
         digest = values.digest
     paged = [i for i, p in enumerate(attending) if not p.carried]
     blank = not paged

@@ -30,7 +30,9 @@ def test_files_hold_what_was_computed(tmp_path: Path, name: str, tokens: int) ->
 
 
 def test_a_window_keeps_an_agent_small(tmp_path: Path) -> None:
-    short, long = (Agent(tmp_path / str(n), small("Gemma-3-12B", 256), "q4", n).computed() for n in (1024, 4096))
+    short, long = (
+        Agent(tmp_path / str(n), small("Gemma-3-12B", 256), "q4", n).computed() for n in (1024, 4096)
+    )
     assert long < 2.5 * short  # one layer of six grows
     assert measure(["Gemma-3-12B"], [32768], written=[])["rows"][0]["of_paper"] < 0.22
 

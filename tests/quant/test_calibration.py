@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from agentmem.quant.calibration import Calibration, Correction, corrected, wide_format
+from agentmem.quant.calibration import Calibration, Correction, corrected, spare_layers, wide_format
 from agentmem.quant.format import Code, LayerShape, kv_format
+from agentmem.quant.rows import RowCodec
 
 SHAPE = LayerShape(2, 64, 64)
 CODE = Code(4, 64)
@@ -28,7 +29,7 @@ def spread(seed: int) -> np.ndarray:
     return np.exp2(2 * np.random.default_rng(seed).integers(-2, 3, (2, 64))).astype(np.float32)
 
 
-def some(**changes: bool) -> Calibration:
+def some(**changes: float) -> Calibration:
     one = measured(normal(1, 2, 100, 64) + 3, normal(2, 4, 100, 64))
     return Calibration((one, dataclasses.replace(one, **changes)))
 
@@ -78,7 +79,7 @@ def test_wide_layers_keep_eight_bits_for_keys_and_nothing_else_changes() -> None
 def test_a_digest_is_that_of_the_values() -> None:
     one = some()
     assert one.digest == some().digest
-    assert one.digest != some(wide=True).digest
+    assert one.digest != some(noise=2.0).digest
     assert one.digest != Calibration(one.layers[:1]).digest
     for field in ("mean", "scale"):
         values = getattr(one.layers[1], field).copy()
@@ -88,7 +89,7 @@ def test_a_digest_is_that_of_the_values() -> None:
 
 
 def test_tensors_come_back_as_they_were() -> None:
-    one = some(wide=True)
+    one = some(noise=2.0)
     again = Calibration.from_tensors(one.tensors(), [SHAPE, SHAPE])
     assert again.digest == one.digest
     assert [layer.wide for layer in again.layers] == [False, True]
@@ -102,10 +103,31 @@ def test_values_that_were_touched_or_belong_elsewhere_are_refused() -> None:
             Calibration.from_tensors(sound | change, shapes or [SHAPE, SHAPE])
 
     refused({"mean.1": sound["mean.1"] + 1}, "checksum")
-    refused({"wide.0": np.array([True])}, "checksum")
+    refused({"noise.0": np.array([9.0], np.float32)}, "checksum")
+    refused({"noise.0": np.array([np.nan], np.float32)}, "not those of this model")
     refused({}, "'mean.2' is missing", SHAPE, SHAPE, SHAPE)
     refused({}, "not those of this model", SHAPE, LayerShape(1, 64, 64))
     for bad in (np.nan, 0.0, -1.0, 3.0, 2.0**40):
         refused({"scale.0": np.full((2, 64), bad, np.float32)}, "not those of this model")
     refused({"mean.0": np.full((2, 64), np.inf, np.float32)}, "not those of this model")
     refused({"mean.0": sound["mean.0"].astype(np.float64)}, "not those of this model")
+
+
+def test_spare_bits_go_to_the_layers_with_most_noise() -> None:
+    """As many as the format allows on average, and not one more."""
+    shape = LayerShape(2, 64, 64)
+    codecs = [RowCodec(shape, kv_format("q4").for_shape(shape), mx.float16)] * 30
+    noises = [0.1] * 30
+    noises[7], noises[21], noises[4], noises[9] = 0.5, 0.4, 0.3, 0.2
+    chosen = spare_layers(codecs, noises)
+    assert chosen == [4, 7, 21]
+    wide = [
+        dataclasses.replace(c, format=wide_format(c.format)) if i in chosen else c for i, c in enumerate(codecs)
+    ]
+    bits = sum(32 * c.packed_words for c in wide) / (30 * 256)
+    assert 4.6 < bits <= 4.7
+    assert spare_layers(codecs[:2], noises[:2]) == []
+    plain = [RowCodec(shape, kv_format("q4-plain").for_shape(shape), mx.float16)] * 30
+    assert spare_layers(plain, noises) == []
+    three = [RowCodec(shape, kv_format("q3").for_shape(shape), mx.float16)] * 30
+    assert len(spare_layers(three, noises)) == 18
