@@ -105,6 +105,6 @@ class AgentMemContextProvider(ContextProvider):
     async def forget(self, session: AgentSession) -> list[str]:
         """Forget the agents that speak in no other session; returns their names. Raises DaemonNotRunning.
 
-        An agent of several sessions stays: the daemon forgets whole agents only.
+        Of an agent of several sessions, only what it said in this one goes.
         """
         return await self._threads.aforget(session.session_id)

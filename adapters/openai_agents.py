@@ -182,7 +182,7 @@ class AgentMemSession:
     async def clear_session(self) -> None:
         """Clear the items, and forget the agents that speak in no other session. Raises DaemonNotRunning, items cleared.
 
-        An agent of several sessions stays: the daemon forgets whole agents only.
+        Of an agent of several sessions, only what it said in this one goes.
         """
         await self._items.clear_session()
         await self._threads.aforget(self.session_id.strip())

@@ -62,15 +62,21 @@ class Threads:
     def forget(self, thread: object) -> list[str]:
         """Forget the agents that speak in no other thread, and what was kept for a copy; returns their names.
 
-        An agent of several threads stays: the daemon forgets whole agents only. Raises DaemonNotRunning.
+        Of an agent of several threads, only what it said in this one goes. Raises DaemonNotRunning.
         """
         gone = []
         try:
             client = self._daemon()
-            for name in owned(client.agents(), thread):
+            agents = client.agents()
+            whole, session = owned(agents, thread), thread_session(thread)
+            for info in agents:
+                name = info["agent"]
                 try:
-                    client.forget(name)
-                    gone.append(name)
+                    if name in whole:
+                        client.forget(name)
+                        gone.append(name)
+                    elif _speaks(info, session):
+                        client.forget(name, session=session)
                 except NotFound:
                     continue
         except DaemonNotRunning as error:

@@ -27,6 +27,7 @@ from agentmem.wire import (
     decode,
     episodes_call,
     explain_call,
+    forget_call,
     fork_call,
     http_options,
     named_call,
@@ -155,9 +156,9 @@ class AsyncAgentMemClient:
         """Drop from disk the state of agents not used for `older_s` seconds; their tokens stay."""
         return await self._ask(prune_call(older_s, dry_run, namespace))
 
-    async def forget(self, name: str) -> dict[str, Any]:
+    async def forget(self, name: str, *, session: str | None = None) -> dict[str, Any]:
         """See `AgentMemClient.forget`."""
-        return await self._ask(agent_call("DELETE", name, self.namespace))
+        return await self._ask(forget_call(name, self.namespace, session))
 
     async def append(
         self, name: str, messages: str | list[Message], *, session: str | None = None, role: str = "user"

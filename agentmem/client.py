@@ -29,6 +29,7 @@ from agentmem.wire import (
     decode,
     episodes_call,
     explain_call,
+    forget_call,
     fork_call,
     http_options,
     named_call,
@@ -179,9 +180,9 @@ class AgentMemClient:
         """Drop from disk the state of agents not used for `older_s` seconds; their tokens stay."""
         return self._ask(prune_call(older_s, dry_run, namespace))
 
-    def forget(self, name: str) -> dict[str, Any]:
-        """Delete an agent for good: `{"agent", "deleted", "bytes_freed"}`. Raises NotFound."""
-        return self._ask(agent_call("DELETE", name, self.namespace))
+    def forget(self, name: str, *, session: str | None = None) -> dict[str, Any]:
+        """Delete an agent, or one session of it, for good: `{"agent", "deleted", "bytes_freed"}`. Raises NotFound."""
+        return self._ask(forget_call(name, self.namespace, session))
 
     def append(
         self, name: str, messages: str | list[Message], *, session: str | None = None, role: str = "user"

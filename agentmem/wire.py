@@ -141,6 +141,11 @@ def agent_call(method: str, agent: str, namespace: str, verb: str = "", **query:
     return Call(method, path, {} if method == "POST" else None, {"namespace": namespace, **query})
 
 
+def forget_call(agent: str, namespace: str, session: str | None) -> Call:
+    verb = "" if session is None else f"sessions/{quote(session, safe='')}"
+    return agent_call("DELETE", agent, namespace, verb)
+
+
 def append_call(
     agent: str, messages: str | list[Message], namespace: str, session: str | None, role: str
 ) -> Call:

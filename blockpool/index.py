@@ -220,11 +220,28 @@ class Index(Lookup):
             total = row_sum("sessions", (*row[:4], head, *row[4:]))
             run("update sessions set head = ?, sum = ? where id = ?", (head, total, session))
 
-    def forget(self, agent: int, pages: Iterable[int]) -> None:
-        """Delete an agent, its sessions, its token log and the given pages. Forks get the turns that they were based on."""
+    def forget(self, agent: int, pages: Iterable[int], sessions: Iterable[int] | None = None) -> None:
+        """Delete an agent, or these `sessions` of it, with their token log, and the given pages.
+
+        Forks get the turns that they were based on.
+        """
         with self._transaction():
-            self._forget_agent(agent)
+            if sessions is None:
+                self._forget_agent(agent)
+            for session in sessions or ():
+                self._forget_session(agent, session)
             self._delete_pages(pages)
+
+    def _forget_session(self, agent: int, session: int) -> None:
+        run = self.db.conn.execute
+        while fork := run(
+            "select f.id, f.agent, f.base_turn, b.id, b.base, b.base_turn from sessions f "
+            "join sessions b on b.id = f.base where b.id = ? limit 1",
+            (session,),
+        ).fetchone():
+            self._rebase(*fork)
+        run("delete from copies where agent = ? and session = ?", (agent, session))
+        run("delete from sessions where id = ?", (session,))
 
     def _forget_agent(self, agent: int) -> None:
         run = self.db.conn.execute

@@ -217,16 +217,18 @@ class Store:
         pages: list[int],
         done: Callable[[int, Exception | None], None],
         vault: str | None = None,
+        sessions: list[int] | None = None,
     ) -> None:
-        """Delete an agent and pages; `done(bytes freed, error)`. Deleted rows are overwritten in the index (secure_delete).
+        """Delete an agent, or these `sessions` of it, and pages; `done(bytes freed, error)`.
 
+        Deleted rows are overwritten in the index (secure_delete).
         The key of the space `vault` goes first: from then on nothing of it can be read, whatever else fails.
         """
 
         def work() -> int:
             if vault is not None and self.vaults is not None:
                 self.vaults.drop(vault)
-            self.index.forget(agent, pages)
+            self.index.forget(agent, pages, sessions)
             failpoint("forget.committed")
             freed = self.shelf.drop_unused(self.index)
             self.shelf.unlink_unused()

@@ -202,25 +202,28 @@ def fork(agent: str, new: str, session: str | None, at: int | None, as_json: boo
 
 @click.command()
 @click.argument("agent")
+@click.option("--session", help="Forget this session only; the agent stays.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
-def forget(agent: str, yes: bool, as_json: bool) -> None:
-    """Delete everything an agent remembers. This cannot be undone."""
+def forget(agent: str, session: str | None, yes: bool, as_json: bool) -> None:
+    """Delete everything an agent remembers, or one session of it. This cannot be undone."""
     with AgentMemClient() as client:
         if not yes:
-            _confirm(client.agent(agent))
-        result = client.forget(agent)
+            _confirm(client.agent(agent), session)
+        result = client.forget(agent, session=session)
     if as_json:
         print_json(result)
-    else:
-        click.echo(f"{result['agent']} is forgotten, {format_bytes(result['bytes_freed'])} freed")
+        return
+    what = agent if session is None else f"session {session} of {agent}"
+    click.echo(f"{what} is forgotten, {format_bytes(result['bytes_freed'])} freed")
 
 
-def _confirm(info: dict[str, Any]) -> None:
+def _confirm(info: dict[str, Any], session: str | None) -> None:
     if not sys.stdin.isatty():
         raise click.UsageError("forget cannot be undone; without a terminal to ask at, pass --yes")
-    tokens = format_count(info["tokens"])
-    click.confirm(f"Forget {info['agent']} ({tokens} tokens)? This cannot be undone", abort=True, err=True)
+    what = f"{info['agent']} ({format_count(info['tokens'])} tokens)"
+    what = what if session is None else f"session {session} of {info['agent']}"
+    click.confirm(f"Forget {what}? This cannot be undone", abort=True, err=True)
 
 
 @click.command()

@@ -32,7 +32,13 @@ def named_session(session: Annotated[str | None, Query(json_schema_extra=PATTERN
     return None if session is None else check_name(session, "session")
 
 
+def named_own_session(session: Annotated[str, Path(json_schema_extra=PATTERN)]) -> str:
+    """The session of the path. Raises BadRequest."""
+    return check_name(session, "session")
+
+
 Agent = Annotated[str, Depends(named_agent)]
+OwnSession = Annotated[str, Depends(named_own_session)]
 Namespace = Annotated[str, Depends(named_namespace)]
 Session = Annotated[str | None, Depends(named_session)]
 
@@ -62,6 +68,13 @@ def agents_router(service: Service) -> APIRouter:
         freed = runtime.forget(agent, namespace)["bytes_freed"]
         service.archive.forget(namespace, agent)
         return {"agent": agent, "deleted": True, "bytes_freed": freed}
+
+    @router.delete("/{agent}/sessions/{session}")
+    def forget_session(agent: Agent, session: OwnSession, namespace: Namespace) -> dict[str, Any]:
+        """Delete one session of an agent, and the state that nobody else uses. Cannot be undone."""
+        freed = runtime.forget(agent, namespace, session)["bytes_freed"]
+        service.archive.forget(namespace, agent, session)
+        return {"agent": agent, "session": session, "deleted": True, "bytes_freed": freed}
 
     @router.post("/{agent}/warm")
     def warm_agent(agent: Agent, namespace: Namespace) -> dict[str, Any]:

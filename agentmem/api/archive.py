@@ -37,16 +37,16 @@ class Archive:
 
     def items(self, owner: str, *, given: bool = False) -> Items:
         """The items of a response or a conversation that is there."""
-        return self._ram.items(owner, given=given) or self._disk.items(owner, given=given)
+        return [*self._disk.items(owner, given=given), *self._ram.items(owner, given=given)]
 
     def delete(self, id_: str, namespace: str) -> None:
         """Raises NotFound."""
         self._holding(id_, namespace).delete(id_, namespace)
 
-    def forget(self, namespace: str, agent: str) -> None:
-        """Delete all that an agent said."""
+    def forget(self, namespace: str, agent: str, session: str | None = None) -> None:
+        """Delete all that an agent said, or what it said in one session."""
         for database in (self._disk, self._ram):
-            database.forget(namespace, agent)
+            database.forget(namespace, agent, session)
 
     def begin_conversation(self, one: KeptConversation, items: Items) -> None:
         """A new conversation, on disk."""

@@ -150,14 +150,15 @@ class KeptResponses:
             connection.execute("delete from items where owner = ?", (id_,))
             connection.execute("delete from responses where id = ?", (id_,))
 
-    def forget(self, namespace: str, agent: str) -> None:
-        """Delete what an agent said, and the conversations it was said in."""
-        whose = (namespace, agent)
+    def forget(self, namespace: str, agent: str, session: str | None = None) -> None:
+        """Delete what an agent said, in all sessions or in one, and the conversations it was said in."""
+        whose = (namespace, agent) if session is None else (namespace, agent, session)
+        which = "namespace = ? and agent = ?" + ("" if session is None else " and session = ?")
         with self._writing() as connection:
             for table in ("responses", "conversations"):
-                owned = f"select id from {table} where namespace = ? and agent = ?"
+                owned = f"select id from {table} where {which}"
                 connection.execute(f"delete from items where owner in ({owned})", whose)
-                connection.execute(f"delete from {table} where namespace = ? and agent = ?", whose)
+                connection.execute(f"delete from {table} where {which}", whose)
 
     def begin_conversation(self, one: KeptConversation, items: Items) -> None:
         """A new conversation."""

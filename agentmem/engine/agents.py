@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
@@ -11,6 +13,7 @@ from agentmem.blockpool.vault import vault_of
 from agentmem.compose.reuse import Reuse
 from agentmem.engine.conversation import Conversation
 from agentmem.episode.policy import Episodic, Full, Window, memory_policy
+from agentmem.errors import AgentLocked
 
 HIDDEN = "#"
 """In names of sessions that are parts of others; see `check_name`."""
@@ -117,6 +120,22 @@ class Agent:
         """The pages of all its sessions, each once."""
         chains = (s.head.chain() for s in self.sessions.values() if s.head is not None)
         return list(dict.fromkeys(p for chain in chains for p in chain))
+
+
+def encryption(agents: Sequence[Agent]) -> dict[str, int]:
+    """How many agents are kept how, and how many of them are locked."""
+    kinds = Counter(a.encrypted for a in agents)
+    return {kind: kinds[kind] for kind in ("off", "file", "keyring")} | {
+        "locked": sum(a.locked for a in agents)
+    }
+
+
+def locked(agent: str) -> AgentLocked:
+    """What a request for an agent without its key is answered with."""
+    return AgentLocked(
+        f"agent {agent!r} is encrypted and its key is not there; put the key back (see the daemon's log), or forget the agent",
+        param="agent",
+    )
 
 
 def log_bytes(turn: TurnRow) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -15,13 +14,13 @@ from agentmem.blockpool.page import Match, Page, match_chain
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Locked, Where
-from agentmem.engine.agents import Agent, Session, log_bytes
+from agentmem.engine.agents import HIDDEN, Agent, Session, encryption, locked, log_bytes
 from agentmem.engine.conversation import Conversation, Tokenizer
 from agentmem.engine.journal import Done, Ids, Journal, dropped_heads
 from agentmem.engine.request import Parent
-from agentmem.errors import AgentLocked, AlreadyExists, BadRequest, NotFound, StoreError
+from agentmem.errors import AlreadyExists, BadRequest, NotFound, StoreError
 
-__all__ = ["Agent", "Memory", "Session"]
+__all__ = ["Agent", "Memory", "Session", "locked"]
 
 Encrypt = Literal["off"] | Where
 
@@ -97,13 +96,7 @@ class Memory:
 
     def encryption(self) -> dict[str, Any]:
         """How new agents are kept, how many agents are kept how, and how many of them are locked."""
-        agents = self.agents()
-        kinds = Counter(a.encrypted for a in agents)
-        return {
-            "new_agents": self.encrypt,
-            **{kind: kinds[kind] for kind in ("off", "file", "keyring")},
-            "locked": sum(a.locked for a in agents),
-        }
+        return {"new_agents": self.encrypt, **encryption(self.agents())}
 
     def pinned_pages(self) -> set[Page]:
         """The pages of pinned agents."""
@@ -328,14 +321,33 @@ class Memory:
         del self._agents[agent.row.namespace, agent.row.name]
         for session in agent.sessions.values():
             session.move_head(None)
-        pages = sorted(self.pool.tree(agent.row.space).pages(), key=lambda p: -p.start)
-        gone = [page.id for page in pages if self.journal.discard_if_unused(page) and page.id is not None]
-        self.journal.forget_buried()
+        gone = self._discard_unused(agent)
         if agent.persist:
             last = not any(a.row.space == agent.row.space for a in self._agents.values())
             self.store.forget(agent.row.id, gone, done, agent.row.space if last else None)
         else:
             done(0, None)
+
+    def forget_session(self, agent: Agent, session: Session, done: Done) -> None:
+        """The same for one session and what is hidden behind it; the agent stays, even without any."""
+        name = session.row.name
+        gone = [s for n, s in agent.sessions.items() if n == name or n.startswith(f"{name}{HIDDEN}")]
+        for one in gone:
+            one.move_head(None)
+            del agent.sessions[one.row.name]
+        agent.made = agent.made or not agent.sessions
+        pages = self._discard_unused(agent)
+        if agent.persist:
+            self.store.forget(agent.row.id, pages, done, sessions=[s.row.id for s in gone])
+        else:
+            done(0, None)
+
+    def _discard_unused(self, agent: Agent) -> list[int]:
+        """Take the pages of an agent's space that nobody uses out of RAM and tree; returns the ids of those on disk."""
+        pages = sorted(self.pool.tree(agent.row.space).pages(), key=lambda p: -p.start)
+        gone = [page.id for page in pages if self.journal.discard_if_unused(page) and page.id is not None]
+        self.journal.forget_buried()
+        return gone
 
     def lose(self, bad: dict[int, str]) -> None:
         """Extents turned out damaged: put them aside, drop the pages whose rows were in them, shorten the sessions' state."""
@@ -379,14 +391,6 @@ class Memory:
 
     def _sessions(self) -> list[Session]:
         return [s for a in self._agents.values() for s in a.sessions.values()]
-
-
-def locked(agent: str) -> AgentLocked:
-    """What a request for an agent without its key is answered with."""
-    return AgentLocked(
-        f"agent {agent!r} is encrypted and its key is not there; put the key back (see the daemon's log), or forget the agent",
-        param="agent",
-    )
 
 
 def _fork(index: Index, agent: AgentRow, session: SessionRow) -> None:

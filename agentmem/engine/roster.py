@@ -75,8 +75,11 @@ class Roster:
 
         return self._when_idle(namespace, name, evict)
 
-    def forget(self, name: str, namespace: str = "default") -> dict[str, Any]:
-        """Delete an agent: token log, index rows, and the bytes that only it uses. Irreversible. Raises NotFound."""
+    def forget(self, name: str, namespace: str = "default", session: str | None = None) -> dict[str, Any]:
+        """Delete an agent, or one of its sessions: token log, index rows, and the bytes that only it uses. Irreversible.
+
+        Raises NotFound. What composed reuse has learned of an agent goes with the agent only.
+        """
         done: Future[dict[str, Any]] = Future()
 
         def forget() -> None:
@@ -87,8 +90,12 @@ class Roster:
                     done.set_result({"agent": name, "bytes_freed": freed})
 
             agent = self._memory.find(namespace, name)
-            self._engine.composing.forget(namespace, name)
+            one = self._memory.session(agent, session) if session is not None else None
             self._engine.episodes.folds.forget(agent)
+            if one is not None:
+                self._memory.forget_session(agent, one, finish)
+                return
+            self._engine.composing.forget(namespace, name)
             self._memory.forget(agent, finish)
 
         self._when_idle(namespace, name, forget)

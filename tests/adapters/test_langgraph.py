@@ -133,9 +133,9 @@ def test_a_deleted_thread_is_forgotten(
     saver.copy_thread("t-1", "t-3")
     client.fork("planner", "mine")
     change(saver, "t-1")
-    # Whoever speaks elsewhere too stays, and so does what was forked from the thread.
+    # Who speaks elsewhere too keeps that, and what was forked from the thread stays.
     assert sessions(client) == {
-        "critic": ["t-1", "t-2"],
+        "critic": ["t-2"],
         "planner@t-3": ["t-1"],
         "critic@t-3": ["t-1"],
         "mine": ["t-1"],
@@ -143,7 +143,7 @@ def test_a_deleted_thread_is_forgotten(
     assert garden.texts("planner", "t-1") == []
     assert garden.texts("planner", "t-3") != []
     change(saver, "t-3")
-    assert sessions(client) == {"critic": ["t-1", "t-2"], "mine": ["t-1"]}
+    assert sessions(client) == {"critic": ["t-2"], "mine": ["t-1"]}
     assert garden.texts("planner", "t-3") == []
 
 

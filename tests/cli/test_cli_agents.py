@@ -134,6 +134,17 @@ def test_forget_deletes_for_good() -> None:
     assert invoke("show", "gone").exit_code == Exit.NOT_FOUND
 
 
+def test_forget_one_session() -> None:
+    for session in ("goes", "stays"):
+        invoke("run", "both", "Nobody else says this.", "--session", session, *GREEDY)
+    unconfirmed = invoke("forget", "both", "--session", "goes")
+    assert unconfirmed.exit_code == Exit.USAGE
+    forgotten = invoke("forget", "both", "--session", "goes", "--yes")
+    assert forgotten.stdout.startswith("session goes of both is forgotten, ")
+    assert parse(invoke("show", "both", "--json"))["agent"]["sessions"] == ["stays"]
+    assert invoke("forget", "both", "--session", "goes", "--yes").exit_code == Exit.NOT_FOUND
+
+
 @pytest.mark.parametrize("line", [("show",), ("warm",), ("evict",), ("forget", "--yes")], ids=lambda x: x[0])
 def test_an_unknown_agent_is_not_found(line: tuple[str, ...]) -> None:
     result = invoke(*line, "nobody", "--json")

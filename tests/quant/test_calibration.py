@@ -122,7 +122,8 @@ def test_spare_bits_go_to_the_layers_with_most_noise() -> None:
     chosen = spare_layers(codecs, noises)
     assert chosen == [4, 7, 21]
     wide = [
-        dataclasses.replace(c, format=wide_format(c.format)) if i in chosen else c for i, c in enumerate(codecs)
+        dataclasses.replace(c, format=wide_format(c.format)) if i in chosen else c
+        for i, c in enumerate(codecs)
     ]
     bits = sum(32 * c.packed_words for c in wide) / (30 * 256)
     assert 4.6 < bits <= 4.7

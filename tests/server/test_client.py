@@ -65,6 +65,9 @@ def test_agents_of_a_client(client: AgentMemClient) -> None:
     assert client.warm("owned")["state"] == "hot"
     assert client.agent("owned")["sessions"] == ["default"]
     assert client.explain("owned")["agent"] == "owned"
+    client.chat("owned", "Hello", session="other", max_tokens=2)
+    assert client.forget("owned", session="other")["session"] == "other"
+    assert client.agent("owned")["sessions"] == ["default"]
     assert client.forget("owned")["deleted"] is True
     with pytest.raises(NotFound):
         client.agent("owned")

@@ -70,6 +70,23 @@ def test_forget_is_for_good(daemon) -> None:
     assert daemon.http.delete("/v1/agents/gone").status_code == 404
 
 
+def test_one_session_is_forgotten_with_what_its_responses_kept(daemon, record) -> None:
+    asked = {"model": record["model"], "input": f"In its own session: {STORY}", "max_output_tokens": 4}
+    kept = daemon.http.post("/v1/responses", json=asked | {"agentmem": {"agent": "two"}}).json()
+    (own,) = daemon.http.get("/v1/agents/two").json()["sessions"]
+    daemon.chat("two", STORY, agentmem={"agent": "two", "session": "stays"})
+    forgotten = daemon.http.delete(f"/v1/agents/two/sessions/{own}").json()
+    assert (forgotten["agent"], forgotten["session"], forgotten["deleted"]) == ("two", own, True)
+    assert forgotten["bytes_freed"] > 0
+    assert daemon.http.get("/v1/agents/two").json()["sessions"] == ["stays"]
+    assert daemon.http.get(f"/v1/responses/{kept['id']}").status_code == 404
+    again = daemon.http.delete(f"/v1/agents/two/sessions/{own}")
+    assert again.status_code == 404
+    assert f"no session '{own}'" in again.json()["error"]["message"]
+    assert daemon.http.delete("/v1/agents/nobody/sessions/goes").status_code == 404
+    assert daemon.http.delete("/v1/agents/two/sessions/a%23b").status_code == 400
+
+
 def test_namespaces_do_not_see_each_other(daemon) -> None:
     text = STORY + " In another room."
     daemon.chat("twin", text, agentmem={"agent": "twin", "namespace": "left"})
