@@ -75,7 +75,7 @@ class Calibration:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The content of a file; see `from_tensors`."""
-        out = {"digest": np.frombuffer(bytes.fromhex(self.digest), np.uint8)}
+        out: dict[str, np.ndarray] = {"digest": np.frombuffer(bytes.fromhex(self.digest), np.uint8)}
         for i, layer in enumerate(self.layers):
             noise = np.array([layer.noise], np.float32)
             out |= {f"mean.{i}": layer.mean, f"scale.{i}": layer.scale, f"noise.{i}": noise}
