@@ -105,6 +105,8 @@ def rotations(model: nn.Module) -> list[Rotation]:
     found = _sharing([_of_layer(layer) for layer in model.layers])
     # One token alone attends to itself wherever it stands: all that its position changes is the rotation of its keys.
     still = seam.keys_at(model, [[0]], 0)
+    if len(still) != len(found):
+        raise ModelUnavailable("this model has keys that no layer makes alone: its state cannot be composed")
     for position in TRIED_AT:
         for own, there, turned in zip(found, still, seam.keys_at(model, [[0]], position), strict=True):
             tolerance = TOLERANCE.get(turned.dtype, 2e-2) * mx.abs(turned).max()
