@@ -22,6 +22,7 @@ REASONS = {
     "composed": "an earlier turn was composed; such state is not kept, so its tokens were read or composed again",
     "compressed": "an earlier turn saw a shortened past; such state is not exact, so its tokens were read again",
     "off": "nothing that is remembered was to be used",
+    "no_checkpoint": "its layers carry state along, and no checkpoint of that was left this far",
     "fingerprint_changed": "its state is that of another tokenizer, template, KV format or page size",
 }
 

@@ -14,7 +14,7 @@ class Past:
     """`match` has all pages that must be in RAM: those that are `shown` in place of older ones, then those that are whole.
 
     `ready` is False where the state must be cut down first. `notes` say what was chosen, and why; `episode` is whose view it is.
-    The pages of the `checkpoint` that it goes on from come last.
+    The pages of the `checkpoint` that it goes on from come last; rows of `remembered` tokens are there, which do not do alone.
     """
 
     match: Match
@@ -23,6 +23,7 @@ class Past:
     notes: tuple[str, ...] = ()
     episode: int | None = None
     checkpoint: Checkpoint | None = None
+    remembered: int = 0
 
     @property
     def newer(self) -> Match:

@@ -90,7 +90,7 @@ class Planner:
             match, checkpoint, remembered = self._checkpoints.match(agent, session, sequence.ids, most)
             page = self._pool.geometry.page_tokens
             sequence.stops = stops(page, match.tokens, remembered, len(sequence.ids))
-            return Past(match, checkpoint=checkpoint)
+            return Past(match, checkpoint=checkpoint, remembered=remembered)
         if not self._plain:
             return Past(self._memory.match(agent, session, sequence.ids))
         return self._episodes.past(sequence, lambda: self._memory.match(agent, session, sequence.ids))
@@ -301,7 +301,8 @@ class Planner:
         session. The others say why there was no state of tokens that stayed the same: `quarantined` (damaged), `evicted` (it had
         left the disk), `expired` (the same, after the time it was to be kept for), `composed` or `compressed` (an earlier turn
         was, and such state counts for nothing else), `off` (none was to be used), `model_changed` (it is another model's),
-        `fingerprint_changed` (it is that of another tokenizer, template, format or page size).
+        `fingerprint_changed` (it is that of another tokenizer, template, format or page size), `no_checkpoint` (rows are there,
+        and not what the layers without rows carry along).
         """
         session, reused = sequence.session, (sequence.before or sequence).reused
         assert session is not None
@@ -319,6 +320,8 @@ class Planner:
             for word in ("composed", "compressed"):
                 if any(t.stats.get(f"{word}_tokens") for t in session.row.turns):
                     return word
+            if self._checkpoints is not None and sequence.past.remembered + 1 >= kept:
+                return "no_checkpoint" if kept >= before else "input_changed"
             assert sequence.agent is not None
             return "expired" if 0 < sequence.agent.keep_until < time.time() else "evicted"
         return "extended" if kept >= before else "input_changed"

@@ -188,6 +188,20 @@ def test_a_damaged_checkpoint_costs_time_and_changes_nothing(tmp_path: Path, kin
     runtime.close()
 
 
+@pytest.mark.parametrize("kind", CARRIED)
+def test_explain_tells_an_edit_from_a_lost_checkpoint(tmp_path: Path, kind: str) -> None:
+    runtime = opened(tmp_path, kind)
+    first(runtime, "a", "short", "who?")
+    first(runtime, "a", "short", "when?")
+    assert runtime.explain("a")["reason"] == "input_changed"
+    turn(runtime, "a", "and on")
+    assert runtime.explain("a")["reason"] == "extended"
+    runtime._call(runtime._engine.checkpoints._known.clear)
+    turn(runtime, "a", "and on")
+    assert runtime.explain("a")["reason"] == "no_checkpoint"
+    runtime.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_store_is_sound_and_is_rebuilt_without_its_index(tmp_path: Path, kind: str) -> None:
     runtime = opened(tmp_path, kind)
