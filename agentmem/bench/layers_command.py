@@ -1,4 +1,4 @@
-"""`verify` and `layouts`: what formats cost a model, and what works with which layers."""
+"""`verify`, `layouts` and `bytes`: what formats cost a model, what works with which layers, and what agents take."""
 
 from __future__ import annotations
 

@@ -49,6 +49,8 @@ def measure(
         for name in wanted:
             got = base if name == BASE else _predictions(model, plans[name], read, say)
             rows[name] |= _divergence(base, got)
+        for row in rows.values() if PLAIN in rows else ():
+            row["kl_of_plain"] = interval(row["kl_texts"], ratio_to=rows[PLAIN]["kl_texts"])
     tokens = WINDOW if quick else 8 * 1024
     for name in wanted if "perplexity" in parts else ():
         rows[name]["perplexity"] = _perplexity(model, plans[name], read, tokens, say)

@@ -101,9 +101,6 @@ class Carry:
         self._recent = deque(((n, s) for n, s in self._recent if n < at), self._recent.maxlen)
         return at
 
-    def arrays(self) -> list[mx.array]:
-        return arrays_of(self.states)
-
 
 def arrays_of(states: Sequence[State]) -> list[mx.array]:
     """What is to be evaluated of states."""

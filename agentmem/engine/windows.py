@@ -103,7 +103,7 @@ class WindowState:
 
     def after(self, rows: mx.array, n: int) -> WindowState:
         """With the raw rows of `n` more tokens, uint32 [n, raw_words]: full pages are packed, what is out of sight goes."""
-        layer, p = self.layer, self.layer.page_tokens
+        layer = self.layer
         old, new = layer.extent(self.tokens), layer.extent(self.tokens + n)
         raw = mx.concatenate([self.tail, rows])  # tokens from old.tail.start on
         start = old.tail.start
@@ -115,7 +115,6 @@ class WindowState:
                 fresh = layer.codec.pack(raw[sealed.start - start : sealed.stop - start])
                 middle = mx.concatenate([middle, fresh]) if middle.size else fresh
             middle = middle[middle.shape[0] - len(new.packed) :]
-        assert p > 0
         return WindowState(layer, self.tokens + n, first, middle, raw[new.tail.start - start :])
 
     def history(self, dtype: mx.Dtype) -> tuple[list[mx.array], list[mx.array]]:

@@ -64,5 +64,6 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 QUICK = ("window", "hybrid", "latent")
 KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in LAYOUTS]
-CARRIED = [k for k in KINDS if not str(k).startswith("latent") and "latent of heads" not in str(k)]
-"""For tests of all kinds; those that carry state along."""
+"""For tests of all kinds."""
+CARRIED = [k for k, name in zip(KINDS, LAYOUTS, strict=True) if not name.startswith("latent")]
+"""For tests of those that carry state along."""
