@@ -105,6 +105,14 @@ class Folds:
             self._urgent.pop(session, None)
         if self._job is not None and self._job.lived.agent is agent:
             self._job.failed = True
+            if not self._job.reading:
+                self._end_job()
+
+    def reads(self, agent: Agent) -> bool:
+        """Whether pages of the agent are being read for a view, or come back behind one: they cannot go now."""
+        return self._returning > 0 or (
+            self._job is not None and self._job.reading and self._job.lived.agent is agent
+        )
 
     def older(self, pages: list[Page], usable: int) -> list[Page]:
         """Those of a chain's pages that a view may stand for: within the first `usable` tokens, full, and never the last one."""

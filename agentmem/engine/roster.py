@@ -244,9 +244,8 @@ class Roster:
 
         def speaking() -> bool:
             agent = self._memory.find(namespace, name)
-            return any(s.busy for s in agent.sessions.values()) or not self._engine.prefetch.let_go(
-                (namespace, name)
-            )
+            busy = any(s.busy for s in agent.sessions.values()) or self._engine.folds.reads(agent)
+            return busy or not self._engine.prefetch.let_go((namespace, name))
 
         return self._when_written(
             job, speaking, f"agent {name!r} is still speaking; try again when its reply is over"

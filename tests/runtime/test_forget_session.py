@@ -87,3 +87,24 @@ def test_one_that_is_off_the_disk_goes_too(tmp_path: Path) -> None:
     runtime.forget("a", session="default")
     assert runtime.store()["ram"]["used_bytes"] == before
     runtime.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("session", [None, "default"])
+def test_a_view_in_the_making_goes_too(tmp_path: Path, session: str | None) -> None:
+    """What it held at that moment is free as well."""
+    runtime = open_runtime(tmp_path, episode_encoder="hash512", ram_budget=32 << 20)
+    policy = {"kind": "episodic", "budget_tokens": 1024, "block_tokens": 256, "episodes": 2}
+    runtime.create("old", {"memory": policy})
+    making = False
+    for number in range(40):
+        turn(runtime, "old", f"{number} {LONG}", max_tokens=1)
+        making = runtime._call(lambda: runtime._engine.folds._job is not None)
+        if making:
+            break
+    assert making
+    runtime.forget("old", session=session)
+    store = runtime.store()
+    assert store["ram"]["used_bytes"] == 0
+    assert store["disk"]["extent_bytes"] == 0
+    runtime.close()

@@ -121,7 +121,7 @@ def test_integers_out_of_bounds_are_refused_by_every_field(daemon) -> None:
                 for value in (BIGGEST, -BIGGEST - 1, 10**400) + (() if signed else (-1,)):
                     response = daemon.http.request(
                         method,
-                        route.format(agent="nobody", name="n", id="i", item="i"),
+                        route.format(agent="nobody", session="s", name="n", id="i", item="i"),
                         json=with_value(body, path, value),
                     )
                     error = response.json().get("error") or {}

@@ -35,7 +35,9 @@ def test_every_route_but_health_needs_the_token(daemon) -> None:
     found = routes(daemon)
     assert ("DELETE", "/v1/agents/{agent}") in found
     for method, path in found:
-        response = daemon.bare.request(method, path.format(agent="a", name="m", id="i", item="i"))
+        response = daemon.bare.request(
+            method, path.format(agent="a", session="s", name="m", id="i", item="i")
+        )
         expected = 200 if path == "/health" else 401
         assert response.status_code == expected, (method, path)
         if expected == 401:

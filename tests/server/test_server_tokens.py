@@ -37,14 +37,14 @@ def test_it_opens_every_inference_route_and_no_other(daemon) -> None:
     for path, methods in daemon.http.get("/openapi.json").json()["paths"].items():
         for method in methods:
             response = daemon.bare.request(
-                method, path.format(agent="a", name="m", id="i", item="i"), headers=headers
+                method, path.format(agent="a", session="s", name="m", id="i", item="i"), headers=headers
             )
             if response.status_code == 403:
                 assert response.json()["error"]["code"] == "insufficient_scope"
                 refused.add(path)
             else:
                 assert path == "/health" or INFERENCE.fullmatch(
-                    path.format(name="m", agent="a", id="i", item="i")
+                    path.format(name="m", agent="a", session="s", id="i", item="i")
                 ), path
     assert {"/v1/agents", "/v1/agents/{agent}", "/v1/store", "/metrics", "/v1/token/rotate"} <= refused
     assert not {CHAT, "/v1/models", "/v1/models/{name}", "/health"} & refused
