@@ -14,7 +14,7 @@ import numpy as np
 
 from agentmem.quant.attention import StoredRows, whole_attention
 from agentmem.quant.device import backend, on_device
-from agentmem.quant.kernels.decode import BITS
+from agentmem.quant.kernels.decode import KEY_BITS
 from agentmem.quant.kernels.source import kernel
 from agentmem.quant.rows import RowCodec
 
@@ -33,12 +33,12 @@ _BODY = """
 
 
 def supported(codec: RowCodec) -> bool:
-    """Whether this device and this layer's format can take the path: a GPU, and codes of 3, 4 or 8 bits."""
+    """Whether this device and this layer's format can take the path: a GPU, and codes that the kernel reads."""
     format, shape = codec.format, codec.shape
     if backend() == "cpu" or format.keys is None or format.values is None:
         return False
     bits = {format.keys.bits, format.values.bits}
-    return bits <= set(BITS) and shape.key_dim % ELEMENTS == 0 and shape.value_dim % ELEMENTS == 0
+    return bits <= set(KEY_BITS) and shape.key_dim % ELEMENTS == 0 and shape.value_dim % ELEMENTS == 0
 
 
 @lru_cache(maxsize=16)

@@ -22,7 +22,7 @@ from agentmem.quant.rows import RowCodec
 LOG2_E = 1.4426950408889634
 GROUP, WARP = 4, 32
 """Warps of a group, threads of a warp."""
-BITS = (3, 4, 8)
+KEY_BITS, VALUE_BITS = (3, 4, 5, 6, 8), (3, 4, 8)
 
 _INPUTS = (
     "queries",
@@ -62,8 +62,8 @@ def supported(codec: RowCodec, query_heads: int) -> bool:
         return False
     if shape.key_dim % 32 or shape.value_dim % 32 or max(shape.key_dim, shape.value_dim) > 256:
         return False
-    codes = [c for c in (format.keys, format.values) if c is not None]
-    return all(c.bits in BITS and c.group in (32, 64) for c in codes)
+    codes = [(format.keys, KEY_BITS), (format.values, VALUE_BITS)]
+    return all(c.bits in bits and c.group in (32, 64) for c, bits in codes if c is not None)
 
 
 def template(codec: RowCodec, query_heads: int, wide: bool, mapped: bool) -> dict[str, Any]:

@@ -89,14 +89,14 @@ template <class S>
 FN void load_query(PRIVATE Query<S>& q, const SHARED_ARGUMENT unsigned* held, bool packed, unsigned row, unsigned col) {
   // Where pair p of a chunk lies: of codes of 3 and 4 bits and of raw rows, `step` apart
   const unsigned step = packed ? 1u : 2u;
-  unsigned at = key_dim<S>(0, 0, row / 2) + (packed ? row % 2 * second_of<S::KB>(0) : row % 2);
+  unsigned at = key_dim<S>(0, 0, row / 2) + (packed ? row % 2 * second_of<S::KC>(0) : row % 2);
   UNROLL for (int c = 0; c < S::COLUMNS; c++) {
     UNROLL for (int ch = 0; ch < S::CHUNKS; ch++) {
       const unsigned dim = at + key_dim<S>(ch / S::K_CHUNKS, ch % S::K_CHUNKS, 0);
       UNROLL for (int p = 0; p < 4; p++) {
-        const unsigned own = S::KB == 8 && packed ? first_of<8>(p) : step * p;
+        const unsigned own = S::KC == 8 && packed ? first_of<8>(p) : step * p;
         unsigned halves = held[(dim + own) * S::PAIRS + 4 * c + col];
-        if (unit<S::KB>(p % Half<S::KB>::VALUES) != 1.0f) halves = packed ? SCALED(halves, 1.0f / unit<S::KB>(p % Half<S::KB>::VALUES)) : halves;
+        if (unit<S::KC>(p % Half<S::KC>::VALUES) != 1.0f) halves = packed ? SCALED(halves, 1.0f / unit<S::KC>(p % Half<S::KC>::VALUES)) : halves;
         q.b[c][ch][p] = OPERAND(halves);
       }
     }

@@ -6,11 +6,12 @@ struct DecodeShape {
     H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_, PACKS = PACKS_, BF = BF_, MAPS = MAPS_,
     COLUMNS = WIDE_ ? 2 : 1,                  // of products, in eights
     PAIRS = 4 * COLUMNS,
+    KC = KB == 5 || KB == 6 ? 8 : KB,         // bits of a key's code in a lane: those of 5 and 6 are spread over bytes
     EACH = DK / 32,                           // dims of a vector that a lane has
     K_GROUPS = DK / KG, V_GROUPS = DV / VG,
     K_CHUNKS = KG / 32,                       // of 8 dims, per lane and group
     CHUNKS = DK / 32,
-    K_WORDS = K_CHUNKS * (KB == 8 ? 2 : 1),   // per lane, group and token
+    K_WORDS = K_CHUNKS * (KC == 8 ? 2 : 1),   // per lane, group and token
     V_QUADS = VG / 32,                        // of 4 dims, per lane and group
     V_WORDS = VB == 8 ? V_QUADS : 1,
     V_DIMS = VG / 8,
@@ -24,7 +25,8 @@ struct DecodeShape {
     QUERY_WORDS = PAIRS * (DK + 2 * K_GROUPS + 2),
     LAID_WORDS = 4 * (DV + 4),                // of a warp's results, four columns at a time
     // Where two words may be read at once
-    K_EVEN = KB != 3 && ROW_WORDS % 2 == 0 && DK * KB / 32 % 2 == 0 && K_WORDS % 2 == 0,
+    K_WHOLE = KB == 4 || KB == 8,             // a lane's codes are whole words
+    K_EVEN = K_WHOLE && ROW_WORDS % 2 == 0 && DK * KB / 32 % 2 == 0 && K_WORDS % 2 == 0,
     K_PAIRS_EVEN = ROW_WORDS % 2 == 0 && K_PAIRS_AT % 2 == 0 && K_GROUPS % 2 == 0,
     V_PAIRS_EVEN = ROW_WORDS % 2 == 0 && V_PAIRS_AT % 2 == 0 && V_GROUPS % 2 == 0
   };
@@ -40,6 +42,12 @@ template <int BITS> FN unsigned bits_at(const GLOBAL unsigned* row, unsigned at)
   unsigned x = LOAD(row + word) >> shift;
   if (BITS + shift > 32) x |= LOAD(row + word + 1) << (32 - shift);
   return BITS == 32 ? x : x & ((1u << (BITS & 31)) - 1u);
+}
+
+// Four codes of BITS bits that lie side by side -> the same in four bytes
+template <int BITS> FN unsigned in_bytes(unsigned x) {
+  const unsigned one = (1u << BITS) - 1u;
+  return (x & one) | ((x >> BITS) & one) << 8 | ((x >> (2 * BITS)) & one) << 16 | ((x >> (3 * BITS)) & one) << 24;
 }
 
 // N words; two at a time where they lie at even places

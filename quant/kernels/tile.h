@@ -38,7 +38,7 @@ struct Places {
 template <class S> FN Places places_of(const GLOBAL unsigned* run, unsigned head, unsigned row, unsigned col) {
   Places p;
   p.pairs = run + row * S::ROW_WORDS + S::K_PAIRS_AT + head * S::K_GROUPS;
-  p.keys = run + row * S::ROW_WORDS + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
+  p.keys = run + row * S::ROW_WORDS + (!S::K_WHOLE ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
   p.values = run + 2 * col * S::ROW_WORDS + S::V_CODES_AT;
   if (S::V_BITS == 32) p.values += (head * S::DV + row * S::V_DIMS) * S::VB / 32;
   return p;
@@ -60,6 +60,13 @@ FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned head, unsigned co
         const unsigned bit = (head * S::DK + kg * S::KG + col * (S::KG / 4)) * 3;
         UNROLL for (int w = 0; w < S::K_WORDS; w++) {
           t.codes[x][kg * S::K_WORDS + w] = bits_at<24>(p.keys + at, bit + 24 * w);
+        }
+      } else if (!S::K_WHOLE) {
+        const unsigned bit = (head * S::DK + kg * S::KG + col * (S::KG / 4)) * S::KB;
+        UNROLL for (int w = 0; w < S::K_WORDS; w++) {
+          // Other formats compile this too, with a width that no word has.
+          const int bits = S::K_WHOLE ? 4 : S::KB;
+          t.codes[x][kg * S::K_WORDS + w] = in_bytes<bits>(bits_at<4 * bits>(p.keys + at, bit + 4 * bits * w));
         }
       } else {
         words_at<S::K_WORDS, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, p.keys + at + kg * (S::KG * S::KB / 32));
@@ -102,8 +109,8 @@ FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, c
     UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
       const int at = kg * S::K_WORDS + ch * (S::K_WORDS / S::K_CHUNKS);
       UNROLL for (int p = 0; p < 4; p += 2) {
-        const unsigned a0 = chunk_pair<S::KB>(t.codes[0] + at, p), a1 = chunk_pair<S::KB>(t.codes[1] + at, p);
-        const unsigned a2 = chunk_pair<S::KB>(t.codes[0] + at, p + 1), a3 = chunk_pair<S::KB>(t.codes[1] + at, p + 1);
+        const unsigned a0 = chunk_pair<S::KC>(t.codes[0] + at, p), a1 = chunk_pair<S::KC>(t.codes[1] + at, p);
+        const unsigned a2 = chunk_pair<S::KC>(t.codes[0] + at, p + 1), a3 = chunk_pair<S::KC>(t.codes[1] + at, p + 1);
         UNROLL for (int c = 0; c < S::COLUMNS; c++) {
           const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
           product(sum[c].x, a0, a1, a2, a3, b[p], b[p + 1]);

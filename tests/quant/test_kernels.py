@@ -10,6 +10,7 @@ import pytest
 
 from agentmem.quant.device import backend
 from agentmem.quant.format import Code, KVFormat, LayerShape
+from agentmem.quant.kernels import check, decode
 from agentmem.quant.kernels.decode import GROUP, flash_decode
 from agentmem.quant.kernels.plan import HEADER, ITEM
 from agentmem.quant.rows import RowCodec
@@ -50,6 +51,10 @@ SHAPES = {
     "3 bits, 96": (1, 3, 96, 3, 3, 32),
     "3 bits, 64": (1, 2, 64, 3, 3, 64),
     "8 and 4 bits": (3, 9, 64, 8, 4, 64),
+    "5 and 4 bits": (3, 9, 64, 5, 4, 64),
+    "5 and 4 bits, 96": (1, 3, 96, 5, 4, 32),
+    "5 and 3 bits": (1, 2, 64, 5, 3, 64),
+    "6 and 4 bits": (2, 4, 128, 6, 4, 64),
     "4 and 8 bits, 32": (1, 4, 64, 4, 8, 32),
     "256": (1, 4, 256, 4, 4, 64),
     "many heads": (1, 12, 64, 4, 4, 64),
@@ -60,11 +65,24 @@ MAPPED = (
     "4 bits, 32",
     "3 bits, 64",
     "8 and 4 bits",
+    "5 and 4 bits",
+    "6 and 4 bits",
     "4 and 8 bits, 32",
     "256",
     "many heads",
     "16 bits",
 )
+
+
+def test_codes_that_the_kernel_does_not_know_are_left_to_the_other_paths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode, "backend", lambda: "cuda")
+    assert all(decode.supported(codec(2, 64, keys, 4, 64), 4) for keys in (3, 4, 5, 6, 8))
+    assert not decode.supported(codec(2, 64, 4, 5, 64), 4)
+    assert not decode.supported(codec(2, 64, 2, 4, 64), 4)
+    refused = check.fused_test(codec(2, 64, 4, 6, 64), 4, mx.float16, BOUND)
+    assert refused == {"ok": False, "reason": "no kernel for this device, shape or format"}
 
 
 def test_two_sequences() -> None:
