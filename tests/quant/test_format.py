@@ -47,7 +47,7 @@ def test_fp16_takes_any_head_dim() -> None:
 
 def test_identities_of_formats_differ() -> None:
     identities = [str(f.identity()) for f in FORMATS.values()]
-    assert len(set(identities)) == len(FORMATS) == len(FORMATS)
+    assert len(set(identities)) == len(FORMATS)
     assert all(name == f.name for name, f in FORMATS.items())
     narrow = kv_format("q4-plain").for_shape(LayerShape(2, 32, 32))
     assert narrow.identity() != kv_format("q4-plain").identity()
