@@ -20,7 +20,7 @@ def measured(*names: str, text: str = "the keeper counts the oil, night by night
 def test_finer_formats_cost_less_and_take_more() -> None:
     rows = measured("fp16", "q8-plain", "q4", "q3")["rows"]
     assert [r["format"] for r in rows] == ["fp16", "q8-plain", "q4", "q3"]
-    assert [r["bits"] for r in rows] == [16, 8.5, 4.5, 3.5]
+    assert [r["bits"] for r in rows] == [16, 8.5, 4.5, 3.75]
     losses = [r["kl"] for r in rows]
     assert losses == sorted(losses)
     assert losses[0] < 1e-5
