@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import platformdirs
 
@@ -95,3 +96,17 @@ class Home:
         for folder in (self.root, self.models, self.store, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return self
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Put `content` into the file, whole or not at all, and make its folder where there is none. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from agentmem.home import private
+from agentmem.home import private, publish
 from agentmem.model.identity import digest
 from agentmem.quant.calibration import VERSION, Calibration
 from agentmem.quant.format import LayerShape
@@ -44,15 +42,6 @@ class CalibrationFile:
     def write(self, made: Calibration) -> None:
         """Keep the values, whole or not at all. A disk that refuses costs the next start its time, nothing else."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with NamedTemporaryFile("wb", dir=self.path.parent, delete=False) as file:
-                try:
-                    file.write(save(made.tensors()))
-                    file.flush()
-                    os.fsync(file.fileno())
-                    os.replace(file.name, self.path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            publish(self.path, save(made.tensors()))
         except OSError as error:
             log.warning("calibration %s cannot be kept: %s", self.path.name, error)

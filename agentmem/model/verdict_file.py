@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
-from agentmem.home import private
+from agentmem.home import private, publish
 from agentmem.model.calibration_file import PARTS
 from agentmem.model.identity import digest
 
@@ -41,14 +39,4 @@ class VerdictFile:
 
     def write(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep these verdicts beside those of other formats, whole or not at all. Raises OSError."""
-        content = json.dumps({"formats": self.read() | dict(rows)}).encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with NamedTemporaryFile("wb", dir=self.path.parent, delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, self.path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        publish(self.path, json.dumps({"formats": self.read() | dict(rows)}).encode())
