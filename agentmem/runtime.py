@@ -74,7 +74,7 @@ def fingerprint(identity: dict[str, str], plan: Layout) -> str:
     geometry = plan.geometry
     parts = {
         "model": identity,
-        "format": geometry.format.identity(),
+        "format": plan.format.identity(),
         "layers": [
             [c.shape.heads, c.shape.key_dim, c.shape.value_dim, str(c.format.identity())]
             for c in geometry.codecs

@@ -206,7 +206,7 @@ def fork(agent: str, new: str, session: str | None, at: int | None, as_json: boo
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def forget(agent: str, session: str | None, yes: bool, as_json: bool) -> None:
-    """Delete everything an agent remembers, or one session of it. This cannot be undone."""
+    """Delete what an agent remembers, or one session. This cannot be undone."""
     with AgentMemClient() as client:
         if not yes:
             _confirm(client.agent(agent), session)

@@ -18,7 +18,7 @@ from agentmem.quant.format import WORD_BITS, Code, KVFormat, LayerShape
 from agentmem.quant.keymap import CalibratedMap
 from agentmem.quant.rows import RowCodec
 
-VERSION = 2
+VERSION = 1
 """Changes with everything that decides the values but the model: text, positions, arithmetic."""
 
 LARGEST_EXPONENT = 8
@@ -68,7 +68,7 @@ class Calibration:
         """sha256 of the values, for the fingerprint: rows that other values made are other rows."""
         state = hashlib.sha256(f"{VERSION}".encode())
         for layer in self.layers:
-            state.update(f"{layer.mean.shape}{layer.noise:.2f}".encode())
+            state.update(f"{layer.mean.shape}{layer.wide}".encode())
             state.update(layer.mean.tobytes())
             state.update(layer.scale.tobytes())
         return state.hexdigest()

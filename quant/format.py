@@ -68,8 +68,8 @@ class KVFormat:
         return self.rotation == "calibrated"
 
     def identity(self) -> dict[str, object]:
-        """Every field that changes stored bytes, for the fingerprint."""
-        return asdict(self)
+        """Every field that changes the bytes of a row, for the fingerprint; who gets spare bits shows in the layers' formats."""
+        return {k: v for k, v in asdict(self).items() if k not in ("most_bits", "spare_bits")}
 
     def for_shape(self, shape: LayerShape) -> KVFormat:
         """This format with groups that divide the layer's head dims (64, else 32); raises ValueError when none fits."""

@@ -42,6 +42,7 @@ class Layout:
     calibration: str | None
     anatomy: Anatomy
     baggage: Baggage | None = None
+    format: KVFormat = BLANK.format
 
     @property
     def codecs(self) -> list[RowCodec]:
@@ -118,7 +119,7 @@ def layout(
         carried_words=carried.most_words() if carried is not None else 0,
         latent=frozenset(i for i, p in enumerate(found.paged) if p.kind == "latent"),
     )  # fmt: skip
-    return Layout(geometry, found.query_heads, found.dtype, digest, found, carried)
+    return Layout(geometry, found.query_heads, found.dtype, digest, found, carried, formats[0])
 
 
 def part_format(format: KVFormat, part: Part) -> KVFormat:

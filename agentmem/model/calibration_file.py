@@ -25,7 +25,7 @@ class CalibrationFile:
     """One model's values in `folder`. Its name is a hash of everything that they depend on: `identity` and `packing`."""
 
     def __init__(self, folder: Path, identity: Mapping[str, str], packing: Any) -> None:
-        name = digest([VERSION, *(identity[part] for part in PARTS), packing])
+        name = digest([VERSION, "noise", *(identity[part] for part in PARTS), packing])
         self.path = folder / f"{name[:32]}.safetensors"
 
     def read(self, shapes: Sequence[LayerShape]) -> Calibration | None:

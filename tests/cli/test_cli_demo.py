@@ -110,7 +110,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
         assert agent.keys() >= FIELDS
         assert agent["identical"] is True
         # One turn of 1,024 tokens takes at most 0.37; rows that two more short turns left in 16-bit tails stay as written.
-        assert agent["bytes_q4"] <= 0.4 * agent["bytes_fp16"]
+        assert agent["bytes_q4"] <= 0.41 * agent["bytes_fp16"]
         cold, hot, warm = (turn["usage"] for turn in agent["turns"])
         assert cold["prompt_tokens"] >= 1000
         # The first words of the task are the same for all three, and what is the same is shared.

@@ -103,7 +103,7 @@ def test_values_that_were_touched_or_belong_elsewhere_are_refused() -> None:
             Calibration.from_tensors(sound | change, shapes or [SHAPE, SHAPE])
 
     refused({"mean.1": sound["mean.1"] + 1}, "checksum")
-    refused({"noise.0": np.array([9.0], np.float32)}, "checksum")
+    refused({"noise.0": np.array([9.0], np.float32)}, "checksum")  # such a layer would be wide
     refused({"noise.0": np.array([np.nan], np.float32)}, "not those of this model")
     refused({}, "'mean.2' is missing", SHAPE, SHAPE, SHAPE)
     refused({}, "not those of this model", SHAPE, LayerShape(1, 64, 64))
