@@ -97,6 +97,7 @@ FORMATS: dict[str, KVFormat] = {
         replace(_plain("q4", 4, 4, rotation="calibrated"), most_bits=4.7, spare_bits=8),
         replace(_plain("q3", 3, 3, rotation="calibrated"), most_bits=3.8, spare_bits=4),
         _plain("k4v3", 4, 3, rotation="calibrated"),
+        _plain("k5v3", 5, 3, rotation="calibrated"),
         _plain("k5v4", 5, 4, rotation="calibrated"),
         _plain("k6v4", 6, 4, rotation="calibrated"),
         _plain("k8v4", 8, 4, rotation="calibrated"),

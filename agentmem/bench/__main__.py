@@ -106,7 +106,9 @@ def store(**options: Any) -> Result:
     click.option("--heads", default=8, help="KV heads."),
     click.option("--query-heads", default=32, help="Query heads."),
     click.option("--dim", default=128, help="Head size."),
-    click.option("--format", default="q4-plain", help="KV format."),
+    click.option(
+        "--format", "formats", multiple=True, default=("q4", "q4-plain"), help="A KV format; repeatable."
+    ),
     batches("1,8", "Sequences at once, such as 1,8,16."),
     tokens("4096,32768", "Context lengths, such as 4096,32768.", least=65),
     click.option("--repeats", default=5, help="Graphs of which the median is reported."),

@@ -1,14 +1,17 @@
 """`bench attention`: one decode step's attention over packed rows against fused SDPA over 16-bit keys and values.
 
 Calls are chained, the output of one being the query of the next, and evaluated as one graph. Each call reads other arrays,
-together more than a cache holds, as the layers of a model do.
+together more than a cache holds, as the layers of a model do. A format that gives some layers more bits is timed as the mean
+of its layers.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +19,18 @@ import numpy as np
 
 from agentmem.bench.checks import check
 from agentmem.quant.attention import dequantised_history
+from agentmem.quant.calibration import spare_layers, wide_format
 from agentmem.quant.device import backend
-from agentmem.quant.format import LayerShape, kv_format
+from agentmem.quant.format import KVFormat, LayerShape, kv_format
 from agentmem.quant.kernels import decode
 from agentmem.quant.kernels.plan import Batch, Reach
+from agentmem.quant.keymap import CalibratedMap, KeyMap
 from agentmem.quant.rows import RowCodec
 
+DEFAULT, PLAIN = "q4", "q4-plain"
+MOST_OF_PLAIN = 1.05
+LAYERS = 32
+"""Of the model whose layers share a format's spare bits."""
 PAGE = 64
 CALLS = 24
 SPREAD_BYTES = 256 << 20
@@ -33,8 +42,9 @@ Attend = Callable[[mx.array, int], mx.array]
 class Stored:
     """Random rows of `batch` sequences of `tokens` tokens each, in `layers` arenas: raw first page, packed pages, raw tail."""
 
-    def __init__(self, codec: RowCodec, query_heads: int, batch: int, tokens: int, layers: int) -> None:
+    def __init__(self, codec: RowCodec, query_heads: int, batch: int, tokens: int) -> None:
         self.codec, self.scale = codec, codec.shape.key_dim**-0.5
+        self.layers = layers_of(codec, batch, tokens)
         self.dtype = mx.float32 if backend() == "cpu" else codec.stored
         words = codec.packed_words
         per = PAGE * words // codec.raw_words
@@ -45,7 +55,7 @@ class Stored:
         rows = self._random_rows(rng, min(slots * PAGE, 1 << 16))
         pages = mx.array(rng.integers(0, rows.shape[0] // PAGE, slots))
         self.arenas, self.tails = [], []
-        for _ in range(layers):
+        for _ in range(self.layers):
             arena = rows.reshape(-1, PAGE * words)[pages].reshape(-1, words)
             self.arenas.append(arena)
             self.tails.append(self._raw(rng, batch * PAGE).reshape(batch, PAGE, -1))
@@ -64,9 +74,20 @@ class Stored:
         self.batch.advance([self.tail_rows] * batch)
         shape = (batch, query_heads, 1, codec.shape.key_dim)
         self.queries = mx.array(rng.standard_normal(shape, dtype=np.float32)).astype(self.dtype)
-        fresh = [codec.unraw(t[:, self.tail_rows - 1], self.dtype) for t in self.tails[:1]]
-        self.fresh = [x.swapaxes(0, 1)[:, :, None] for x in fresh[0]]
+        self.map = self._map(rng)
+        keys, values = (
+            x.swapaxes(0, 1)[:, :, None]
+            for x in codec.unraw(self.tails[0][:, self.tail_rows - 1], self.dtype)
+        )
+        self.fresh = (self.map.restored(keys).astype(self.dtype), values)
         mx.eval(self.arenas, self.tails, self.queries, self.fresh)
+
+    def _map(self, rng: np.random.Generator) -> KeyMap:
+        if not self.codec.format.calibrated:
+            return KeyMap()
+        shape = self.codec.shape.heads, self.codec.shape.key_dim
+        scale = np.exp2(rng.integers(-2, 3, shape)).astype(np.float32)
+        return CalibratedMap(rng.standard_normal(shape, dtype=np.float32), scale, self.dtype)
 
     def _raw(self, rng: np.random.Generator, rows: int) -> mx.array:
         shape = self.codec.shape
@@ -121,12 +142,12 @@ class Stored:
     def fused(self, queries: mx.array, layer: int) -> mx.array:
         return decode.flash_decode(
             self.codec, queries, self.fresh[0], self.fresh[1], self.arenas[layer], (self.tails[layer], 0), self.batch,
-            scale=self.scale,
+            scale=self.scale, vectors=self.map.vectors,
         )[0]  # fmt: skip
 
     def reference(self, queries: mx.array, layer: int) -> mx.array:
         """Dequantise, then fused SDPA, one sequence after the other."""
-        outs = []
+        outs, queries = [], self.map.queries(queries)
         for i in range(queries.shape[0]):
             keys, values = self.dequantised(layer, i)
             outs.append(
@@ -137,98 +158,144 @@ class Stored:
         return mx.concatenate(outs)
 
 
-def seconds(attend: Attend, queries: mx.array, layers: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of one call within a graph of CALLS: (to run it, to build it on the host)."""
-    build, run = [], []
-    for _ in range(repeats + 1):
-        x = queries
-        start = time.perf_counter()
-        for i in range(CALLS):
-            x = attend(x, i % layers)
-        built = time.perf_counter()
-        mx.eval(x)
-        build.append((built - start) / CALLS)
-        run.append((time.perf_counter() - built) / CALLS)
-    return statistics.median(run[1:]), statistics.median(build[1:])
+def layers_of(codec: RowCodec, batch: int, tokens: int) -> int:
+    """How many layers' rows one graph reads before it reads the same again."""
+    return max(1, min(CALLS, -(-SPREAD_BYTES // (4 * codec.packed_words * batch * tokens))))
 
 
-def measure(codec: RowCodec, query_heads: int, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """One shape: microseconds of a call, bytes that it must read, and how far the fused result is off."""
-    row_bytes = 4 * codec.packed_words * batch * tokens
-    layers = max(1, min(CALLS, -(-SPREAD_BYTES // row_bytes)))
-    stored = Stored(codec, query_heads, batch, tokens, layers)
-    shape = codec.shape
+def shares(format: KVFormat, shape: LayerShape) -> dict[RowCodec, float]:
+    """Which codecs the layers of a model of `LAYERS` such layers have, and the share of each."""
+    codecs = [RowCodec(shape, format.for_shape(shape), mx.float16)] * LAYERS
+    for i in spare_layers(codecs, [0.0] * LAYERS) if format.spare_bits else ():
+        codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format, format.spare_bits))
+    return {codec: count / LAYERS for codec, count in Counter(codecs).items()}
+
+
+def seconds(attend: Attend, queries: mx.array, layers: int) -> tuple[float, float]:
+    """Seconds of one call within a graph of CALLS: (to run it, to build it on the host)."""
+    x = queries
+    start = time.perf_counter()
+    for i in range(CALLS):
+        x = attend(x, i % layers)
+    built = time.perf_counter()
+    mx.eval(x)
+    return (time.perf_counter() - built) / CALLS, (built - start) / CALLS
+
+
+def _median(times: list[tuple[float, float]]) -> tuple[float, float]:
+    """In microseconds."""
+    run, build = zip(*times, strict=True)
+    return 1e6 * statistics.median(run), 1e6 * statistics.median(build)
+
+
+def sixteen_bits(stored: Stored, batch: int, tokens: int, repeats: int) -> float:
+    """Microseconds of fused SDPA over as many keys and values of 16 bits."""
+    shape, layers = stored.codec.shape, max(1, stored.layers // 4)
     wide = [
         tuple(
             mx.random.normal((batch, shape.heads, tokens, dim)).astype(stored.dtype)
             for dim in (shape.key_dim, shape.value_dim)
         )
-        for _ in range(max(1, layers // 4))
+        for _ in range(layers)
     ]
     mx.eval(wide)
 
-    def sixteen_bits(queries: mx.array, layer: int) -> mx.array:
-        keys, values = wide[layer % len(wide)]
+    def attend(queries: mx.array, layer: int) -> mx.array:
+        keys, values = wide[layer]
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=stored.scale)
 
-    row: dict[str, Any] = {"batch": batch, "tokens": tokens, "bytes": stored.bytes}
-    row["sdpa_us"], row["sdpa_host_us"] = _micro(seconds(sixteen_bits, stored.queries, layers, repeats))
-    wide.clear()
-    if tokens * batch <= 1 << 17:
-        row["dequantise_us"], _ = _micro(seconds(stored.reference, stored.queries, layers, 1))
-    if decode.supported(codec, query_heads):
-        row["fused_us"], row["fused_host_us"] = _micro(seconds(stored.fused, stored.queries, layers, repeats))
-        row["fused_over_sdpa"] = row["fused_us"] / row["sdpa_us"]
-        row["fused_gb_s"] = stored.bytes / row["fused_us"] / 1e3
+    return _median([seconds(attend, stored.queries, layers) for _ in range(repeats + 1)][1:])[0]
+
+
+def measure(
+    codecs: Sequence[RowCodec], query_heads: int, batch: int, tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Of each codec, at one shape: microseconds of a call, bytes that it must read, and how far the fused result is off.
+
+    Codecs take turns, so that they share what the machine does meanwhile.
+    """
+    states = [Stored(codec, query_heads, batch, tokens) for codec in codecs]
+    sdpa_us = sixteen_bits(states[0], batch, tokens, repeats)
+    rows: list[dict[str, Any]] = [{"bytes": s.bytes, "sdpa_us": sdpa_us} for s in states]
+    for stored, row in zip(states, rows, strict=True):
+        if tokens * batch <= 1 << 17:
+            row["dequantise_us"] = _median(
+                [seconds(stored.reference, stored.queries, stored.layers) for _ in "12"][1:]
+            )[0]
+    fused = [i for i, codec in enumerate(codecs) if decode.supported(codec, query_heads)]
+    times: dict[int, list[tuple[float, float]]] = {i: [] for i in fused}
+    for _ in range(repeats + 1):
+        for i in fused:
+            times[i].append(seconds(states[i].fused, states[i].queries, states[i].layers))
+    for i in fused:
+        stored, row = states[i], rows[i]
+        row["fused_us"], row["fused_host_us"] = _median(times[i][1:])
         off = mx.abs(stored.fused(stored.queries, 0)[0] - stored.reference(stored.queries[:1], 0)[0])
         row["error"] = off.astype(mx.float32).max().item()
-    return row
+    return rows
 
 
-def _micro(times: tuple[float, float]) -> tuple[float, float]:
-    return 1e6 * times[0], 1e6 * times[1]
+def _mean(rows: dict[RowCodec, dict[str, Any]], share: dict[RowCodec, float]) -> dict[str, Any]:
+    """The row of a format whose layers are packed by these codecs."""
+    keys = set.intersection(*(set(rows[codec]) for codec in share))
+    mean: dict[str, Any] = {
+        key: sum(part * rows[codec][key] for codec, part in share.items()) for key in sorted(keys)
+    }
+    if "fused_us" in mean:
+        mean |= {
+            "fused_over_sdpa": mean["fused_us"] / mean["sdpa_us"],
+            "fused_gb_s": mean["bytes"] / mean["fused_us"] / 1e3,
+        }
+        mean["error"] = max(rows[codec]["error"] for codec in share)
+    return mean
 
 
 def run(
-    *, heads: int, query_heads: int, dim: int, format: str, batches: list[int], lengths: list[int], repeats: int,
-    say: Callable[[str], None],
+    *, heads: int, query_heads: int, dim: int, formats: Sequence[str], batches: list[int], lengths: list[int],
+    repeats: int, say: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Every batch with every length, and the checks."""
+    """Every batch with every length and format, and the checks."""
     shape = LayerShape(heads, dim, dim)
-    codec = RowCodec(shape, kv_format(format).for_shape(shape), mx.float16)
+    mixes = {name: shares(kv_format(name), shape) for name in formats}
+    codecs = list(dict.fromkeys(codec for share in mixes.values() for codec in share))
     rows = []
     for batch in batches:
         for tokens in lengths:
-            rows.append(measure(codec, query_heads, batch, tokens, repeats))
-            say(", ".join(f"{k} {v:.4g}" for k, v in rows[-1].items()))
+            found = dict(zip(codecs, measure(codecs, query_heads, batch, tokens, repeats), strict=True))
+            for name, share in mixes.items():
+                rows.append({"format": name, "batch": batch, "tokens": tokens} | _mean(found, share))
+                say(", ".join(f"{k} {v:.4g}" if k != "format" else v for k, v in rows[-1].items()))
             mx.clear_cache()
-    shape_name = {"heads": heads, "query_heads": query_heads, "dim": dim, "format": format}
     return {
         "schema_version": 1,
         "backend": backend(),
-        "shape": shape_name,
+        "shape": {"heads": heads, "query_heads": query_heads, "dim": dim},
+        "layers": {
+            name: {_bits(codec): part for codec, part in share.items()} for name, share in mixes.items()
+        },
         "rows": rows,
         "checks": checks(rows),
     }
 
 
+def _bits(codec: RowCodec) -> str:
+    """Of a key and a value."""
+    keys, values = codec.format.keys, codec.format.values
+    return f"{keys.bits if keys else 16}/{values.bits if values else 16}"
+
+
 def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is promised where the fused path runs."""
     found = []
-    for batch, bound in ((1, 1.0), (8, 0.8)):
-        for row in rows:
-            if (row["batch"], row["tokens"]) == (batch, 32768) and "fused_us" in row:
-                name = f"fused attention / SDPA on 16 bits, batch {batch}, 32768 tokens"
-                found.append(check(name, row["fused_over_sdpa"], bound, "ratio", True))
-    for row in rows:
-        if "error" in row:
-            found.append(
-                check(
-                    f"fused attention, off at batch {row['batch']}, {row['tokens']} tokens",
-                    row["error"],
-                    2e-3,
-                    "",
-                    True,
-                )
-            )
+    fused = {(r["format"], r["batch"], r["tokens"]): r for r in rows if "fused_us" in r}
+    for (name, batch, tokens), row in fused.items():
+        bound = {1: 1.0, 8: 0.8}.get(batch)
+        if name == PLAIN and tokens == 32768 and bound is not None:
+            what = f"fused attention of {name} / SDPA on 16 bits, batch {batch}, {tokens} tokens"
+            found.append(check(what, row["fused_over_sdpa"], bound, "ratio", True))
+        if name == DEFAULT and (plain := fused.get((PLAIN, batch, tokens))):
+            what = f"fused attention, {name} / {PLAIN}, batch {batch}, {tokens} tokens"
+            found.append(check(what, row["fused_us"] / plain["fused_us"], MOST_OF_PLAIN, "ratio", True))
+        what = f"fused attention of {name}, off at batch {batch}, {tokens} tokens"
+        found.append(check(what, row["error"], 2e-3, "", True))
     return found
