@@ -29,7 +29,9 @@ def on_device(values: np.ndarray) -> mx.array:
     worth a copy for whatever all layers read.
     """
     array = mx.array(values)
-    return array if unified_memory() else array + 0
+    if unified_memory():
+        return array
+    return mx.logical_or(array, mx.array(False)) if array.dtype == mx.bool_ else array + 0
 
 
 def leave_thread() -> None:

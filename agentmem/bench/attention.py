@@ -230,9 +230,15 @@ def measure(
     for i in fused:
         stored, row = states[i], rows[i]
         row["fused_us"], row["fused_host_us"] = _median(times[i][1:])
-        off = mx.abs(stored.fused(stored.queries, 0)[0] - stored.reference(stored.queries[:1], 0)[0])
-        row["error"] = off.astype(mx.float32).max().item()
+        row["error"] = _error(stored)
     return rows
+
+
+def _error(stored: Stored) -> float:
+    """Of the fused result, relative to the largest of the reference's."""
+    want = stored.reference(stored.queries[:1], 0)[0].astype(mx.float32)
+    off = stored.fused(stored.queries, 0)[0].astype(mx.float32) - want
+    return float((mx.abs(off).max() / mx.abs(want).max()).item())
 
 
 def _mean(rows: dict[RowCodec, dict[str, Any]], share: dict[RowCodec, float]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 import agentmem.cli.service
 from agentmem.cli.exits import Exit
 from agentmem.home import Home
+from agentmem.settings import Settings
 from tests.cli.cli_line import invoke, parse
 
 
@@ -55,6 +56,47 @@ def test_config_says_where_each_setting_comes_from(home: Home, monkeypatch: pyte
     broken = invoke("config", "show")
     assert broken.exit_code == Exit.USAGE
     assert "max_batch" in broken.stderr
+
+
+def test_config_sets_what_the_next_start_uses_and_keeps_comments(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.prepare()
+    home.config.write_text("# ours\nmax_batch = 3\n")
+    assert invoke("config", "set", "max_batch", "8").exit_code == Exit.OK
+    assert invoke("config", "set", "ram_budget", "64MiB").exit_code == Exit.OK
+    assert invoke("config", "set", "allowed_hosts", '["box.lan"]').exit_code == Exit.OK
+    assert invoke("config", "set", "model", "4").exit_code == Exit.OK
+    said = parse(invoke("config", "set", "open_inference", "true", "--json"))
+    assert (said["setting"], said["value"], said["origin"]) == ("open_inference", True, "config.toml")
+    settings = Settings()
+    assert (settings.max_batch, settings.ram_budget, settings.allowed_hosts) == (8, 64 << 20, ["box.lan"])
+    assert (settings.model, settings.open_inference) == ("4", True)
+    assert home.config.read_text().startswith("# ours\nmax_batch = 8\n")
+    assert invoke("config", "unset", "max_batch").exit_code == Exit.OK
+    assert invoke("config", "unset", "max_batch").exit_code == Exit.OK
+    assert Settings().max_batch == Settings.model_fields["max_batch"].default
+    monkeypatch.setenv("AGENTMEM_MAX_BATCH", "5")
+    assert "max_batch is 5 (environment)" in invoke("config", "set", "max_batch", "2").stdout
+
+
+def test_config_refuses_what_the_daemon_could_not_use_and_leaves_the_file(home: Home) -> None:
+    home.prepare()
+    home.config.write_text("max_batch = 3\n")
+    for name, value, said in (
+        ("max_batch", "0", "greater than or equal to 1"),
+        ("max_batch", "many", "integer"),
+        ("max_bach", "4", "did you mean max_batch?"),
+        ("home", "/tmp", "AGENTMEM_HOME"),
+        ("memory_limit", "200%", "share"),
+    ):
+        refused = invoke("config", "set", name, value)
+        assert refused.exit_code == Exit.USAGE
+        assert said in refused.stderr
+    assert home.config.read_text() == "max_batch = 3\n"
+    home.config.write_text("max_batch = = 3\n")
+    assert "not TOML" in invoke("config", "set", "max_batch", "4").stderr
+    assert home.config.read_text() == "max_batch = = 3\n"
 
 
 @pytest.fixture
