@@ -66,11 +66,15 @@ class Archive:
 
     def delete_item(self, owner: str, id_: str) -> None:
         """Take one item out of a conversation. Raises NotFound."""
-        self._disk.delete_item(owner, id_)
+        try:
+            self._ram.delete_item(owner, id_)
+        except NotFound:
+            self._disk.delete_item(owner, id_)
 
     def delete_conversation(self, id_: str) -> None:
         """Delete a conversation; responses that were part of it stay."""
-        self._disk.delete_conversation(id_)
+        for database in (self._disk, self._ram):
+            database.delete_conversation(id_)
 
     def _for_agent(self, namespace: str, agent: str) -> KeptResponses:
         try:

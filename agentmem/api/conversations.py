@@ -94,5 +94,5 @@ def conversations_router(service: Service) -> APIRouter:
 def _item(said: Items, id_: str) -> dict[str, Any]:
     for one in said:
         if one["id"] == id_:
-            return one
+            return items.shown(one)
     raise NotFound(f"there is no item {id_[:80]!r}", code="item_not_found")

@@ -47,6 +47,15 @@ def given(value: str | list[dict[str, Any]], param: str = "input") -> list[dict[
     return items
 
 
+def shown(item: dict[str, Any]) -> dict[str, Any]:
+    """An item as lists of them have it: the content of a message is parts, also where it was given as one text."""
+    content = item.get("content")
+    if item["type"] != "message" or not isinstance(content, str):
+        return item
+    part = text_part(content) if item["role"] == "assistant" else {"type": "input_text", "text": content}
+    return {**item, "content": [part]}
+
+
 def messages(instructions: str | None, items: list[dict[str, Any]], find: Find) -> list[dict[str, Any]]:
     """The conversation as the engine takes it: calls belong to the reply that they follow. Raises NotFound for documents."""
     found: list[dict[str, Any]] = []

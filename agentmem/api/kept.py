@@ -154,7 +154,11 @@ class KeptResponses:
         """Delete what an agent said, in all sessions or in one, and the conversations it was said in."""
         whose = (namespace, agent) if session is None else (namespace, agent, session)
         which = "namespace = ? and agent = ?" + ("" if session is None else " and session = ?")
+        elsewhere = f"""select conversation from responses
+            where {which} and conversation is not null and conversation not in (select id from conversations)"""
         with self._writing() as connection:
+            # The conversation itself is on disk, also where what this agent said in it is in RAM.
+            connection.execute(f"delete from items where owner in ({elsewhere})", whose)
             for table in ("responses", "conversations"):
                 owned = f"select id from {table} where {which}"
                 connection.execute(f"delete from items where owner in ({owned})", whose)

@@ -146,7 +146,13 @@ def responses_router(service: Service) -> APIRouter:
 def listed(found: Items) -> dict[str, Any]:
     """A page with everything."""
     first, last = (found[0]["id"], found[-1]["id"]) if found else (None, None)
-    return {"object": "list", "data": found, "first_id": first, "last_id": last, "has_more": False}
+    return {
+        "object": "list",
+        "data": [items.shown(one) for one in found],
+        "first_id": first,
+        "last_id": last,
+        "has_more": False,
+    }
 
 
 def namespace_of(request: Request) -> str:

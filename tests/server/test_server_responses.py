@@ -156,7 +156,8 @@ def test_a_conversation_collects_what_is_said_in_it(client) -> None:
 def test_what_was_given_can_be_read_and_deleted(client) -> None:
     options: Any = {"extra_headers": {"x-agentmem-namespace": "responses"}}
     first = ask(client, "read", STORY)
-    assert [item.content for item in client.responses.input_items.list(first.id, **options)] == [STORY]
+    listed = client.responses.input_items.list(first.id, **options)
+    assert [part.text for item in listed for part in item.content] == [STORY]
     client.responses.delete(first.id, **options)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(first.id, **options)
@@ -208,6 +209,32 @@ def test_an_agent_that_leaves_nothing_on_disk_keeps_its_words_in_ram(client, dae
     assert second.usage.input_tokens_details.cached_tokens > 0
     for path in daemon.home.glob("responses.db*"):
         assert secret.encode() not in path.read_bytes()
+
+
+def test_what_is_taken_out_of_a_conversation_is_gone_from_ram_too(client, daemon) -> None:
+    named = {"agentmem": {"agent": "half", "persist": False}}
+    talk = client.conversations.create(items=[{"role": "user", "content": "Written before."}])
+
+    def texts() -> list[str]:
+        items = client.conversations.items.list(talk.id, order="asc").data
+        return [part.text for item in items for part in item.content]
+
+    def ask_in_ram(text: str) -> None:
+        client.responses.create(
+            model="default", input=text, conversation=talk.id, extra_body=named, max_output_tokens=4
+        )
+
+    ask_in_ram("Asked in RAM.")
+    found = client.conversations.items.list(talk.id, order="asc").data
+    assert texts()[:2] == ["Written before.", "Asked in RAM."]
+    client.conversations.items.delete(found[1].id, conversation_id=talk.id)
+    assert len(texts()) == 2
+    assert daemon.http.delete("/v1/agents/half").status_code == 200
+    assert texts() == ["Written before."]
+    ask_in_ram("Asked once more.")
+    client.conversations.delete(talk.id)
+    with pytest.raises(openai.NotFoundError):
+        texts()
 
 
 @pytest.mark.parametrize(
