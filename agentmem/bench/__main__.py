@@ -289,9 +289,9 @@ def _times_table(result: Result) -> str:
     click.option("--question", default=1024, type=click.IntRange(16), help="Tokens of the question then."),
     click.option(
         "--questions",
-        type=click.Choice(["chain", "unseen"]),
+        type=click.Choice(["chain", "unseen", "pages"]),
         default="chain",
-        help="Those by which weights were chosen, or others.",
+        help="Those by which weights were chosen, others as long, or pages of a manual with a question each.",
     ),
 )
 def compose(
