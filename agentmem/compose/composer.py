@@ -86,6 +86,7 @@ class Composer:
         if policy.reuse == "auto":
             self.why_not = self.ledger.why_not(namespace, layout.template, policy.planner)
             if self.why_not:
+                self.why_not += "" if policy.planner == DEFAULT else f" (planner {policy.planner})"
                 return None
         self.library.clock += 1
         return self._composed(layout, known, policy, policy.planner, agent)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentmem.compose.anchors import MINIMUM
-from agentmem.compose.reuse import PLANNERS, Reuse
+from agentmem.compose.reuse import DEFAULT, PLANNERS, Reuse
 from agentmem.errors import BadRequest
 
-DEFAULT = PLANNERS[0]
 KNOWN = (*PLANNERS, "paper")
 """The paper's asks for a pool of its own kind, which the daemon has not."""
 

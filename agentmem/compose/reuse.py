@@ -10,4 +10,5 @@ planner has what it needs. `auto`: those too, where it has been measured how wel
 Planner = Literal["kvcomm+tail", "kvcomm", "lego"]
 """How a prompt is composed: by anchors, and its end is read; by anchors alone; moved, and the first tokens of each text read."""
 PLANNERS: tuple[Planner, ...] = get_args(Planner)
+DEFAULT = PLANNERS[0]
 REUSES: tuple[Reuse, ...] = get_args(Reuse)

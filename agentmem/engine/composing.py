@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import cached_property
 
 from agentmem.compose.composer import Composer, Policy, spans_of
-from agentmem.compose.policy import DEFAULT
 from agentmem.compose.rotation import Rotation, rotations
 from agentmem.engine.course import Course
 from agentmem.engine.lessons import Lessons, read_from_its_beginning
@@ -89,7 +88,10 @@ class Composing:
     def _course(self, sequence: Sequence, composer: Composer) -> Course | None:
         assert sequence.agent is not None
         ids, known, row = sequence.ids, sequence.reused, sequence.agent.row
-        start, policy = time.perf_counter(), Policy(sequence.reuse, sequence.request.planner or DEFAULT)
+        start, policy = (
+            time.perf_counter(),
+            Policy(sequence.reuse, sequence.request.planner or sequence.agent.planner),
+        )
         found = composer.plan(row.namespace, ids, sequence.content, known, policy, row.name)
         if found is None:
             sequence.notes = (f"not composed: {composer.why_not}",)
@@ -98,7 +100,7 @@ class Composing:
         sequence.notes, sequence.composed = found.lines, found.composed_tokens
         ms = 1e3 * (time.perf_counter() - start)
         log.info("composed %d of %d tokens, planned in %.0f ms", sequence.composed, len(ids), ms)
-        return Course(found.steps, known, found.provenance)
+        return Course(found.steps, known, found.provenance, found.planner)
 
     def put(self, sequence: Sequence) -> None:
         """Put what is next on the sequence's course. Raises Overloaded when there are no slots for it."""
@@ -121,7 +123,7 @@ class Composing:
             return
         if sequence.course is not None and self.made.audits(self._random):
             prompt = Prompt(agent.row.namespace, agent.row.name, sequence.ids, sequence.content)
-            self.trials.audit(self.made, prompt)
+            self.trials.audit(self.made, prompt, sequence.course.planner)
         self.lessons.gather(sequence, self.rotations)
 
     def rest(self, alone: bool) -> bool:

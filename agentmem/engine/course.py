@@ -7,6 +7,7 @@ from itertools import accumulate
 import mlx.core as mx
 
 from agentmem.compose.planners import Put, Read, Steps, merged
+from agentmem.compose.reuse import DEFAULT
 from agentmem.compose.rotation import Rotation, rotated
 from agentmem.compose.segment import Provenance
 from agentmem.engine.packing import GivenRows
@@ -19,11 +20,11 @@ AT_ONCE = 512
 class Course:
     """Steps that follow each other behind the first `start` tokens of a prompt. Where it stands shows in the table's length.
 
-    States that have been put are let go of. `provenance` is that of what is said behind them.
+    States that have been put are let go of. `provenance` is that of what is said behind them; a `planner` made them.
     """
 
-    def __init__(self, steps: Steps, start: int, provenance: Provenance) -> None:
-        self.provenance = provenance
+    def __init__(self, steps: Steps, start: int, provenance: Provenance, planner: str = DEFAULT) -> None:
+        self.provenance, self.planner = provenance, planner
         steps = merged(steps)
         ends = list(accumulate((len(s.ids) for s in steps), initial=start))
         self._steps: list[tuple[int, int, Put | Read]] = list(zip(ends, ends[1:], steps, strict=False))
