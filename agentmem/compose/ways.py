@@ -53,6 +53,17 @@ class Lego:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """Every text as it was elsewhere; all fixed text is read."""
+
+    tail: bool = False
+    smooth: bool = False
+
+    def place(self, piece: Piece) -> Placed | None:
+        return Placed([Put(piece.ids, piece.base)])
+
+
+@dataclass(frozen=True, slots=True)
 class Anchored:
     """Offsets from anchors."""
 
@@ -93,6 +104,8 @@ def way(name: str, pool: Pool, policy: Policy) -> Way:
     match name:
         case "lego":
             return Lego()
+        case "blend":
+            return Moved()
         case "paper":
             return PaperWay(Kvcomm(pool, CONSUMER, read_tail=False, minimum=2, offsets=Paper()))
         case _:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 
+from agentmem.compose.blend import can_blend
 from agentmem.compose.composer import Composer, Policy, spans_of
 from agentmem.compose.rotation import Rotation, rotations
 from agentmem.engine.course import Course
@@ -18,9 +19,11 @@ from agentmem.engine.lessons import Lessons, read_from_its_beginning
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.trial import Bench, Prompt
 from agentmem.engine.trials import Trials
-from agentmem.errors import ModelUnavailable
+from agentmem.errors import BadRequest, ModelUnavailable
 
 log = logging.getLogger(__name__)
+
+NO_BLEND = "the layers of this model cannot be run one by one, so it cannot be blended; use another planner"
 
 
 class Composing:
@@ -51,6 +54,12 @@ class Composing:
         except Exception:
             log.exception("what composed reuse keeps could not be opened")
             return "see the daemon's log"
+
+    @cached_property
+    def blends(self) -> bool:
+        """Whether the layers of the model can be run one by one."""
+        shapes = [codec.shape for codec in self.bench.pool.geometry.codecs]
+        return can_blend(self.bench.network, shapes, self._model.dtype)
 
     @property
     def made(self) -> Composer | None:
@@ -92,6 +101,9 @@ class Composing:
             time.perf_counter(),
             Policy(sequence.reuse, sequence.request.planner or sequence.agent.planner),
         )
+        if policy.planner == "blend" and not self.blends:
+            sequence.notes = (f"not composed: {NO_BLEND}",)
+            return None
         found = composer.plan(row.namespace, ids, sequence.content, known, policy, row.name)
         if found is None:
             sequence.notes = (f"not composed: {composer.why_not}",)
@@ -102,14 +114,24 @@ class Composing:
         log.info("composed %d of %d tokens, planned in %.0f ms", sequence.composed, len(ids), ms)
         return Course(found.steps, known, found.provenance, found.planner)
 
-    def put(self, sequence: Sequence) -> None:
-        """Put what is next on the sequence's course. Raises Overloaded when there are no slots for it."""
+    def put(self, sequence: Sequence) -> bool:
+        """Put what is next on the sequence's course; whether the model can go on reading. Raises Overloaded when there are no
+        slots for it."""
         course, table = sequence.course, sequence.table
         assert course is not None
         assert table is not None
-        course.put(table, self.rotations, self._model.dtype)
+        start = time.perf_counter()
+        if not course.put(table, self.rotations, self.bench.network, self._model.dtype):
+            sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
+            return False
         if course.read_until(len(table)) == course.end:  # what is said from here on may become a segment
             table.keeps = True
+        return True
+
+    def check(self, planner: str | None) -> None:
+        """Raises BadRequest where nothing can be made so with this model."""
+        if planner == "blend" and not self.blends:
+            raise BadRequest(NO_BLEND, param="planner")
 
     def gather(self, sequence: Sequence) -> None:
         """The turn is over, and its table soon: keep what may be learned of it. Called again, it does nothing."""

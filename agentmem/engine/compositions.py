@@ -26,12 +26,13 @@ class Compositions:
         """Try the last prompts of every template, of all namespaces by default: composed without the anchors of their own texts,
         and read. Waits for the end; runs while nobody else is there. `auto` goes by what is found, for this planner alone.
 
-        Raises BadRequest for a planner that there is not.
+        Raises BadRequest for a planner that there is not, or not for this model.
         """
         how = Policy("composed", planner or DEFAULT)
         found: Future[list[dict[str, Any]]] = Future()
 
         def begin(composer: Composer) -> Bounds:
+            self._composing.check(how.planner)
             self._composing.trials.calibrate(composer, namespace, how.planner, found.set_result)
             return composer.ledger.bounds
 

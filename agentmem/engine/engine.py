@@ -180,7 +180,9 @@ class Engine:
     def _put(self, sequence: Sequence) -> bool:
         """Put what is next in a composed prompt; whether it can go on, for which it needs slots."""
         try:
-            self.composing.put(sequence)
+            if not self.composing.put(sequence):
+                self.wake()
+                return False
         except Overloaded as error:
             self.retry_or_fail(sequence, error, lambda: None)
             return False
@@ -203,6 +205,7 @@ class Engine:
             if self.active and sum(s.width for s in [*self.active, sequence]) > self.max_batch:
                 break
             try:
+                self.composing.check(sequence.request.planner)
                 admitted = self.planner.admit(sequence, self.active)
             except Exception as error:
                 self.waiting.remove(sequence)

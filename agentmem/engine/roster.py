@@ -122,6 +122,8 @@ class Roster:
 
     def _check_policy(self, policy: dict[str, Any]) -> None:
         """Raises BadRequest for what the layers of the model do not allow."""
+        if (planner := policy.get("planner")) is not None:
+            self._call(lambda: self._engine.composing.check(planner))
         if self._engine.plain:
             return
         if not isinstance(memory_policy(policy), Full):

@@ -91,6 +91,15 @@ def test_what_may_be_reused_is_asked_of_an_agent_or_of_a_request(
     assert (told["reuse"], told["composed_tokens"]) == ("composed", 0)
     assert told["composition"][0].startswith("not composed: ")
     assert client.set_policy("reuse-ada", reuse="exact")["reuse"] == "exact"
+    assert client.chat("reuse-ada", "And now?", max_tokens=2).cached_tokens > 300
+    assert "composition" not in client.explain("reuse-ada")
+    off = client.chat("reuse-ada", "And then?", max_tokens=2, reuse="off")
+    assert (off.cached_tokens, off.composed_tokens) == (0, 0)
+    assert client.explain("reuse-ada")["reason"] == "off"
+    for wrong in ({"reuse": "some"}, {"planner": "paper"}):
+        body = {"messages": [{"role": "user", "content": "x"}], "agentmem": {"agent": "x", **wrong}}
+        assert daemon.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert client.chat("reuse-ada", "And so?", max_tokens=2, reuse="composed", planner="lego").text
 
 
 def test_how_prompts_are_composed_is_asked_of_an_agent(daemon: Daemon, client: AgentMemClient) -> None:
@@ -107,15 +116,6 @@ def test_how_prompts_are_composed_is_asked_of_an_agent(daemon: Daemon, client: A
             return await other.set_policy("how-bob", planner="lego")
 
     assert asyncio.run(change())["planner"] == "lego"
-    assert client.chat("reuse-ada", "And now?", max_tokens=2).cached_tokens > 300
-    assert "composition" not in client.explain("reuse-ada")
-    off = client.chat("reuse-ada", "And then?", max_tokens=2, reuse="off")
-    assert (off.cached_tokens, off.composed_tokens) == (0, 0)
-    assert client.explain("reuse-ada")["reason"] == "off"
-    for wrong in ({"reuse": "some"}, {"planner": "blend"}):
-        body = {"messages": [{"role": "user", "content": "x"}], "agentmem": {"agent": "x", **wrong}}
-        assert daemon.http.post("/v1/chat/completions", json=body).status_code == 400
-    assert client.chat("reuse-ada", "And so?", max_tokens=2, reuse="composed", planner="lego").text
 
 
 EPISODIC = {"kind": "episodic", "budget_tokens": 8192}
