@@ -232,7 +232,7 @@ class Runtime(Roster):
         )  # fmt: skip
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, recall, planner, chosen(self._self_test),
-            scheduler, lobby, self._composing(model, runner), episodes, max_batch=settings.max_batch,
+            scheduler, lobby, self._composing(model, runner, plain), episodes, max_batch=settings.max_batch,
             wait_for_commit=settings.commit == "full", plain=plain, checkpoints=checkpoints,
         )  # fmt: skip
         self._census = Census(
@@ -244,9 +244,9 @@ class Runtime(Roster):
         self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
-    def _composing(self, model: LoadedModel, runner: Runner) -> Composing:
+    def _composing(self, model: LoadedModel, runner: Runner, plain: bool) -> Composing:
         bench = Bench(model, runner.network, self._pool, chosen(self._self_test), self._admission)
-        return Composing(bench, self._make_composer, self._settings.paths.composed.exists)
+        return Composing(bench, self._make_composer, self._settings.paths.composed.exists, plain)
 
     def _make_composer(self) -> Composer | str:
         """On the engine thread, when somebody first asks for composed reuse."""

@@ -28,12 +28,14 @@ NO_BLEND = "the layers of this model cannot be run one by one, so it cannot be b
 
 class Composing:
     """Engine thread only. `make` gives the composer, or why there is none, when it is first asked for: who composes nothing pays
-    nothing. `kept`: whether an earlier run has left something on disk.
+    nothing. `kept`: whether an earlier run has left something on disk. `plain`: whether all layers are plain attention.
     """
 
     def __init__(
-        self, bench: Bench, make: Callable[[], Composer | str], kept: Callable[[], bool] = lambda: False
-    ) -> None:
+        self, bench: Bench, make: Callable[[], Composer | str], kept: Callable[[], bool] = lambda: False,
+        plain: bool = True,
+    ) -> None:  # fmt: skip
+        self._plain = plain
         self.bench, self._model, self._make, self._kept = bench, bench.model, make, kept
         self.lessons, self.trials = Lessons(), Trials(bench)
         self._random = random.Random()
@@ -59,7 +61,7 @@ class Composing:
     def blends(self) -> bool:
         """Whether the layers of the model can be run one by one."""
         shapes = [codec.shape for codec in self.bench.pool.geometry.codecs]
-        return can_blend(self.bench.network, shapes, self._model.dtype)
+        return self._plain and can_blend(self.bench.network, shapes, self._model.dtype)
 
     @property
     def made(self) -> Composer | None:

@@ -284,9 +284,8 @@ class Engine:
         if sequence.phase == "prefill":
             sequence.phase = "decode"
             sequence.ttft_ms = 1e3 * (time.perf_counter() - sequence.submitted)
-            self.pace.prompt_read(
-                len(sequence.ids) - sequence.reused - sequence.composed, sequence.prefill_ms
-            )
+            if sequence.course is None:  # what a composed prompt takes is no measure of reading
+                self.pace.prompt_read(len(sequence.ids) - sequence.reused, sequence.prefill_ms)
         finish = sequence.take(chosen.token, chosen.logprob, self.model.tokenizer.eos_ids)
         if finish is not None:
             self._finish(sequence, finish)

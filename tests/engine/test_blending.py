@@ -17,6 +17,7 @@ from agentmem.compose.planners import Blend, Put, Read, Steps
 from agentmem.compose.state import State
 from agentmem.engine.composing import Composing
 from agentmem.engine.request import Delta, Finished, Started
+from agentmem.errors import AgentMemError
 from agentmem.model.network import Network
 from agentmem.model.random import random_model
 from agentmem.quant.format import LayerShape
@@ -139,6 +140,20 @@ def test_a_blend_that_is_cancelled_gives_everything_back(tmp_path: Path) -> None
     again = Running(runtime, composed("c", "go on")).end()
     assert again.text
     assert runtime.explain("c")["composed_tokens"] == 0, "all of it was read anew"
+    runtime.close()
+
+
+def test_a_blend_that_finds_no_slots_fails_alone(tmp_path: Path) -> None:
+    runtime, _ = blending(tmp_path, page_tokens=16)
+    runtime._call(lambda: None)
+    pool = runtime._pool
+    held = runtime._call(lambda: pool.slots.take(pool.slots.free - 4))
+    with pytest.raises(AgentMemError):
+        Running(runtime, composed("c", TEXT)).end()
+    runtime._call(lambda: pool.release(tuple(held)))
+    check(runtime)
+    assert Running(runtime, composed("c", TEXT)).end().text
+    check(runtime)
     runtime.close()
 
 

@@ -61,14 +61,15 @@ def test_a_text_that_another_agent_has_read_is_blended(runtime: Runtime) -> None
     check(runtime)
 
 
-def test_one_text_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("planner", ["blend", "lego"])
+def test_one_text_is_enough(tmp_path: Path, planner: str) -> None:
     """No anchors are asked for."""
     runtime = open_runtime(tmp_path)
     read(runtime, "solver", SOLVER, NEW, "a").end()
     read(runtime, "judge", JUDGE, DOCUMENTS[0], "a").end()
     dense = read(runtime, "judge", JUDGE, NEW, "b").end()
     assert memory(dense)["composed_tokens"] == 0
-    read(runtime, "other", JUDGE + " Be brief.", NEW, "b", planner="blend").end()
+    read(runtime, "other", JUDGE + " Be brief.", NEW, "b", planner=planner).end()
     assert runtime.explain("other", "b")["composed_tokens"] > 0.7 * len(NEW.encode())
     runtime.close()
 
