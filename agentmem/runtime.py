@@ -19,6 +19,7 @@ from agentmem.blockpool.keep import Keep
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Vaults
+from agentmem.compose.anchors import Eviction
 from agentmem.compose.composer import Composer
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Ledger
@@ -254,7 +255,8 @@ class Runtime(Roster):
         budget = int(settings.compose_budget)
         if not self._admission.set_aside(budget):
             return "memory_limit has no room for compose_budget"
-        library, ledger = Library(budget // 2, budget - budget // 2), Ledger()
+        eviction = Eviction(settings.compose_anchors)
+        library, ledger = Library(budget // 2, budget - budget // 2, eviction=eviction), Ledger()
         keep = Keep(settings.paths.composed, self._fingerprint, budget, store.files)
 
         def write(job: Callable[[], None]) -> None:

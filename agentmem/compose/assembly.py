@@ -112,7 +112,7 @@ class Assembly:
         if placed is None:
             if len(part) < SHORTEST:
                 return [Read(ids)], None
-            raise TooLittle(f"too few anchors for {len(part)} tokens of {said(part.kind)}")
+            raise TooLittle(f"{self.way.lacks} for {len(part)} tokens of {said(part.kind)}")
         self.library.served(segment, self.agent)
         self.library.pool.count(placed.anchors)
         self.used.append(segment)

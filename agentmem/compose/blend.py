@@ -111,17 +111,24 @@ def blend(
     assert len(prompt) == 0
     first, *others = pieces
     prompt.put(first.ids, first.base)
-    ids, start = [i for p in others for i in p.ids], len(prompt)
-    prompt.put(ids, joined([p.base for p in others]))
+    ids = tuple(i for p in others for i in p.ids)
     tail = np.arange(len(ids)) >= len(ids) - len(_tail(others))
-    walk = Walk(network, ids, start, tail, ratio, check)
+    walk = mend(network, prompt, Blend(ids, joined([p.base for p in others]), tail, ratio), check)
+    return network.finished(walk.hidden[-1:])[0, 0]
+
+
+def mend(network: Network, prompt: Prompt, step: Blend, check: int = CHECK_LAYER) -> Walk:
+    """Append the tokens of a blend to a prompt."""
+    start = len(prompt)
+    prompt.put(step.ids, step.state)
+    walk = Walk(network, step.ids, start, step.unknown, step.share, check)
     for line in prompt.lines:
         assert line.keys is not None
         assert line.values is not None
         rows = walk.through(line.keys, line.values)
         line.keys, line.values = rows.keys, rows.values
     prompt.read_tokens += len(walk.at)
-    return network.finished(walk.hidden[-1:])[0, 0]
+    return walk
 
 
 def blended(steps: Steps, share: float = RATIO) -> Steps:

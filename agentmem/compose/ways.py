@@ -26,13 +26,17 @@ class Placed:
 
 
 class Way(Protocol):
-    """One planner. tail: whether the text behind the last slot is read. smooth: whether little is read rather than put."""
+    """One planner. tail: whether the text behind the last slot is read. smooth: whether little is read rather than put. lacks:
+    what is missing where a text has no place."""
 
     @property
     def tail(self) -> bool: ...
 
     @property
     def smooth(self) -> bool: ...
+
+    @property
+    def lacks(self) -> str: ...
 
     def place(self, piece: Piece) -> Placed | None:
         """None: too little is known of its slot."""
@@ -46,6 +50,7 @@ class Lego:
     first: int = 8
     tail: bool = True
     smooth: bool = True
+    lacks: str = ""
 
     def place(self, piece: Piece) -> Placed | None:
         n = self.first
@@ -58,6 +63,7 @@ class Moved:
 
     tail: bool = False
     smooth: bool = False
+    lacks: str = ""
 
     def place(self, piece: Piece) -> Placed | None:
         return Placed([Put(piece.ids, piece.base)])
@@ -70,6 +76,7 @@ class Anchored:
     planner: Kvcomm
     tail: bool
     smooth: bool
+    lacks: str = "too few anchors"
 
     def place(self, piece: Piece) -> Placed | None:
         found = self.planner.anchors([piece])
@@ -86,6 +93,7 @@ class PaperWay:
     planner: Kvcomm
     tail: bool = False
     smooth: bool = False
+    lacks: str = "too few anchors as long, or none clearly the nearest,"
 
     def place(self, piece: Piece) -> Placed | None:
         found = self.planner.anchors([piece])

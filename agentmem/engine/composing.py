@@ -24,6 +24,7 @@ from agentmem.errors import BadRequest, ModelUnavailable
 log = logging.getLogger(__name__)
 
 NO_BLEND = "the layers of this model cannot be run one by one, so it cannot be blended; use another planner"
+NO_PAPER = 'planner "paper" needs anchors that are kept in its way; set compose_anchors to "paper", or use another planner'
 
 
 class Composing:
@@ -131,9 +132,15 @@ class Composing:
         return True
 
     def check(self, planner: str | None) -> None:
-        """Raises BadRequest where nothing can be made so with this model."""
+        """Raises BadRequest where nothing can be made so with this model, or with this daemon's settings."""
         if planner == "blend" and not self.blends:
             raise BadRequest(NO_BLEND, param="planner")
+        if (
+            planner == "paper"
+            and isinstance(self.composer, Composer)
+            and not self.composer.library.pool.whole
+        ):
+            raise BadRequest(NO_PAPER, param="planner")
 
     def gather(self, sequence: Sequence) -> None:
         """The turn is over, and its table soon: keep what may be learned of it. Called again, it does nothing."""

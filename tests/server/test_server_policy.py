@@ -46,6 +46,7 @@ def test_a_fork_over_http(daemon: Daemon, client: AgentMemClient) -> None:
         ("/v1/agents", {"agent": "p-x", "quota_bytes": 0}, "quota_bytes"),
         ("/v1/agents", {"agent": "p-x", "pinned": "yes"}, "pinned"),
         ("/v1/agents", {"agent": "p-x", "reuse": "always"}, "reuse"),
+        ("/v1/agents", {"agent": "p-x", "planner": "dense"}, "planner"),
         ("/v1/agents", {"agent": "p-x", "planner": "paper"}, "planner"),
         ("/v1/agents", {"agent": "p-x", "planner": 1}, "planner"),
         ("/v1/compose/verify", {"planner": "dense"}, "planner"),
