@@ -94,7 +94,7 @@ def _plain(name: str, key_bits: int, value_bits: int, rotation: str = "none") ->
 FORMATS: dict[str, KVFormat] = {
     f.name: f
     for f in (
-        replace(_plain("q4", 4, 4, rotation="calibrated"), most_bits=4.7, spare_bits=8),
+        replace(_plain("q4", 4, 4, rotation="calibrated"), most_bits=4.7, spare_bits=5),
         replace(_plain("q3", 3, 3, rotation="calibrated"), most_bits=3.8, spare_bits=4),
         _plain("k4v3", 4, 3, rotation="calibrated"),
         _plain("k5v3", 5, 3, rotation="calibrated"),

@@ -121,9 +121,9 @@ def attention(**options: Any) -> Result:
 
 
 def _format_table(result: dict[str, Any]) -> str:
-    lines = ["format       bits  mean KL      p95    top-1"]
+    lines = ["format                       bits  mean KL      p95    top-1"]
     lines += [
-        f"{r['format']:11s} {r['bits']:5.2f}  {r['kl']:7.4f}  {r['kl_p95']:7.4f}  {r['top1']:7.3f}"
+        f"{r['format']:27s} {r['bits']:5.2f}  {r['kl']:7.4f}  {r['kl_p95']:7.4f}  {r['top1']:7.3f}"
         for r in result["rows"]
     ]
     return "\n".join([*lines, checks(result)])
@@ -138,14 +138,15 @@ def _format_table(result: dict[str, Any]) -> str:
         "files",
         multiple=True,
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A text to measure on; repeatable. Default: four texts of this project's own.",
+        help="A text to measure on; repeatable. Default: thirteen that no calibration saw.",
     ),
     click.option("--history", default=640, help="Tokens of a text that are held in the format."),
     click.option("--next", "fed", default=128, help="Tokens that are predicted over them."),
 )
 def formats(model: str, names: tuple[str, ...], files: tuple[Path, ...], **options: Any) -> Result:
     """What each KV format costs: divergence from the predictions of a run without packing."""
-    from agentmem.bench.formats import FORMATS, own_texts, run
+    from agentmem.bench.cases import texts as own_texts
+    from agentmem.bench.formats import FORMATS, run
 
     texts = {f.name: f.read_text(encoding="utf-8") for f in files} or own_texts()
     loaded, folder = model_of(model), Home(default_home()).calibration
@@ -288,9 +289,9 @@ def _times_table(result: Result) -> str:
     click.option("--question", default=1024, type=click.IntRange(16), help="Tokens of the question then."),
     click.option(
         "--questions",
-        type=click.Choice(["chain", "unseen"]),
+        type=click.Choice(["chain", "unseen", "pages"]),
         default="chain",
-        help="Those by which weights were chosen, or others.",
+        help="Those by which weights were chosen, others as long, or pages of a manual with a question each.",
     ),
 )
 def compose(

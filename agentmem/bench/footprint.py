@@ -86,9 +86,11 @@ class Agent:
 
     def __init__(self, folder: Path, shape: Shape, format: str, tokens: int) -> None:
         codecs = [RowCodec(p.shape, part_format(kv_format(format), p), mx.float16) for p in shape.parts]
-        same = [i for i, p in enumerate(shape.parts) if p.kind != "latent"]
-        for n in spare_layers([codecs[i] for i in same], [0.0] * len(same)) if same else ():
-            codecs[same[n]] = replace(codecs[same[n]], format=wide_format(codecs[same[n]].format))
+        for kind in ("full", "window"):
+            same = [i for i, p in enumerate(shape.parts) if p.kind == kind]
+            for n in spare_layers([codecs[i] for i in same], [0.0] * len(same)) if same else ():
+                codec = codecs[same[n]]
+                codecs[same[n]] = replace(codec, format=wide_format(codec.format, codec.format.spare_bits))
         plain = KeyMap()
         carried = [
             WindowLayer(c, plain, p.window, PAGE)

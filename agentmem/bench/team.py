@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from agentmem.bench import pages
 from agentmem.bench.greedy import answers
 from agentmem.bench.held import Holder, log_p
 from agentmem.compose.anchors import BASE_BITS
@@ -43,11 +44,13 @@ class Family:
     questions: list[str]
 
 
-QUESTIONS = ("chain", "unseen")
-"""Files of families: those by which weights were chosen, and others, by which nothing was."""
+QUESTIONS = ("chain", "unseen", "pages")
+"""Those by which weights were chosen, and others, by which nothing was: other files of families, and a manual by pages."""
 
 
 def families(questions: str = QUESTIONS[0]) -> list[Family]:
+    if questions == "pages":
+        return [Family(name, *pages.manual(name)) for name in pages.SUBJECTS]
     text = resources.files("agentmem.bench").joinpath(f"{questions}.toml").read_text(encoding="utf-8")
     return [Family(**family) for family in tomllib.loads(text)["family"]]
 

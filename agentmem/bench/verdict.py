@@ -51,7 +51,7 @@ def measure(
             rows[name] |= _divergence(base, got)
         for row in rows.values() if PLAIN in rows else ():
             row["kl_of_plain"] = interval(row["kl_texts"], ratio_to=rows[PLAIN]["kl_texts"])
-    tokens = WINDOW if quick else 8 * 1024
+    tokens = WINDOW if quick else 8 * 1024 + 1
     for name in wanted if "perplexity" in parts else ():
         rows[name]["perplexity"] = _perplexity(model, plans[name], read, tokens, say)
         rows[name]["perplexity_change"] = 100 * (rows[name]["perplexity"] / rows[BASE]["perplexity"] - 1)

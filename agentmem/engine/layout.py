@@ -103,8 +103,9 @@ def layout(
             maps[i] = CalibratedMap(layer.mean, layer.scale, found.dtype)
             if layer.wide and codecs[i].format.packs:
                 codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format))
-        for name in {chosen[i].name for i in noises if chosen[i].spare_bits}:
-            same = [i for i in noises if chosen[i].name == name]
+        # Bits are those of a long context, of which windows hold little: they have spare bits of their own.
+        for kind in {(chosen[i].name, attending[i].carried) for i in noises if chosen[i].spare_bits}:
+            same = [i for i in noises if (chosen[i].name, attending[i].carried) == kind]
             for n in spare_layers([codecs[i] for i in same], [noises[i] for i in same]):
                 i = same[n]
                 codecs[i] = replace(codecs[i], format=wide_format(codecs[i].format, chosen[i].spare_bits))

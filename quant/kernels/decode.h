@@ -40,7 +40,7 @@ FN void packed_run(PRIVATE Result<S>& r, const PRIVATE Query<S>& q, const SHARED
   load_values<S>(values, next, head, row);
   for (unsigned first = 0; first < rows; first += 16) {
     Four s[S::COLUMNS];
-    packed_scores<S>(s, keys, q, sums_of<S>(held, col));
+    packed_scores<S>(s, keys, q, sums_of<S>(held, col), col);
     advance<S>(next);
     if (first + 16 < rows) load_keys<S>(keys, next, head, col);
     soften<S>(s, r, lows_of<S>(held, col), pos, first, rows, row);

@@ -6,12 +6,15 @@ struct DecodeShape {
     H = H_, R = R_, DK = DK_, DV = DV_, KB = KB_, KG = KG_, VB = VB_, VG = VG_, PACKS = PACKS_, BF = BF_, MAPS = MAPS_,
     COLUMNS = WIDE_ ? 2 : 1,                  // of products, in eights
     PAIRS = 4 * COLUMNS,
-    KC = KB == 5 || KB == 6 ? 8 : KB,         // bits of a key's code in a lane: those of 5 and 6 are spread over bytes
+    K_WHOLE = KB == 4 || KB == 8,             // a lane's key codes are whole words
+    K_SPLIT = KB == 5 || KB == 6,             // they begin within a word, and some lie across two
+    KC = K_SPLIT ? 8 : KB,                    // bits of a key's code whose order of dims they have
     EACH = DK / 32,                           // dims of a vector that a lane has
     K_GROUPS = DK / KG, V_GROUPS = DV / VG,
     K_CHUNKS = KG / 32,                       // of 8 dims, per lane and group
     CHUNKS = DK / 32,
-    K_WORDS = K_CHUNKS * (KC == 8 ? 2 : 1),   // per lane, group and token
+    K_WORDS = K_CHUNKS * (KC == 8 ? 2 : 1),   // per lane, group and token, and at least as many as are read
+    K_READ = K_SPLIT ? (KG + 32) / 32 : K_WORDS,
     V_QUADS = VG / 32,                        // of 4 dims, per lane and group
     V_WORDS = VB == 8 ? V_QUADS : 1,
     V_DIMS = VG / 8,
@@ -25,7 +28,6 @@ struct DecodeShape {
     QUERY_WORDS = PAIRS * (DK + 2 * K_GROUPS + 2),
     LAID_WORDS = 4 * (DV + 4),                // of a warp's results, four columns at a time
     // Where two words may be read at once
-    K_WHOLE = KB == 4 || KB == 8,             // a lane's codes are whole words
     K_EVEN = K_WHOLE && ROW_WORDS % 2 == 0 && DK * KB / 32 % 2 == 0 && K_WORDS % 2 == 0,
     K_PAIRS_EVEN = ROW_WORDS % 2 == 0 && K_PAIRS_AT % 2 == 0 && K_GROUPS % 2 == 0,
     V_PAIRS_EVEN = ROW_WORDS % 2 == 0 && V_PAIRS_AT % 2 == 0 && V_GROUPS % 2 == 0
@@ -44,10 +46,25 @@ template <int BITS> FN unsigned bits_at(const GLOBAL unsigned* row, unsigned at)
   return BITS == 32 ? x : x & ((1u << (BITS & 31)) - 1u);
 }
 
-// Four codes of BITS bits that lie side by side -> the same in four bytes
-template <int BITS> FN unsigned in_bytes(unsigned x) {
+// WORDS words of which the first code begins at bit `shift` -> FOURS words with four codes of BITS bits at their lower end
+template <int BITS, int WORDS, int FOURS> FN void in_fours(PRIVATE unsigned* to, const PRIVATE unsigned* from, unsigned shift) {
+  unsigned x[WORDS + 1];
+  UNROLL for (int i = 0; i < WORDS; i++) {
+    x[i] = (from[i] >> shift) | (i + 1 < WORDS ? (from[i + 1] << 1) << (31u - shift) : 0u);
+  }
+  x[WORDS] = 0;
+  UNROLL for (int i = 0; i < FOURS; i++) {
+    const int bit = 4 * BITS * i, word = bit / 32 < WORDS ? bit / 32 : WORDS;
+    to[i] = x[word] >> (bit % 32);
+    if (bit % 32 + 4 * BITS > 32 && word < WORDS) to[i] |= x[word + 1] << (31 - (bit + 31) % 32);
+  }
+}
+
+// Codes i and i + 2 of four that lie side by side, in the device's form for products
+template <int BITS> FN unsigned split_pair(unsigned four, int i) {
   const unsigned one = (1u << BITS) - 1u;
-  return (x & one) | ((x >> BITS) & one) << 8 | ((x >> (2 * BITS)) & one) << 16 | ((x >> (3 * BITS)) & one) << 24;
+  const int up = 16 - BITS * (2 + i);
+  return CODES(((four >> (BITS * i)) & one) | ((up < 0 ? four >> -up : four << up) & (one << 16)));
 }
 
 // N words; two at a time where they lie at even places

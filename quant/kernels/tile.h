@@ -38,7 +38,7 @@ struct Places {
 template <class S> FN Places places_of(const GLOBAL unsigned* run, unsigned head, unsigned row, unsigned col) {
   Places p;
   p.pairs = run + row * S::ROW_WORDS + S::K_PAIRS_AT + head * S::K_GROUPS;
-  p.keys = run + row * S::ROW_WORDS + (!S::K_WHOLE ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
+  p.keys = run + row * S::ROW_WORDS + (S::KB == 3 ? 0u : (head * S::DK + col * (S::KG / 4)) * S::KB / 32);
   p.values = run + 2 * col * S::ROW_WORDS + S::V_CODES_AT;
   if (S::V_BITS == 32) p.values += (head * S::DV + row * S::V_DIMS) * S::VB / 32;
   return p;
@@ -61,15 +61,9 @@ FN void load_keys(PRIVATE Keys<S>& t, const Places p, unsigned head, unsigned co
         UNROLL for (int w = 0; w < S::K_WORDS; w++) {
           t.codes[x][kg * S::K_WORDS + w] = bits_at<24>(p.keys + at, bit + 24 * w);
         }
-      } else if (!S::K_WHOLE) {
-        const unsigned bit = (head * S::DK + kg * S::KG + col * (S::KG / 4)) * S::KB;
-        UNROLL for (int w = 0; w < S::K_WORDS; w++) {
-          // Other formats compile this too, with a width that no word has.
-          const int bits = S::K_WHOLE ? 4 : S::KB;
-          t.codes[x][kg * S::K_WORDS + w] = in_bytes<bits>(bits_at<4 * bits>(p.keys + at, bit + 4 * bits * w));
-        }
       } else {
-        words_at<S::K_WORDS, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, p.keys + at + kg * (S::KG * S::KB / 32));
+        // What is split is taken apart where it is used: until then its words are under way.
+        words_at<S::K_READ, S::K_EVEN>(t.codes[x] + kg * S::K_WORDS, p.keys + at + kg * (S::KG * S::KB / 32));
       }
     }
     words_at<S::K_GROUPS, S::K_PAIRS_EVEN>(t.pairs[x], p.pairs + at);
@@ -99,18 +93,34 @@ FN void load_values(PRIVATE Values<S>& t, const Places p, unsigned head, unsigne
 
 // -- one tile ---------------------------------------------------------------------------------------------------------------
 
+// A lane's codes of one group of a row, in order
+template <class S> FN void lane_codes(PRIVATE unsigned* to, const PRIVATE unsigned* read, unsigned col) {
+  if (S::K_SPLIT) {
+    in_fours<S::KB, S::K_READ, S::K_WORDS>(to, read, col * (S::KG / 4) * S::KB % 32);
+  } else {
+    UNROLL for (int w = 0; w < S::K_WORDS; w++) to[w] = read[w];
+  }
+}
+
+// Pair p of a chunk of `lane_codes`
+template <class S> FN unsigned key_pair(const PRIVATE unsigned* chunk, int p) {
+  return S::K_SPLIT ? split_pair<S::KB>(chunk[p / 2], p % 2) : chunk_pair<S::KC>(chunk, p);
+}
+
 template <class S>
 FN void packed_scores(PRIVATE Four (&s)[S::COLUMNS], const PRIVATE Keys<S>& t, const PRIVATE Query<S>& q,
-                      const SHARED_ARGUMENT float* sums) {
+                      const SHARED_ARGUMENT float* sums, unsigned col) {
   UNROLL for (int c = 0; c < S::COLUMNS; c++) s[c] = Four{{0, 0, 0, 0}};
   UNROLL for (int kg = 0; kg < S::K_GROUPS; kg++) {
     Four sum[S::COLUMNS];
     UNROLL for (int c = 0; c < S::COLUMNS; c++) sum[c] = Four{{0, 0, 0, 0}};
+    unsigned codes[2][S::K_WORDS];
+    UNROLL for (int x = 0; x < 2; x++) lane_codes<S>(codes[x], t.codes[x] + kg * S::K_WORDS, col);
     UNROLL for (int ch = 0; ch < S::K_CHUNKS; ch++) {
-      const int at = kg * S::K_WORDS + ch * (S::K_WORDS / S::K_CHUNKS);
+      const int at = ch * (S::K_WORDS / S::K_CHUNKS);
       UNROLL for (int p = 0; p < 4; p += 2) {
-        const unsigned a0 = chunk_pair<S::KC>(t.codes[0] + at, p), a1 = chunk_pair<S::KC>(t.codes[1] + at, p);
-        const unsigned a2 = chunk_pair<S::KC>(t.codes[0] + at, p + 1), a3 = chunk_pair<S::KC>(t.codes[1] + at, p + 1);
+        const unsigned a0 = key_pair<S>(codes[0] + at, p), a1 = key_pair<S>(codes[1] + at, p);
+        const unsigned a2 = key_pair<S>(codes[0] + at, p + 1), a3 = key_pair<S>(codes[1] + at, p + 1);
         UNROLL for (int c = 0; c < S::COLUMNS; c++) {
           const PRIVATE unsigned* b = q.b[c][kg * S::K_CHUNKS + ch];
           product(sum[c].x, a0, a1, a2, a3, b[p], b[p + 1]);

@@ -119,7 +119,8 @@ def test_a_runtime_says_what_was_found(tmp_path: Path, caplog: pytest.LogCapture
 @pytest.mark.slow(minutes=0.3)
 def test_the_command_keeps_its_verdict(tmp_path: Path, tiny_model: Path) -> None:
     program = "from agentmem.cli.main import main; main()"
-    env = {"AGENTMEM_MODELS": str(tmp_path / "models"), "AGENTMEM_HOME": str(tmp_path), "PATH": "/usr/bin"}
+    homes = {"AGENTMEM_MODELS": str(tmp_path / "models"), "AGENTMEM_HOME": str(tmp_path)}
+    env = {**homes, "PATH": "/usr/bin", "OPENBLAS_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-c",

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from agentmem.bench import formats
-from agentmem.bench.formats import checks, own_texts, run
+from agentmem.bench.cases import texts
+from agentmem.bench.formats import checks, run
+from agentmem.bench.pagewise import SCHEMES, Paged, channels, mean_and_rotation
+from agentmem.bench.pagewise import rows as by_rows
 from agentmem.model.random import random_model
 
 MODEL = random_model("llama", seed=0)
 
 
-def measured(*names: str, text: str = "the keeper counts the oil, night by night; " * 10) -> dict[str, Any]:
-    return run(MODEL, names, {"a": text}, history=200, fed=40, calibrations=None, say=lambda _: None)
+def measured(
+    *names: str, text: str = "the keeper counts the oil, night by night; " * 10, schemes: Sequence[Paged] = ()
+) -> dict[str, Any]:
+    return run(
+        MODEL, names, {"a": text}, history=200, fed=40, calibrations=None, say=lambda _: None, schemes=schemes
+    )
 
 
 def test_finer_formats_cost_less_and_take_more() -> None:
@@ -48,11 +58,37 @@ def test_short_texts_are_refused_by_name() -> None:
         measured("fp16", text="hello")
 
 
-def test_its_own_texts_are_long_enough_and_not_the_calibrations() -> None:
-    texts = own_texts()
-    assert len(texts) == 4
-    assert all(len(text) > 4500 for text in texts.values())
-    assert not any("The ferry to the outer islands" in text for text in texts.values())
+def test_no_text_is_the_calibrations() -> None:
+    assert not any("The ferry to the outer islands" in text for text in texts().values())
+
+
+def test_schemes_that_look_across_a_page_find_what_its_rows_have_in_common() -> None:
+    """Keys with a mean, or channels of a size of their own, lose less so than row by row; values are those of rows."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((2, 3, 64, 64)).astype(np.float32)
+    shifted = mx.array(noise + 20 * rng.standard_normal((2, 3, 1, 64)))
+    sized = mx.array(noise * np.exp(2 * rng.standard_normal((2, 3, 1, 64))))
+
+    def lost(made: mx.array, given: mx.array) -> float:
+        return float(mx.abs(made - given).mean().item())
+
+    for keys in (shifted, sized):
+        assert lost(channels(keys, 4), keys) < 0.6 * lost(by_rows(keys, 4), keys)
+    assert lost(mean_and_rotation(shifted, 4), shifted) < 0.3 * lost(by_rows(shifted, 4), shifted)
+
+
+def test_they_stand_beside_the_formats_and_keep_the_first_page() -> None:
+    found = {r["format"]: r for r in measured("fp16", "q4", schemes=SCHEMES)["rows"]}
+    assert [*found] == ["fp16", "q4", *(s.name for s in SCHEMES)]
+    four, three = (found[f"channels of a page, {bits} bits"] for bits in (4, 3))
+    assert 0 < four["kl"] < three["kl"]
+    assert (four["bits"], three["bits"]) == (4.5, 3.5)
+    x = mx.random.normal((3, 150, 64))
+    packed = Paged._packed(x, 4, channels)
+    same = np.array((packed == x).all((0, 2)))
+    assert same[:64].all()
+    assert not same[64:128].any()
+    assert same[128:].all()
 
 
 def test_the_default_format_is_held_against_plain_four_bits() -> None:
