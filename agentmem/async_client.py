@@ -137,7 +137,10 @@ class AsyncAgentMemClient:
         return await self._ask(agent_call("POST", name, self.namespace, "evict"))
 
     async def create(self, name: str, **asked: Any) -> dict[str, Any]:
-        """A new agent without turns; `asked`: pinned, persist, quota_bytes, encrypt, reuse, policy. Raises AlreadyExists."""
+        """A new agent without turns; `asked`: pinned, persist, quota_bytes, encrypt, reuse, planner, policy.
+
+        Raises AlreadyExists.
+        """
         return await self._ask(create_call(name, self.namespace, asked))
 
     async def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
@@ -234,9 +237,13 @@ class AsyncAgentMemClient:
         """Whether all that is kept is as it was written (`ok`), and what is not. `rebuild`: a new index at the next start."""
         return await self._ask(Call("POST", "/v1/store/verify", {"deep": deep, "rebuild": rebuild}))
 
-    async def verify_composed(self, namespace: str | None = None) -> dict[str, Any]:
+    async def verify_composed(
+        self, namespace: str | None = None, planner: str | None = None
+    ) -> dict[str, Any]:
         """See `AgentMemClient.verify_composed`."""
-        return await self._ask(Call("POST", "/v1/compose/verify", {"namespace": namespace}))
+        return await self._ask(
+            Call("POST", "/v1/compose/verify", {"namespace": namespace, "planner": planner})
+        )
 
     async def declare_template(self, name: str, text: str) -> dict[str, Any]:
         """Say where the slots of prompts are: `text` with {{slots}}. Raises BadRequest for one without."""

@@ -113,7 +113,8 @@ class AgentMemClient:
         """One turn of `agent`. A text follows what its session remembers (history "server"); a list of
         messages is the whole conversation (history "client"). `options` are fields of the request:
         max_tokens, temperature, …; `persist=False` makes a new agent that stays off the disk; `reuse` is what of remembered
-        state may be used: "exact", "composed", "auto" or "off" (default: what the agent has).
+        state may be used: "exact", "composed", "auto" or "off", and `planner` how it is composed (default: what the
+        agent has).
         """
         if stream:
             return self.stream_chat(agent, messages, session=session, history=history, **options)
@@ -159,11 +160,14 @@ class AgentMemClient:
         return self._ask(agent_call("POST", name, self.namespace, "evict"))
 
     def create(self, name: str, **asked: Any) -> dict[str, Any]:
-        """A new agent without turns; `asked`: pinned, persist, quota_bytes, encrypt, reuse, policy. Raises AlreadyExists."""
+        """A new agent without turns; `asked`: pinned, persist, quota_bytes, encrypt, reuse, planner, policy.
+
+        Raises AlreadyExists.
+        """
         return self._ask(create_call(name, self.namespace, asked))
 
     def set_policy(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change `pinned`, `quota_bytes`, `reuse` or `policy` of an agent. Raises NotFound.
+        """Change `pinned`, `quota_bytes`, `reuse`, `planner` or `policy` of an agent. Raises NotFound.
 
         `policy` is how much of its past it keeps at hand: {"kind": "episodic", "budget_tokens": 8192},
         {"kind": "window", "recent": 4096}, or None for all of it.
@@ -257,12 +261,13 @@ class AgentMemClient:
         """Whether all that is kept is as it was written (`ok`), and what is not. `rebuild`: a new index at the next start."""
         return self._ask(Call("POST", "/v1/store/verify", {"deep": deep, "rebuild": rebuild}))
 
-    def verify_composed(self, namespace: str | None = None) -> dict[str, Any]:
+    def verify_composed(self, namespace: str | None = None, planner: str | None = None) -> dict[str, Any]:
         """How well prompts are composed: the last of each template, of all namespaces by default, against dense runs.
 
-        Takes long, and waits while somebody else is there. `auto` goes by what is found.
+        `planner` is how, by default as agents do that do not say. Takes long, and waits while somebody else is there. `auto` goes
+        by what is found, for this planner.
         """
-        return self._ask(Call("POST", "/v1/compose/verify", {"namespace": namespace}))
+        return self._ask(Call("POST", "/v1/compose/verify", {"namespace": namespace, "planner": planner}))
 
     def declare_template(self, name: str, text: str) -> dict[str, Any]:
         """Say where the slots of prompts are: `text` with {{slots}}. Raises BadRequest for one without."""

@@ -19,6 +19,7 @@ from agentmem.blockpool.keep import Keep
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
 from agentmem.blockpool.vault import Vaults
+from agentmem.compose.anchors import Eviction
 from agentmem.compose.composer import Composer
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Ledger
@@ -232,7 +233,7 @@ class Runtime(Roster):
         )  # fmt: skip
         self._engine = Engine(
             runner, self._memory, self._pool, self._store, recall, planner, chosen(self._self_test),
-            scheduler, lobby, self._composing(model, runner), episodes, max_batch=settings.max_batch,
+            scheduler, lobby, self._composing(model, runner, plain), episodes, max_batch=settings.max_batch,
             wait_for_commit=settings.commit == "full", plain=plain, checkpoints=checkpoints,
         )  # fmt: skip
         self._census = Census(
@@ -244,9 +245,9 @@ class Runtime(Roster):
         self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
 
-    def _composing(self, model: LoadedModel, runner: Runner) -> Composing:
+    def _composing(self, model: LoadedModel, runner: Runner, plain: bool) -> Composing:
         bench = Bench(model, runner.network, self._pool, chosen(self._self_test), self._admission)
-        return Composing(bench, self._make_composer, self._settings.paths.composed.exists)
+        return Composing(bench, self._make_composer, self._settings.paths.composed.exists, plain)
 
     def _make_composer(self) -> Composer | str:
         """On the engine thread, when somebody first asks for composed reuse."""
@@ -254,7 +255,8 @@ class Runtime(Roster):
         budget = int(settings.compose_budget)
         if not self._admission.set_aside(budget):
             return "memory_limit has no room for compose_budget"
-        library, ledger = Library(budget // 2, budget - budget // 2), Ledger()
+        eviction = Eviction(settings.compose_anchors)
+        library, ledger = Library(budget // 2, budget - budget // 2, eviction=eviction), Ledger()
         keep = Keep(settings.paths.composed, self._fingerprint, budget, store.files)
 
         def write(job: Callable[[], None]) -> None:

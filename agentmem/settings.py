@@ -43,6 +43,10 @@ class Settings(BaseSettings):
         ge=0,
         description="bytes of segments and anchors for composed reuse, in RAM and again on disk",
     )
+    compose_anchors: Literal["decayed", "paper"] = Field(
+        default="decayed",
+        description="how anchors are kept: what served least goes; or as KVCOMM has it, whole and in a window, for planner paper",
+    )
     episode_encoder: str = Field(
         default="minilm",
         description="what tells the episodes of a long life apart: minilm, hash512, a folder, or org/name",

@@ -100,6 +100,7 @@ def show(agent: str, as_json: bool) -> None:
             ("in RAM", format_bytes(info["ram_bytes"])),
             ("pinned", "yes" if info["pinned"] else "no"),
             ("reuse", info["reuse"]),
+            ("planner", info["planner"]),
             ("memory", in_words(info["policy"])),
             ("quota", format_bytes(info["quota_bytes"]) if info["quota_bytes"] else "the daemon's"),
             ("encrypted", _encryption(info)),

@@ -11,6 +11,7 @@ from agentmem.cli.agents import tell_where
 from agentmem.cli.memory import KINDS, in_words, policy_from, size_options
 from agentmem.cli.output import format_bytes, json_option, print_json
 from agentmem.client import AgentMemClient
+from agentmem.compose.reuse import DEFAULT, PLANNERS
 
 
 class Size(click.ParamType):
@@ -33,6 +34,11 @@ reuse_option = click.option(
     type=click.Choice(["exact", "composed", "auto", "off"]),
     help="What of remembered state its prompts may use; composed and auto also texts that stood elsewhere. Default: exact.",
 )
+planner_option = click.option(
+    "--planner",
+    type=click.Choice(PLANNERS),
+    help=f"How its prompts are composed, where they may be. Default: {DEFAULT}.",
+)
 
 
 @click.command()
@@ -46,6 +52,7 @@ reuse_option = click.option(
     help="Where the key of what it leaves on disk is kept. Default: as the daemon is set.",
 )
 @reuse_option
+@planner_option
 @click.option("--memory", "kind", type=KINDS, help="How much of its past it keeps at hand. Default: full.")
 @size_options
 @json_option
@@ -56,6 +63,7 @@ def create(
     ephemeral: bool,
     encrypt: str | None,
     reuse: str | None,
+    planner: str | None,
     kind: str | None,
     as_json: bool,
     **sizes: int | None,
@@ -67,6 +75,7 @@ def create(
     asked |= {"persist": False} if ephemeral else {}
     asked |= {"encrypt": encrypt} if encrypt is not None else {}
     asked |= {"reuse": reuse} if reuse is not None else {}
+    asked |= {"planner": planner} if planner is not None else {}
     asked |= {"policy": memory} if memory is not None else {}
     with AgentMemClient() as client:
         info = client.create(agent, **asked)
@@ -78,6 +87,7 @@ def create(
         *([f"at most {format_bytes(info['quota_bytes'])} on disk"] if info["quota_bytes"] else []),
         *([] if info["persist"] else ["in RAM only"]),
         *([f"reuse {info['reuse']}"] if info["reuse"] != "exact" else []),
+        *([f"planner {info['planner']}"] if info["planner"] != DEFAULT else []),
         *([f"memory {in_words(info['policy'])}"] if info["policy"]["kind"] != "full" else []),
         *([f"encrypted ({info['encrypted']})"] if info["encrypted"] != "off" else []),
     ]

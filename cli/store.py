@@ -14,6 +14,7 @@ from agentmem.cli.calibration import tell_composed
 from agentmem.cli.exits import Exit
 from agentmem.cli.output import console, format_bytes, format_count, json_option, print_json
 from agentmem.client import AgentMemClient
+from agentmem.compose.reuse import DEFAULT, PLANNERS
 from agentmem.daemon import running_daemon
 from agentmem.errors import AlreadyRunning, StoreError
 from agentmem.home import Home, default_home
@@ -40,10 +41,15 @@ PATIENCE_S = 86400.0  # a large store takes long to read
     is_flag=True,
     help="Measure composed prompts against dense ones instead; for `--reuse auto`.",
 )
+@click.option(
+    "--planner",
+    type=click.Choice(PLANNERS),
+    help=f"With --composed: how they are composed. Default: {DEFAULT}.",
+)
 @json_option
 def verify(
     model: str | None, formats: str | None, data: tuple[str, ...], quick: bool, deep: bool, rebuild: bool,
-    composed: bool, as_json: bool,
+    composed: bool, planner: str | None, as_json: bool,
 ) -> int:  # fmt: skip
     """Check the index and the extents, with a running daemon or without. Exit code 6 when something is damaged.
 
@@ -59,11 +65,13 @@ def verify(
         raise click.UsageError(
             "--formats, --data and --quick need a MODEL, such as `agentmem verify embedded`"
         )
+    if planner and not composed:
+        raise click.UsageError("--planner needs --composed")
     if composed:
         if deep or rebuild:
             raise click.UsageError("--composed goes alone")
         with AgentMemClient(timeout=PATIENCE_S) as client, console(stderr=True).status("comparing prompts"):
-            found = client.verify_composed()
+            found = client.verify_composed(planner=planner)
         tell_composed(found, as_json)
         return 0
     home = Home(default_home())

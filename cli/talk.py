@@ -12,6 +12,7 @@ import click
 from agentmem.cli.output import format_count, format_ms, json_option, print_json, say
 from agentmem.cli.text_input import read_text
 from agentmem.client import AgentMemClient, ChatResult, ChatStream
+from agentmem.compose.reuse import PLANNERS
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -22,6 +23,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--reuse",
         type=click.Choice(["exact", "composed", "auto", "off"]),
         help="What of remembered state this turn may use. Default: as the agent is made.",
+    ),
+    click.option(
+        "--planner",
+        type=click.Choice(PLANNERS),
+        help="How it is composed, where it may be. Default: as the agent is made.",
     ),
     click.option("--system", help="System message in front of this turn; meant for a new session."),
     click.option("--max-tokens", type=click.IntRange(1), help="Tokens of a reply at most."),
@@ -90,7 +96,7 @@ def _turn(client: AgentMemClient, agent: str, text: str, options: dict[str, Any]
     messages = [{"role": "user", "content": text}]
     if options.get("system"):
         messages.insert(0, {"role": "system", "content": options["system"]})
-    named = ("max_tokens", "temperature", "reuse")
+    named = ("max_tokens", "temperature", "reuse", "planner")
     request = {name: options[name] for name in named if options[name] is not None}
     if options["ephemeral"]:
         request["persist"] = False

@@ -88,7 +88,7 @@ def agents_router(service: Service) -> APIRouter:
 
     @router.patch("/{agent}")
     def change_agent(agent: Agent, namespace: Namespace, body: PolicyBody) -> dict[str, Any]:
-        """Change what is asked of an agent: pinned, quota_bytes, reuse, policy."""
+        """Change what is asked of an agent: pinned, quota_bytes, reuse, planner, policy."""
         return dict(runtime.set_policy(agent, body.changes(), namespace))
 
     @router.post("/{agent}/pin")

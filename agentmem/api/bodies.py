@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt,
 from agentmem.api.errors import invalid
 from agentmem.api.fields import INT64, MAX_COUNT, Body
 from agentmem.api.message import Find, Message, Text
-from agentmem.compose.reuse import Reuse
+from agentmem.compose.reuse import Planner, Reuse
 from agentmem.episode.policy import Episodic, Full, MemoryPolicy, Window
 from agentmem.tokens import TokenScope
 
@@ -31,11 +31,12 @@ class PolicyBody(Body):
     pinned: StrictBool | None = None
     quota_bytes: Annotated[StrictInt, Field(ge=1, lt=INT64)] | None = None
     reuse: Reuse | None = None
+    planner: Planner | None = None
     policy: Annotated[MemoryPolicy | None, BeforeValidator(_by_kind)] = None
 
     def changes(self) -> dict[str, Any]:
         """The policies that the request names."""
-        plain = self.model_dump(include={"pinned", "quota_bytes", "reuse"} & self.model_fields_set)
+        plain = self.model_dump(include={"pinned", "quota_bytes", "reuse", "planner"} & self.model_fields_set)
         changes = {k: v for k, v in plain.items() if v is not None or k == "quota_bytes"}
         if "policy" in self.model_fields_set:
             kept = self.policy
@@ -90,9 +91,10 @@ class TextBody(Body):
 
 
 class CalibrateBody(Body):
-    """`POST /v1/compose/verify`: templates of one namespace, or of all."""
+    """`POST /v1/compose/verify`: templates of one namespace, or of all; which planner is measured."""
 
     namespace: str | None = None
+    planner: Planner | None = None
 
 
 class RotateBody(Body):

@@ -29,7 +29,7 @@ def compose_router(service: Service) -> APIRouter:
     def verify(body: CalibrateBody) -> dict[str, Any]:
         """Compare the last prompts of every template with dense runs, in idle time."""
         namespace = None if body.namespace is None else check_name(body.namespace, "namespace")
-        return composed.verify(namespace)
+        return composed.verify(namespace, body.planner)
 
     @router.put("/templates/{name}")
     def declare(name: Name, namespace: Namespace, body: TextBody) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Anchor:
         return len(self.base)
 
     @property
+    def whole(self) -> bool:
+        """Whether its base is all of its text's state, and not its traits alone."""
+        return self.base.shapes[0].key_dim > 0
+
+    @property
     def nbytes(self) -> int:
         return self.base.nbytes + sum(p.nbytes for pair in self.offsets.values() for p in pair)
 

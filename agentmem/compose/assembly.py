@@ -112,7 +112,7 @@ class Assembly:
         if placed is None:
             if len(part) < SHORTEST:
                 return [Read(ids)], None
-            raise TooLittle(f"too few anchors for {len(part)} tokens of {said(part.kind)}")
+            raise TooLittle(f"{self.way.lacks} for {len(part)} tokens of {said(part.kind)}")
         self.library.served(segment, self.agent)
         self.library.pool.count(placed.anchors)
         self.used.append(segment)
@@ -158,9 +158,9 @@ def _smooth(steps: Steps) -> Steps:
 
 
 def _ending_in_a_read(steps: Steps) -> Steps:
-    if not steps or isinstance(steps[-1], Read):
+    last = steps[-1] if steps else None
+    if not isinstance(last, Put):
         return steps
-    last = steps[-1]
     return merged([*steps[:-1], Put(last.ids[:-1], last.state[:-1]), Read(last.ids[-1:])])
 
 

@@ -10,13 +10,14 @@ import numpy as np
 
 from agentmem.compose.anchors import BASE_BITS
 from agentmem.compose.assembly import Assembly, Layout, TooLittle, segment_of
+from agentmem.compose.blend import MOST, blended
 from agentmem.compose.declared import cut
 from agentmem.compose.keeping import Keeping
 from agentmem.compose.ledger import Case, Ledger
 from agentmem.compose.lesson import Lesson, Look
 from agentmem.compose.library import CONSUMER, Library
 from agentmem.compose.packed import PackedState
-from agentmem.compose.planners import Kvcomm, Put, Read, Steps
+from agentmem.compose.planners import Blend, Kvcomm, Put, Steps
 from agentmem.compose.policy import DEFAULT, Policy
 from agentmem.compose.recognise import FIXED, SHORTEST, Span, parts_of, spans_of
 from agentmem.compose.segment import EXACT, Provenance, Segment
@@ -44,11 +45,13 @@ class Composition:
 
     @property
     def composed_tokens(self) -> int:
-        return sum(len(s.ids) for s in self.steps if isinstance(s, Put))
+        """Tokens that keep state from elsewhere."""
+        put = sum(len(s.ids) for s in self.steps if isinstance(s, Put))
+        return put + sum(len(s.ids) - s.anew for s in self.steps if isinstance(s, Blend))
 
     @property
     def read_tokens(self) -> int:
-        return sum(len(s.ids) for s in self.steps if isinstance(s, Read))
+        return sum(len(s.ids) for s in self.steps) - self.composed_tokens
 
 
 class Composer:
@@ -82,10 +85,14 @@ class Composer:
         if policy.planner == "paper" and not self.library.pool.whole:
             self.why_not = "anchors are kept in another way than the paper's"
             return None
+        if policy.planner == "blend" and len(ids) > MOST:
+            self.why_not = f"prompts of more than {MOST} tokens are not blended"
+            return None
         layout = self._layout(namespace, ids, spans)
         if policy.reuse == "auto":
             self.why_not = self.ledger.why_not(namespace, layout.template, policy.planner)
             if self.why_not:
+                self.why_not += "" if policy.planner == DEFAULT else f" (planner {policy.planner})"
                 return None
         self.library.clock += 1
         return self._composed(layout, known, policy, policy.planner, agent)
@@ -101,6 +108,9 @@ class Composer:
                 self.why_not = str(e)
                 return None
             return self._composed(layout, known, policy, policy.fallback, agent)
+        if planner == "blend":
+            steps = blended(steps)
+            made.lines += [f"{s.anew} of these tokens read anew" for s in steps if isinstance(s, Blend)]
         composition = Composition(
             steps, layout.template, tuple(made.lines), planner, Provenance.composed(made.used)
         )

@@ -80,9 +80,12 @@ class Keeping:
 
     def _restore_anchor(self, kept: Kept, found: Keepsake) -> None:
         state = kept.state
+        anchor = frozen.thawed_anchor(found, state)
+        if self.library.pool.whole and not anchor.whole:
+            return  # of a time when anchors were kept in another way; its prompts make it anew
         segment = bytes.fromhex(state["segment"])
         source = Source(segment, set(state["owners"]), set(state["seen_by"]), state["made"], state["used"])
-        self.library.adopt_anchor(found.about["slot"], frozen.thawed_anchor(found, state), source)
+        self.library.adopt_anchor(found.about["slot"], anchor, source)
 
     def _restore_notes(self) -> None:
         self._notes, entries = self.keep.notes(), dict[tuple[str, bytes], Entry]()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from agentmem.compose.anchors import MINIMUM, Anchor, Pool
 from agentmem.compose.offsets import Kriging, Paper
@@ -48,7 +49,24 @@ class Read:
     ids: tuple[int, ...]
 
 
-Steps = list[Put | Read]
+@dataclass(frozen=True, slots=True, eq=False)
+class Blend:
+    """Append tokens with this state, and run the model over some of them: those that are `unknown`, bool [n], and have none, and
+    `share` of the others."""
+
+    ids: tuple[int, ...]
+    state: State
+    unknown: np.ndarray
+    share: float
+
+    @property
+    def anew(self) -> int:
+        """Tokens over all of whose layers the model is run, if there are layers above the one that chooses them."""
+        unknown = int(self.unknown.sum())
+        return unknown + int(self.share * (len(self.ids) - unknown))
+
+
+Steps = list[Put | Read | Blend]
 
 READ_SHARE = 0.0795
 """Of a prompt's tokens, that may be read where its end is read; to the nearest token."""
@@ -62,6 +80,7 @@ def run(prompt: Prompt, steps: Steps) -> mx.array:
         if isinstance(step, Put):
             put.append(step)
             continue
+        assert isinstance(step, Read)
         if put:
             prompt.put([i for p in put for i in p.ids], joined([p.state for p in put]))
             put = []
@@ -237,6 +256,6 @@ def _put(piece: Piece) -> Put:
 def _but_last(steps: Steps) -> Steps:
     """The last token is read in any case."""
     last = steps[-1]
-    if isinstance(last, Read):
+    if not isinstance(last, Put):
         return steps
     return [*steps[:-1], Put(last.ids[:-1], last.state[:-1]), Read(last.ids[-1:])]

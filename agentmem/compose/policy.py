@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentmem.compose.anchors import MINIMUM
-from agentmem.compose.reuse import PLANNERS, Reuse
+from agentmem.compose.reuse import DEFAULT, PLANNERS, Reuse
 from agentmem.errors import BadRequest
-
-DEFAULT = PLANNERS[0]
-KNOWN = (*PLANNERS, "paper")
-"""The paper's asks for a pool of its own kind, which the daemon has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +24,8 @@ class Policy:
     minimum: int = MINIMUM
 
     def __post_init__(self) -> None:
-        if self.planner not in KNOWN:
-            raise BadRequest(f"there is no planner {self.planner!r}; there are {', '.join(KNOWN)}")
+        if self.planner not in PLANNERS:
+            raise BadRequest(f"there is no planner {self.planner!r}; there are {', '.join(PLANNERS)}")
         if self.fallback not in ("dense", "lego"):
             raise BadRequest("fall back to 'dense' or 'lego'", param="fallback")
 

@@ -26,13 +26,17 @@ class Placed:
 
 
 class Way(Protocol):
-    """One planner. tail: whether the text behind the last slot is read. smooth: whether little is read rather than put."""
+    """One planner. tail: whether the text behind the last slot is read. smooth: whether little is read rather than put. lacks:
+    what is missing where a text has no place."""
 
     @property
     def tail(self) -> bool: ...
 
     @property
     def smooth(self) -> bool: ...
+
+    @property
+    def lacks(self) -> str: ...
 
     def place(self, piece: Piece) -> Placed | None:
         """None: too little is known of its slot."""
@@ -46,10 +50,23 @@ class Lego:
     first: int = 8
     tail: bool = True
     smooth: bool = True
+    lacks: str = ""
 
     def place(self, piece: Piece) -> Placed | None:
         n = self.first
         return Placed([Read(piece.ids[:n]), Put(piece.ids[n:], piece.base[n:])])
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Every text as it was elsewhere; all fixed text is read."""
+
+    tail: bool = False
+    smooth: bool = False
+    lacks: str = ""
+
+    def place(self, piece: Piece) -> Placed | None:
+        return Placed([Put(piece.ids, piece.base)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +76,7 @@ class Anchored:
     planner: Kvcomm
     tail: bool
     smooth: bool
+    lacks: str = "too few anchors"
 
     def place(self, piece: Piece) -> Placed | None:
         found = self.planner.anchors([piece])
@@ -75,6 +93,7 @@ class PaperWay:
     planner: Kvcomm
     tail: bool = False
     smooth: bool = False
+    lacks: str = "too few anchors as long, or none clearly the nearest,"
 
     def place(self, piece: Piece) -> Placed | None:
         found = self.planner.anchors([piece])
@@ -93,6 +112,8 @@ def way(name: str, pool: Pool, policy: Policy) -> Way:
     match name:
         case "lego":
             return Lego()
+        case "blend":
+            return Moved()
         case "paper":
             return PaperWay(Kvcomm(pool, CONSUMER, read_tail=False, minimum=2, offsets=Paper()))
         case _:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from agentmem.blockpool.index import AgentRow, SessionRow, TurnRow
 from agentmem.blockpool.page import Page
 from agentmem.blockpool.vault import vault_of
-from agentmem.compose.reuse import Reuse
+from agentmem.compose.reuse import DEFAULT, Planner, Reuse
 from agentmem.engine.conversation import Conversation
 from agentmem.episode.policy import Episodic, Full, Window, memory_policy
 from agentmem.errors import AgentLocked
@@ -99,6 +99,11 @@ class Agent:
     def reuse(self) -> Reuse:
         """What of remembered state its prompts may use, where a request does not say."""
         return self.row.policy.get("reuse", "exact")
+
+    @property
+    def planner(self) -> Planner:
+        """How its prompts are composed, if they are, where a request does not say."""
+        return self.row.policy.get("planner", DEFAULT)
 
     @property
     def memory(self) -> Full | Episodic | Window:

@@ -79,6 +79,7 @@ class Census:
             keep_until=agent.keep_until or None,
             persist=agent.persist,
             reuse=agent.reuse,
+            planner=agent.planner,
             policy=agent.memory.model_dump(),
             quota_bytes=agent.row.policy.get("quota_bytes"),
             encrypted=agent.encrypted,

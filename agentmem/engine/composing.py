@@ -11,27 +11,32 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 
+from agentmem.compose.blend import can_blend
 from agentmem.compose.composer import Composer, Policy, spans_of
-from agentmem.compose.policy import DEFAULT
 from agentmem.compose.rotation import Rotation, rotations
 from agentmem.engine.course import Course
 from agentmem.engine.lessons import Lessons, read_from_its_beginning
 from agentmem.engine.sequence import Sequence
 from agentmem.engine.trial import Bench, Prompt
 from agentmem.engine.trials import Trials
-from agentmem.errors import ModelUnavailable
+from agentmem.errors import BadRequest, ModelUnavailable
 
 log = logging.getLogger(__name__)
+
+NO_BLEND = "the layers of this model cannot be run one by one, so it cannot be blended; use another planner"
+NO_PAPER = 'planner "paper" needs anchors that are kept in its way; set compose_anchors to "paper", or use another planner'
 
 
 class Composing:
     """Engine thread only. `make` gives the composer, or why there is none, when it is first asked for: who composes nothing pays
-    nothing. `kept`: whether an earlier run has left something on disk.
+    nothing. `kept`: whether an earlier run has left something on disk. `plain`: whether all layers are plain attention.
     """
 
     def __init__(
-        self, bench: Bench, make: Callable[[], Composer | str], kept: Callable[[], bool] = lambda: False
-    ) -> None:
+        self, bench: Bench, make: Callable[[], Composer | str], kept: Callable[[], bool] = lambda: False,
+        plain: bool = True,
+    ) -> None:  # fmt: skip
+        self._plain = plain
         self.bench, self._model, self._make, self._kept = bench, bench.model, make, kept
         self.lessons, self.trials = Lessons(), Trials(bench)
         self._random = random.Random()
@@ -52,6 +57,12 @@ class Composing:
         except Exception:
             log.exception("what composed reuse keeps could not be opened")
             return "see the daemon's log"
+
+    @cached_property
+    def blends(self) -> bool:
+        """Whether the layers of the model can be run one by one."""
+        shapes = [codec.shape for codec in self.bench.pool.geometry.codecs]
+        return self._plain and can_blend(self.bench.network, shapes, self._model.dtype)
 
     @property
     def made(self) -> Composer | None:
@@ -89,7 +100,13 @@ class Composing:
     def _course(self, sequence: Sequence, composer: Composer) -> Course | None:
         assert sequence.agent is not None
         ids, known, row = sequence.ids, sequence.reused, sequence.agent.row
-        start, policy = time.perf_counter(), Policy(sequence.reuse, sequence.request.planner or DEFAULT)
+        start, policy = (
+            time.perf_counter(),
+            Policy(sequence.reuse, sequence.request.planner or sequence.agent.planner),
+        )
+        if policy.planner == "blend" and not self.blends:
+            sequence.notes = (f"not composed: {NO_BLEND}",)
+            return None
         found = composer.plan(row.namespace, ids, sequence.content, known, policy, row.name)
         if found is None:
             sequence.notes = (f"not composed: {composer.why_not}",)
@@ -98,16 +115,32 @@ class Composing:
         sequence.notes, sequence.composed = found.lines, found.composed_tokens
         ms = 1e3 * (time.perf_counter() - start)
         log.info("composed %d of %d tokens, planned in %.0f ms", sequence.composed, len(ids), ms)
-        return Course(found.steps, known, found.provenance)
+        return Course(found.steps, known, found.provenance, found.planner)
 
-    def put(self, sequence: Sequence) -> None:
-        """Put what is next on the sequence's course. Raises Overloaded when there are no slots for it."""
+    def put(self, sequence: Sequence) -> bool:
+        """Put what is next on the sequence's course; whether the model can go on reading. Raises Overloaded when there are no
+        slots for it."""
         course, table = sequence.course, sequence.table
         assert course is not None
         assert table is not None
-        course.put(table, self.rotations, self._model.dtype)
+        start = time.perf_counter()
+        if not course.put(table, self.rotations, self.bench.network, self._model.dtype):
+            sequence.prefill_ms += 1e3 * (time.perf_counter() - start)
+            return False
         if course.read_until(len(table)) == course.end:  # what is said from here on may become a segment
             table.keeps = True
+        return True
+
+    def check(self, planner: str | None) -> None:
+        """Raises BadRequest where nothing can be made so with this model, or with this daemon's settings."""
+        if planner == "blend" and not self.blends:
+            raise BadRequest(NO_BLEND, param="planner")
+        if (
+            planner == "paper"
+            and isinstance(self.composer, Composer)
+            and not self.composer.library.pool.whole
+        ):
+            raise BadRequest(NO_PAPER, param="planner")
 
     def gather(self, sequence: Sequence) -> None:
         """The turn is over, and its table soon: keep what may be learned of it. Called again, it does nothing."""
@@ -121,7 +154,7 @@ class Composing:
             return
         if sequence.course is not None and self.made.audits(self._random):
             prompt = Prompt(agent.row.namespace, agent.row.name, sequence.ids, sequence.content)
-            self.trials.audit(self.made, prompt)
+            self.trials.audit(self.made, prompt, sequence.course.planner)
         self.lessons.gather(sequence, self.rotations)
 
     def rest(self, alone: bool) -> bool:

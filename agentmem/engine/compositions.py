@@ -8,6 +8,8 @@ from typing import Any
 
 from agentmem.compose.composer import Composer
 from agentmem.compose.ledger import Bounds
+from agentmem.compose.policy import Policy
+from agentmem.compose.reuse import DEFAULT
 from agentmem.engine.composing import Composing
 from agentmem.engine.fetch import Call
 from agentmem.errors import BadRequest, NotFound
@@ -20,14 +22,18 @@ class Compositions:
     def __init__(self, call: Call, composing: Composing, tokenizer: ChatTokenizer) -> None:
         self._call, self._composing, self._tokenizer = call, composing, tokenizer
 
-    def verify(self, namespace: str | None = None) -> dict[str, Any]:
+    def verify(self, namespace: str | None = None, planner: str | None = None) -> dict[str, Any]:
         """Try the last prompts of every template, of all namespaces by default: composed without the anchors of their own texts,
-        and read. Waits for the end; runs while nobody else is there. `auto` goes by what is found.
+        and read. Waits for the end; runs while nobody else is there. `auto` goes by what is found, for this planner alone.
+
+        Raises BadRequest for a planner that there is not, or not for this model.
         """
+        how = Policy("composed", planner or DEFAULT)
         found: Future[list[dict[str, Any]]] = Future()
 
         def begin(composer: Composer) -> Bounds:
-            self._composing.trials.calibrate(composer, namespace, found.set_result)
+            self._composing.check(how.planner)
+            self._composing.trials.calibrate(composer, namespace, how.planner, found.set_result)
             return composer.ledger.bounds
 
         bounds = self._on(begin)

@@ -180,7 +180,9 @@ class Engine:
     def _put(self, sequence: Sequence) -> bool:
         """Put what is next in a composed prompt; whether it can go on, for which it needs slots."""
         try:
-            self.composing.put(sequence)
+            if not self.composing.put(sequence):
+                self.wake()
+                return False
         except Overloaded as error:
             self.retry_or_fail(sequence, error, lambda: None)
             return False
@@ -203,6 +205,7 @@ class Engine:
             if self.active and sum(s.width for s in [*self.active, sequence]) > self.max_batch:
                 break
             try:
+                self.composing.check(sequence.request.planner)
                 admitted = self.planner.admit(sequence, self.active)
             except Exception as error:
                 self.waiting.remove(sequence)
@@ -281,9 +284,8 @@ class Engine:
         if sequence.phase == "prefill":
             sequence.phase = "decode"
             sequence.ttft_ms = 1e3 * (time.perf_counter() - sequence.submitted)
-            self.pace.prompt_read(
-                len(sequence.ids) - sequence.reused - sequence.composed, sequence.prefill_ms
-            )
+            if sequence.course is None:  # what a composed prompt takes is no measure of reading
+                self.pace.prompt_read(len(sequence.ids) - sequence.reused, sequence.prefill_ms)
         finish = sequence.take(chosen.token, chosen.logprob, self.model.tokenizer.eos_ids)
         if finish is not None:
             self._finish(sequence, finish)

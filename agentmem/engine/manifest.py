@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agentmem.blockpool.archive import Archive, ArchiveInvalid
 from agentmem.blockpool.geometry import Geometry
 from agentmem.blockpool.index import TurnRow
-from agentmem.compose.reuse import Reuse
+from agentmem.compose.reuse import Planner, Reuse
 from agentmem.engine.request import check_name
 from agentmem.episode.policy import MemoryPolicy, memory_policy
 from agentmem.errors import BadRequest
@@ -75,6 +75,7 @@ class PolicyRecord(Part):
     pinned: bool = False
     quota_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
     reuse: Reuse | None = None
+    planner: Planner | None = None
     memory: MemoryPolicy | None = None
 
 
@@ -105,6 +106,7 @@ def policy_record(policy: dict[str, Any]) -> PolicyRecord:
         pinned=policy.get("pinned", False),
         quota_bytes=policy.get("quota_bytes"),
         reuse=policy.get("reuse"),
+        planner=policy.get("planner"),
         memory=memory_policy(policy) if policy.get("memory") is not None else None,
     )
 
@@ -119,8 +121,9 @@ def policy_of(manifest: Manifest, *, trust: bool) -> dict[str, Any]:
     quota = {"quota_bytes": record.quota_bytes} if record.quota_bytes is not None else {}
     may = record.reuse is not None and (trust or record.reuse in ("exact", "off"))
     reuse = {"reuse": record.reuse} if may else {}
+    planner = {"planner": record.planner} if record.planner is not None and trust else {}
     memory = {"memory": record.memory.model_dump()} if record.memory is not None else {}
-    return pinned | quota | reuse | memory
+    return pinned | quota | reuse | planner | memory
 
 
 def read_manifest(archive: Archive) -> Manifest:

@@ -355,6 +355,7 @@ class Planner:
             "model": self._model,
             "tools": xxhash.xxh3_64_hexdigest(json.dumps(sequence.request.tools or []).encode()),
             "reuse": sequence.reuse,
+            **({"planner": sequence.course.planner} if sequence.course is not None else {}),
             **({"composition": list(sequence.notes)} if sequence.notes else {}),
             **({"memory": list(sequence.past.notes)} if sequence.past.notes else {}),
             **({"part": True} if sequence.part else {}),

@@ -63,7 +63,7 @@ class ChatRequest:
     say. If this request makes the agent, it is recorded as a fork of the first of `parents` that there is. `n` replies are made
     to one prompt; the session keeps the first. `top_logprobs`: how many of the likeliest tokens to report beside each token of
     a reply, 0 for the token alone, None for nothing. `reuse`: see `Reuse`; None for what the agent has. `planner` is how it is
-    composed, if it is; None for the default. For `keep_s` seconds the agent's state stays as if it were pinned.
+    composed, if it is; None for the agent's. For `keep_s` seconds the agent's state stays as if it were pinned.
     """
 
     agent: str
@@ -220,9 +220,9 @@ class AgentInfo(TypedDict):
     """One agent as `agents` and `show` report it. Times are epoch seconds.
 
     `disk_bytes` is its share of everything on disk; `unique_bytes` and `shared_bytes` are rows that only it, and that other
-    agents too, use. `reuse` is what its prompts may use of remembered state, `policy` how much of its past it keeps at hand.
-    `encrypted` says where the key is (off, file, keyring), `locked` that it is not there. `lineage` says what the agent was
-    forked from: parent, session, turn.
+    agents too, use. `reuse` is what its prompts may use of remembered state, `planner` how they are composed, `policy` how much
+    of its past it keeps at hand. `encrypted` says where the key is (off, file, keyring), `locked` that it is not there.
+    `lineage` says what the agent was forked from: parent, session, turn.
     """
 
     agent: str
@@ -246,6 +246,7 @@ class AgentInfo(TypedDict):
     keep_until: float | None
     persist: bool
     reuse: Reuse
+    planner: Planner
     policy: dict[str, Any]
     quota_bytes: int | None
     encrypted: str

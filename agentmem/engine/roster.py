@@ -107,7 +107,7 @@ class Roster:
         return self._changed(lambda done: self._memory.create(namespace, name, policy, done))
 
     def set_policy(self, name: str, changes: dict[str, Any], namespace: str = "default") -> AgentInfo:
-        """Change `pinned`, `quota_bytes`, `reuse` or `memory` of an agent. Raises NotFound, BadRequest."""
+        """Change `pinned`, `quota_bytes`, `reuse`, `planner` or `memory` of an agent. Raises NotFound, BadRequest."""
         self._check_policy(changes)
 
         def change(done: Done) -> Agent:
@@ -122,6 +122,8 @@ class Roster:
 
     def _check_policy(self, policy: dict[str, Any]) -> None:
         """Raises BadRequest for what the layers of the model do not allow."""
+        if (planner := policy.get("planner")) is not None:
+            self._call(lambda: self._engine.composing.check(planner))
         if self._engine.plain:
             return
         if not isinstance(memory_policy(policy), Full):

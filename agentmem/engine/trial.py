@@ -112,7 +112,9 @@ class Trial:
         table.keeps = keeps
         predicted = np.zeros(0, np.float32)
         while len(table) < course.end:
-            course.put(table, self._rotations, bench.model.dtype)
+            if not course.put(table, self._rotations, bench.network, bench.model.dtype):
+                yield True
+                continue
             stop = min(course.read_until(len(table)), len(table) + CHUNK)
             predicted = bench.read(table, self.prompt.ids[len(table) : stop])
             yield True

@@ -31,6 +31,7 @@ class Job:
     """A prompt, and what becomes of its trial: `done(None)` where there was none. own: with anchors of its own texts."""
 
     prompt: Prompt
+    planner: str
     done: Callable[[Trial | None], None]
     own: bool = True
     texts: frozenset[bytes] = frozenset()
@@ -85,19 +86,19 @@ class Trials:
         if not self._jobs:
             return False
         job = self._jobs.popleft()
-        p = job.prompt
+        p, how = job.prompt, Policy("composed", job.planner)
         apart = nullcontext() if job.own else composer.library.pool.without(job.texts)
         made = None
         if self._bench.has_room(len(p.ids)):
             with apart:
-                made = composer.plan(p.namespace, p.ids, p.spans, 0, Policy("composed"), p.agent)
+                made = composer.plan(p.namespace, p.ids, p.spans, 0, how, p.agent)
         if made is None:
             job.done(None)
         else:
             self._running = job, Trial(self._bench, rotations, p, made)
         return True
 
-    def audit(self, composer: Composer, prompt: Prompt) -> None:
+    def audit(self, composer: Composer, prompt: Prompt, planner: str) -> None:
         """Measure a composed prompt against a dense one, and learn from that; enough bad ones demote the template."""
         if len(self._jobs) >= AUDITS:
             return
@@ -112,14 +113,14 @@ class Trials:
                 prompt.namespace, prompt.ids, prompt.spans, trial.capture.state, EXACT, prompt.agent
             )
 
-        self._jobs.append(Job(prompt, done))
+        self._jobs.append(Job(prompt, planner, done))
 
     def calibrate(
-        self, composer: Composer, namespace: str | None, done: Callable[[list[dict[str, Any]]], None]
-    ) -> None:
+        self, composer: Composer, namespace: str | None, planner: str, done: Callable[[list[dict[str, Any]]], None]
+    ) -> None:  # fmt: skip
         """Try the last prompts of every template, each without the anchors of its own texts; `done` hears what was found."""
         keys = [key for key in composer.ledger.entries if namespace in (None, key[0])]
-        planner, rows = Policy("composed").planner, list[dict[str, Any]]()
+        rows = list[dict[str, Any]]()
 
         def go_on() -> None:
             while keys:
@@ -153,7 +154,7 @@ class Trials:
                 composer.ledger.calibrate(*key, planner, pairs)
             done(_row(composer, key, planner, pairs))
 
-        self._jobs += [Job(prompt, one, own=False, texts=texts) for prompt, texts in cases]
+        self._jobs += [Job(prompt, planner, one, own=False, texts=texts) for prompt, texts in cases]
 
     @staticmethod
     def _cases(composer: Composer, key: Key) -> list[Case]:

@@ -40,6 +40,14 @@ def test_what_may_be_reused(daemon: Home) -> None:
     assert invoke("run", "mixed", "And now?", "--reuse", "much").exit_code == 2
 
 
+def test_how_prompts_are_composed(daemon: Home) -> None:
+    made = invoke("create", "builder", "--reuse", "composed", "--planner", "lego")
+    assert made.stdout == "builder is made: reuse composed, planner lego\n"
+    assert any(line.split() == ["planner", "lego"] for line in invoke("show", "builder").stdout.splitlines())
+    assert invoke("run", "builder", "Hello", "--planner", "kvcomm", *SHORT).exit_code == 0
+    assert invoke("run", "builder", "Hello", "--planner", "bricks").exit_code == 2
+
+
 def test_how_much_of_its_past_an_agent_keeps(daemon: Home) -> None:
     line = ("create", "old", "--memory", "episodic", "--budget-tokens", "8192", "--episodes", "4")
     assert invoke(*line).stdout == "old is made: memory episodic, 8 192 tokens of an episode, 4 episodes\n"

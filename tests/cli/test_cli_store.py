@@ -84,3 +84,6 @@ def test_composed_prompts_are_measured(daemon: Home) -> None:
     assert "this template is not calibrated" in row
     assert parse(invoke("verify", "--composed", "--json"))["bounds"]["pairs"] == 20
     assert invoke("verify", "--composed", "--deep").exit_code == 2
+    other = parse(invoke("verify", "--composed", "--planner", "lego", "--json"))["templates"]
+    assert {row["planner"] for row in other} == {"lego"}
+    assert invoke("verify", "--planner", "lego").exit_code == 2

@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 
 from agentmem.compose import planners
+from agentmem.compose.blend import mend
 from agentmem.compose.composer import EXACT, Composer, Composition, Policy, Span, spans_of
 from agentmem.compose.library import Library
+from agentmem.compose.planners import Blend, Steps
 from agentmem.compose.prompt import Prompt
 from tests.compose.prompts import Stage
 
@@ -58,7 +60,7 @@ class Round:
         else:
             if known:
                 prompt.read(ids[:known])
-            logits = planners.run(prompt, made.steps)
+            logits = self._follow(prompt, made.steps)
         assert prompt.ids == ids
         reply = self._answer(prompt, logits, tokens)
         heard = [*spans, Span(len(ids), len(prompt), "assistant")]
@@ -66,6 +68,16 @@ class Round:
         self.composer.learn(namespace, prompt.ids, heard, prompt.state, provenance, agent)
         self.library.check_integrity()
         return Turn(ids, spans, tokenizer.decode(reply), logits, made)
+
+    def _follow(self, prompt: Prompt, steps: Steps) -> mx.array:
+        """All is read in front of a blend, and behind it."""
+        for number, step in enumerate(steps):
+            if isinstance(step, Blend):
+                if number:
+                    planners.run(prompt, steps[:number])
+                mend(self.stage.network, prompt, step)
+                return planners.run(prompt, steps[number + 1 :])
+        return planners.run(prompt, steps)
 
     def _answer(self, prompt: Prompt, logits: mx.array, tokens: int) -> list[int]:
         """A greedy reply, every token of which is read."""

@@ -224,15 +224,23 @@ def test_tokens_that_are_read_anew_see_no_later_ones(changed: int, seen_by: tupl
 
 def test_the_most_different_tokens_are_chosen_in_order() -> None:
     """Invariant 18."""
+
+    def last(count: int) -> np.ndarray:
+        return np.arange(12) >= 12 - count
+
     held = mx.zeros((2, 12, 4))
     fresh = mx.zeros((2, 12, 4))
     fresh[0, 7] = 3.0
     fresh[1, 2] = 5.0
     fresh[1, 11] = 9.0  # of those that are read in any case
-    assert selected(held, fresh, 0.2, 2).tolist() == [2, 7, 10, 11]
-    assert selected(held, fresh, 0.1, 2).tolist() == [2, 10, 11]
-    assert selected(held, fresh, 0.0, 1).tolist() == [11]
-    assert selected(held, fresh, 1.0, 3).tolist() == list(range(12))
+    assert selected(held, fresh, 0.2, last(2)).tolist() == [2, 7, 10, 11]
+    assert selected(held, fresh, 0.1, last(2)).tolist() == [2, 10, 11]
+    assert selected(held, fresh, 0.0, last(1)).tolist() == [11]
+    assert selected(held, fresh, 1.0, last(3)).tolist() == list(range(12))
+    scattered = np.isin(np.arange(12), (0, 7))
+    assert selected(held, fresh, 0.2, scattered).tolist() == [0, 2, 7, 11], (
+        "of ten others, the two that differ most"
+    )
 
 
 def test_reused_state_that_is_right_stays_right(world: Stage, asked: list[Piece]) -> None:

@@ -210,6 +210,7 @@ def test_many_at_once_hold_nothing_afterwards(tmp_path: Path) -> None:
         text = rng.choice([texts[number // 2], "Two texts. " + " ".join(rng.sample(texts, 2))])
         running = read(
             runtime, agent, system, text, f"m{number}", reuse=rng.choice(["composed", "composed", "exact", "off"]),
+            planner=rng.choice([None, "blend"]),
             n=rng.choice([1, 1, 2]), max_tokens=rng.choice([1, 8, 70]),
         )  # fmt: skip
         if rng.random() < 0.2:

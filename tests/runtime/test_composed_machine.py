@@ -78,9 +78,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         agent=st.sampled_from(sorted(SYSTEMS)), document=st.sampled_from(DOCUMENTS),
-        reuse=st.sampled_from(["composed", "composed", "exact", "auto", "off"]), go_on=st.integers(0, 3),
+        reuse=st.sampled_from(["composed", "composed", "exact", "auto", "off"]),
+        planner=st.sampled_from([None, "blend", "lego"]), go_on=st.integers(0, 3),
     )  # fmt: skip
-    def turn(self, agent: str, document: str, reuse: str, go_on: int) -> None:
+    def turn(self, agent: str, document: str, reuse: str, planner: str | None, go_on: int) -> None:
         """A new session, or one more message of one that there is."""
         mine = [t for t in self.talks if t.agent == agent]
         if go_on < len(mine):
@@ -89,7 +90,7 @@ class Machine(RuleBasedStateMachine):
             talk = Talk(agent, f"t{len(self.talks)}", [{"role": "system", "content": SYSTEMS[agent]}])
             self.talks.append(talk)
         talk.messages.append({"role": "user", "content": document})
-        end = self.say(self.first, agent, talk.name, talk.messages, reuse=reuse)
+        end = self.say(self.first, agent, talk.name, talk.messages, reuse=reuse, planner=planner)
         assert reuse == "composed" or not memory(end)["composed_tokens"]
         if not memory(end)["composed_tokens"]:
             same = self.say(self.second, agent, talk.name, talk.messages, reuse=reuse)
@@ -166,10 +167,11 @@ def test_nothing_composed_is_reachable_as_exact() -> None:
 
 
 @pytest.mark.slow
-def test_the_machine_composes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("planner", [None, "blend"])
+def test_the_machine_composes(planner: str | None) -> None:
     """Else it would show nothing."""
     machine = Machine()
-    machine.turn("judge", DOCUMENTS[5], "composed", 9)
+    machine.turn("judge", DOCUMENTS[5], "composed", planner, 9)
     assert machine.first.explain("judge", "t0")["composed_tokens"] > 100
     machine.ask_exactly("judge", DOCUMENTS[5], 0)
     machine.restart()

@@ -315,14 +315,18 @@ def test_an_agent_that_does_not_persist_travels(opened: Opened, carried: Carried
 def test_policies_travel_and_pin_and_reuse_count_where_trusted(opened: Opened, carried: Carried) -> None:
     here, there = opened("here"), opened("there")
     turn(here, "ada", LONG)
-    here.set_policy("ada", {"pinned": True, "quota_bytes": 1 << 40, "reuse": "auto"})
+    here.set_policy("ada", {"pinned": True, "quota_bytes": 1 << 40, "reuse": "auto", "planner": "lego"})
     path = carried(here, "ada")
     admit(there, path, "guest")
     admit(there, path, "friend", trust=True)
     there.close()
     there = opened("there")
-    known = {a["agent"]: (a["pinned"], a["quota_bytes"], a["reuse"], a["persist"]) for a in there.agents()}
-    assert known == {"guest": (False, 1 << 40, "exact", True), "friend": (True, 1 << 40, "auto", True)}
+    fields = ("pinned", "quota_bytes", "reuse", "planner", "persist")
+    known = {a["agent"]: tuple(a[f] for f in fields) for a in there.agents()}
+    assert known == {
+        "guest": (False, 1 << 40, "exact", "kvcomm+tail", True),
+        "friend": (True, 1 << 40, "auto", "lego", True),
+    }
 
 
 def test_a_quota_that_comes_along_is_kept(opened: Opened, carried: Carried) -> None:

@@ -103,6 +103,7 @@ FLAWS: dict[str, tuple[str, Callable[[Content], Any]]] = {
     "two sessions of one name": ("manifest", set_in("sessions", 0, "name", to="side")),
     "a quota of nothing": ("manifest", set_in("policy", "quota_bytes", to=0)),
     "a reuse that there is not": ("manifest", set_in("policy", "reuse", to="always")),
+    "a planner that there is not": ("manifest", set_in("policy", "planner", to="dense")),
     "a memory that there is not": ("manifest", set_in("policy", "memory", to={"kind": "some"})),
     "a memory of nothing": ("manifest", set_in("policy", "memory", to={"kind": "window", "recent": 0})),
     "a policy that no import has": ("manifest", set_in("policy", "encrypt", to="off")),

@@ -55,6 +55,43 @@ def test_auto_composes_what_was_measured_and_nothing_else(runtime: Runtime) -> N
     check(runtime)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", ["lego", "blend"])
+def test_each_planner_is_measured_for_itself(runtime: Runtime, planner: str) -> None:
+    """What holds for one says nothing of another; an agent's planner is the one that its prompts are composed by."""
+    row = of_judge(runtime.composed.verify(planner=planner))
+    assert (row["planner"], row["verdict"]) == (planner, "holds")
+    assert row["pairs"] >= ENOUGH
+    read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH + 1], "before", reuse="auto").end()
+    assert runtime.explain("judge", "before")["composition"] == [
+        "not composed: this template is not calibrated"
+    ]
+    runtime.set_policy("judge", {"planner": planner})
+    after = read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH + 2], "after", reuse="auto").end()
+    assert memory(after)["composed_tokens"] > 100
+    told = runtime.explain("judge", "after")
+    assert told["planner"] == planner
+    assert told["composition"][0].endswith("moved")
+    read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH + 2], "asked", reuse="auto", planner="kvcomm").end()
+    assert "not calibrated (planner kvcomm)" in runtime.explain("judge", "asked")["composition"][0]
+    with pytest.raises(BadRequest, match="there is no planner"):
+        runtime.composed.verify(planner="dense")
+    check(runtime)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planner", ["lego", "blend"])
+def test_an_audit_is_of_the_planner_that_composed(runtime: Runtime, planner: str) -> None:
+    runtime._call(lambda: setattr(composer(runtime), "audit_share", 1.0))
+    read(runtime, "judge", JUDGE, DOCUMENTS[ENOUGH + 1], "a", planner=planner).end()
+    deadline = time.monotonic() + 20
+    while not runtime._call(lambda: audited(runtime)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    records = [r for e in composer(runtime).ledger.entries.values() for r in e.records]
+    assert records == [planner]
+    check(runtime)
+
+
 def test_its_own_anchor_is_no_help_in_a_calibration(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

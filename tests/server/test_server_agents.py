@@ -6,7 +6,8 @@ STORY = "The gardener writes the name of each seed on a small stone and lays it 
 FIELDS = {
     "agent", "namespace", "model", "state", "sessions", "tokens", "turns", "ram_bytes", "disk_bytes",
     "unique_bytes", "shared_bytes", "fp16_bytes", "prompt_tokens", "cached_tokens", "saved_ms", "created", "last_used",
-    "pinned", "keep_until", "persist", "reuse", "policy", "quota_bytes", "encrypted", "locked", "lineage",
+    "pinned", "keep_until", "persist", "reuse", "planner", "policy", "quota_bytes", "encrypted", "locked",
+    "lineage",
 }  # fmt: skip
 
 

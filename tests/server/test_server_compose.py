@@ -58,6 +58,12 @@ def test_a_colleagues_text_is_composed_counted_and_explained(daemon: Daemon, cli
     assert TEXTS[-1][:20] not in logged
     exact = ask(daemon, "plain", JUDGE, TEXTS[-1] + "!")
     assert exact.headers["x-agentmem-composed"] == "0"
+    messages = [{"role": "system", "content": JUDGE + " Be brief."}, {"role": "user", "content": TEXTS[-1]}]
+    blended = client.chat("third", messages, max_tokens=4, reuse="composed", planner="blend")
+    assert blended.composed_tokens > 0.6 * len(TEXTS[-1].encode())
+    assert client.explain("third")["planner"] == "blend"
+    found = client.verify_composed(NAMESPACE, "blend")
+    assert {row["planner"] for row in found["templates"]} == {"blend"}
     found = client.verify_composed(NAMESPACE)
     assert {row["namespace"] for row in found["templates"]} == {NAMESPACE}
     assert any(row["pairs"] for row in found["templates"])

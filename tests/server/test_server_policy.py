@@ -46,6 +46,10 @@ def test_a_fork_over_http(daemon: Daemon, client: AgentMemClient) -> None:
         ("/v1/agents", {"agent": "p-x", "quota_bytes": 0}, "quota_bytes"),
         ("/v1/agents", {"agent": "p-x", "pinned": "yes"}, "pinned"),
         ("/v1/agents", {"agent": "p-x", "reuse": "always"}, "reuse"),
+        ("/v1/agents", {"agent": "p-x", "planner": "dense"}, "planner"),
+        ("/v1/agents", {"agent": "p-x", "planner": "paper"}, "planner"),
+        ("/v1/agents", {"agent": "p-x", "planner": 1}, "planner"),
+        ("/v1/compose/verify", {"planner": "dense"}, "planner"),
         ("/v1/agents", {"agent": "p-x", "policy": "episodic"}, "policy"),
         ("/v1/agents", {"agent": "p-x", "policy": {}}, "policy"),
         ("/v1/agents", {"agent": "p-x", "policy": {"kind": "small"}}, "policy"),
@@ -93,10 +97,26 @@ def test_what_may_be_reused_is_asked_of_an_agent_or_of_a_request(
     off = client.chat("reuse-ada", "And then?", max_tokens=2, reuse="off")
     assert (off.cached_tokens, off.composed_tokens) == (0, 0)
     assert client.explain("reuse-ada")["reason"] == "off"
-    for wrong in ({"reuse": "some"}, {"planner": "blend"}):
+    for wrong in ({"reuse": "some"}, {"planner": "paper"}):
         body = {"messages": [{"role": "user", "content": "x"}], "agentmem": {"agent": "x", **wrong}}
         assert daemon.http.post("/v1/chat/completions", json=body).status_code == 400
     assert client.chat("reuse-ada", "And so?", max_tokens=2, reuse="composed", planner="lego").text
+
+
+def test_how_prompts_are_composed_is_asked_of_an_agent(daemon: Daemon, client: AgentMemClient) -> None:
+    assert client.create("how-ada")["planner"] == "kvcomm+tail"
+    assert client.create("how-bob", reuse="auto", planner="lego")["planner"] == "lego"
+    assert client.set_policy("how-bob", planner="kvcomm")["planner"] == "kvcomm"
+    assert client.set_policy("how-bob", reuse="composed")["planner"] == "kvcomm", "only what is named changes"
+    refused = daemon.http.patch("/v1/agents/how-bob", json={"planner": "dense"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "planner")
+    assert client.agent("how-bob")["planner"] == "kvcomm"
+
+    async def change() -> dict[str, object]:
+        async with AsyncAgentMemClient(daemon.url, daemon.token) as other:
+            return await other.set_policy("how-bob", planner="lego")
+
+    assert asyncio.run(change())["planner"] == "lego"
 
 
 EPISODIC = {"kind": "episodic", "budget_tokens": 8192}
