@@ -6,7 +6,8 @@ import logging
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ def measure(
 ) -> dict[str, Any]:
     """`rows`: by architecture, kinds of layers and which of `FEATURES` work, or why it is refused; `checks`."""
     wanted = sorted(ZOO) if architectures is None else list(architectures)
-    logging.getLogger("agentmem").setLevel(logging.ERROR)
     rows = {}
-    for name in wanted:
-        rows[name] = _row(name)
-        say(f"{name}: {rows[name]}")
+    with _quiet():
+        for name in wanted:
+            rows[name] = _row(name)
+            say(f"{name}: {rows[name]}")
     if architectures is None:
         rows |= {name: {"refused": f"not tried: {why}"} for name, why in sorted(NOT_RUN.items())}
     served = [row for row in rows.values() if "refused" not in row]
@@ -52,6 +53,18 @@ def measure(
             )
         ],
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A hundred models warn of the same."""
+    log = logging.getLogger("agentmem")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _row(architecture: str) -> dict[str, Any]:
