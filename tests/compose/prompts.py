@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from agentmem.compose import planners
@@ -20,6 +21,7 @@ from agentmem.model.random import random_model
 
 TEXT = "You keep the light.{{question}}Another says:{{answer}}Decide now."
 CARRIER = "You are told:"
+WINDOW, PATTERN = 16, 6
 
 
 @dataclass
@@ -57,6 +59,14 @@ def stage(architecture: str = "llama", layers: int = 3) -> Stage:
     network = Network(model.model)
     prompt = Prompt(network, rotations(model.model), model.dtype)
     return Stage(model, network, Template.read(TEXT, model.tokenizer, prompt))
+
+
+def windowed_model() -> nn.Module:
+    """Local layers with a local RoPE, and one global layer between them."""
+    return random_model(
+        "gemma3_text", seed=4, num_hidden_layers=PATTERN + 1, sliding_window=WINDOW, query_pre_attn_scalar=64,
+        sliding_window_pattern=PATTERN, rope_theta=1e6, rope_local_base_freq=1e4,
+    ).model  # fmt: skip
 
 
 def apart(a: mx.array, b: mx.array) -> float:

@@ -19,12 +19,11 @@ from agentmem.errors import ModelUnavailable
 from agentmem.model import seam
 from agentmem.model.network import Network
 from agentmem.model.random import random_model
-from tests.compose.prompts import Stage, apart, stage, states_apart
+from tests.compose.prompts import PATTERN, WINDOW, Stage, apart, stage, states_apart, windowed_model
 
 pytestmark = pytest.mark.slow
 
 FAR = 57
-WINDOW, PATTERN = 16, 6
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.3}
 TURNING = 32
 LATENT = {
@@ -80,11 +79,7 @@ def moved(own: Rotation, keys: mx.array, start: int, to: int) -> mx.array:
 
 @pytest.fixture(scope="module")
 def windowed() -> nn.Module:
-    """Local layers with a local RoPE, and one global layer between them."""
-    return random_model(
-        "gemma3_text", seed=4, num_hidden_layers=PATTERN + 1, sliding_window=WINDOW, query_pre_attn_scalar=64,
-        sliding_window_pattern=PATTERN, rope_theta=1e6, rope_local_base_freq=1e4,
-    ).model  # fmt: skip
+    return windowed_model()
 
 
 def test_each_layer_turns_by_its_own_rope(windowed: nn.Module) -> None:
