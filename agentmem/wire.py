@@ -18,6 +18,7 @@ from agentmem.errors import (
     BadArchive,
     BadRequest,
     ContextOverflow,
+    ConversationBusy,
     Forbidden,
     ModelUnavailable,
     NotFound,
@@ -211,6 +212,7 @@ _KINDS: tuple[type[AgentMemError], ...] = (
     Overloaded,
     ModelUnavailable,
     StoreError,
+    ConversationBusy,
     AlreadyExists,
     AlreadyRunning,
 )
