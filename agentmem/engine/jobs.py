@@ -99,14 +99,14 @@ class Jobs:
     def check_free(self, request: ChatRequest) -> None:
         """Raises ConversationBusy for a turn of a session that a transcript is being read into, or will be."""
         asked = (request.namespace, request.agent, request.session)
-        with self._changed:
-            for job in self._jobs.values():
-                if not job.ended and (job.namespace, job.agent, job.session) == asked:
-                    raise ConversationBusy(
-                        f"{job.id} reads a transcript into session {job.session!r} of agent {job.agent!r}; wait until it is done, "
-                        "cancel it, or use another session",
-                        param="session",
-                    )
+        # Without the lock, which is held while files are written: this runs where sockets wait, too.
+        for job in list(self._jobs.values()):
+            if not job.ended and (job.namespace, job.agent, job.session) == asked:
+                raise ConversationBusy(
+                    f"{job.id} reads a transcript into session {job.session!r} of agent {job.agent!r}; wait until it is "
+                    "done, cancel it, or use another session",
+                    param="session",
+                )
 
     def counts(self) -> dict[str, int]:
         """How many jobs are in each state."""
