@@ -208,7 +208,7 @@ class Jobs:
                     self._end(job, "failed", event.error.message)
                 return
             with self._changed:
-                self._changed.wait_for(lambda job=job: self._closing or job.stop, RETRY_S)
+                self._changed.wait_for(lambda: self._closing or job.stop, RETRY_S)
 
     def _read(self, job: Job) -> Finished | Failed:
         """One request with all of the transcript; it may end before its end."""
