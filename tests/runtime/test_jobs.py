@@ -165,7 +165,6 @@ def test_turns_of_the_session_are_refused_until_the_job_is_cancelled(tmp_path: P
         assert runtime.jobs.cancel(job["id"]) == ended
         held = len(log(runtime, "ada")[0])
         assert held >= ended["tokens_read"] + 10
-        # A conversation of messages goes on behind its messages; the pages of what was read stay.
         assert turn(runtime, "ada", "so?").finish_reason
     finally:
         runtime.close()
