@@ -164,10 +164,28 @@ class AsyncAgentMemClient:
         return await self._ask(forget_call(name, self.namespace, session))
 
     async def append(
-        self, name: str, messages: str | list[Message], *, session: str | None = None, role: str = "user"
+        self,
+        name: str,
+        messages: str | list[Message],
+        *,
+        session: str | None = None,
+        role: str = "user",
+        background: bool = False,
     ) -> dict[str, Any]:
         """See `AgentMemClient.append`."""
-        return await self._ask(append_call(name, messages, self.namespace, session, role))
+        return await self._ask(append_call(name, messages, self.namespace, session, role, background))
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """See `AgentMemClient.jobs`."""
+        return (await self._ask(Call("GET", "/v1/jobs", query={"namespace": self.namespace})))["data"]
+
+    async def job(self, id: str) -> dict[str, Any]:
+        """See `AgentMemClient.job`."""
+        return await self._ask(named_call("GET", "jobs", id, self.namespace))
+
+    async def cancel_job(self, id: str) -> dict[str, Any]:
+        """See `AgentMemClient.cancel_job`."""
+        return await self._ask(named_call("DELETE", "jobs", id, self.namespace))
 
     async def explain(self, name: str, session: str | None = None) -> dict[str, Any]:
         """See `AgentMemClient.explain`."""

@@ -189,10 +189,32 @@ class AgentMemClient:
         return self._ask(forget_call(name, self.namespace, session))
 
     def append(
-        self, name: str, messages: str | list[Message], *, session: str | None = None, role: str = "user"
+        self,
+        name: str,
+        messages: str | list[Message],
+        *,
+        session: str | None = None,
+        role: str = "user",
+        background: bool = False,
     ) -> dict[str, Any]:
-        """Add a text (as `role`) or messages to an agent's session without a reply; returns the usage."""
-        return self._ask(append_call(name, messages, self.namespace, session, role))
+        """Add a text (as `role`) or messages to an agent's session without a reply; returns the usage.
+
+        With `background` it returns a job at once, which reads while nobody else is there, and goes on after a restart. Until it
+        is done, turns of the session raise ConversationBusy.
+        """
+        return self._ask(append_call(name, messages, self.namespace, session, role, background))
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """What is read in the background, and what of that ended lately, the oldest first."""
+        return self._ask(Call("GET", "/v1/jobs", query={"namespace": self.namespace}))["data"]
+
+    def job(self, id: str) -> dict[str, Any]:
+        """One job: its state, `tokens_read` of `tokens_total`, and `error`. Raises NotFound."""
+        return self._ask(named_call("GET", "jobs", id, self.namespace))
+
+    def cancel_job(self, id: str) -> dict[str, Any]:
+        """End a job; what was read stays. Raises NotFound."""
+        return self._ask(named_call("DELETE", "jobs", id, self.namespace))
 
     def explain(self, name: str, session: str | None = None) -> dict[str, Any]:
         """Why the last turn was reused as far as it was. Raises NotFound."""

@@ -113,6 +113,14 @@ class AlreadyExists(AgentMemError):
     code = "already_exists"
 
 
+class ConversationBusy(AgentMemError):
+    """A transcript is read into this session in the background."""
+
+    status = 409
+    type = "conflict_error"
+    code = "conversation_busy"
+
+
 class AgentLocked(AgentMemError):
     """The agent is encrypted, and its key is not there."""
 

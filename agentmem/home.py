@@ -82,6 +82,11 @@ class Home:
         return self.root / "responses.db"
 
     @property
+    def jobs(self) -> Path:
+        """Transcripts that are read in the background, one file each."""
+        return self.root / "jobs"
+
+    @property
     def keys(self) -> Path:
         """Keys of encrypted agents, one file each, where they are not in the system's keychain."""
         return self.root / "keys"

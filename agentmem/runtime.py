@@ -35,6 +35,8 @@ from agentmem.engine.encoders import Encoders
 from agentmem.engine.engine import Engine
 from agentmem.engine.episodes import Episodes
 from agentmem.engine.folds import Folds
+from agentmem.engine.job import Drawer
+from agentmem.engine.jobs import Jobs
 from agentmem.engine.layout import BLANK, Layout, layout
 from agentmem.engine.lobby import Lobby
 from agentmem.engine.memory import Memory
@@ -223,6 +225,7 @@ class Runtime(Roster):
             model=model.name,
             plain=plain,
             checkpoints=checkpoints,
+            part=max(1, 2048 // settings.chunk_tokens) * settings.chunk_tokens,
         )
         scheduler: Scheduler[Sequence] = Scheduler(
             Pace(), itl_target_ms=settings.itl_target_ms, chunk_tokens=settings.chunk_tokens
@@ -244,6 +247,9 @@ class Runtime(Roster):
         self.embedding = Embedding(self._call, encoders)
         self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
         self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
+        self.jobs = Jobs(
+            self._call, self._engine, self._memory, Drawer(settings.paths.jobs, self._store.files)
+        )
 
     def _composing(self, model: LoadedModel, runner: Runner, plain: bool) -> Composing:
         bench = Bench(model, runner.network, self._pool, chosen(self._self_test), self._admission)
@@ -268,8 +274,10 @@ class Runtime(Roster):
 
     def close(self) -> None:
         """End running replies (they are kept), finish writing, stop the engine."""
+        self.jobs.close()
         self._engine.close()
         self._thread.join()
+        self.jobs.join()
 
     @property
     def geometry(self) -> Geometry:
@@ -300,8 +308,9 @@ class Runtime(Roster):
     def chat(self, request: ChatRequest, sink: Callable[[Event], None]) -> Ticket:
         """Run one turn. Events reach `sink` from other threads, in order: Started, Delta*, then Finished or Failed.
 
-        Raises Overloaded at once when the queue is full.
+        Raises at once Overloaded when the queue is full, and ConversationBusy while a job reads into the session.
         """
+        self.jobs.check_free(request)
         sequence = Sequence(request, Ticket(), sink, generate=request.generate)
         self._engine.submit(sequence)
         return sequence.ticket
@@ -316,6 +325,7 @@ class Runtime(Roster):
             elif isinstance(event, Failed):
                 outcome.set_exception(event.error)
 
+        self.jobs.check_free(request)
         request.history = "server"
         self._engine.submit(Sequence(request, Ticket(), sink, generate=False))
         return outcome.result()

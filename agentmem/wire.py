@@ -18,6 +18,7 @@ from agentmem.errors import (
     BadArchive,
     BadRequest,
     ContextOverflow,
+    ConversationBusy,
     Forbidden,
     ModelUnavailable,
     NotFound,
@@ -147,13 +148,20 @@ def forget_call(agent: str, namespace: str, session: str | None) -> Call:
 
 
 def append_call(
-    agent: str, messages: str | list[Message], namespace: str, session: str | None, role: str
+    agent: str,
+    messages: str | list[Message],
+    namespace: str,
+    session: str | None,
+    role: str,
+    background: bool,
 ) -> Call:
     body: dict[str, Any] = (
         {"text": messages, "role": role} if isinstance(messages, str) else {"messages": messages}
     )
     if session is not None:
         body["session"] = session
+    if background:
+        body["background"] = True
     return agent_call("POST", agent, namespace, "append")._replace(body=body)
 
 
@@ -211,6 +219,7 @@ _KINDS: tuple[type[AgentMemError], ...] = (
     Overloaded,
     ModelUnavailable,
     StoreError,
+    ConversationBusy,
     AlreadyExists,
     AlreadyRunning,
 )

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 import click
 
+from agentmem.cli import jobs
 from agentmem.cli.memory import in_words
 from agentmem.cli.output import (
     console,
@@ -140,10 +141,21 @@ def _size(info: dict[str, Any]) -> str:
     show_default=True,
     help="Whose message the text becomes.",
 )
+@click.option(
+    "--background", is_flag=True, help="Return at once; it is read while nobody else is there (see jobs)."
+)
 @json_option
-def append(agent: str, file: TextIO, session: str | None, role: str, as_json: bool) -> None:
+def append(agent: str, file: TextIO, session: str | None, role: str, background: bool, as_json: bool) -> None:
     """Add the text of FILE (- is standard input) to an agent's memory, without a reply."""
     text = read_text(file)
+    if background:
+        with AgentMemClient() as client:
+            job = client.append(agent, text, session=session, role=role, background=True)
+        if as_json:
+            print_json({"agent": agent, "job": job})
+        else:
+            click.echo(f"{agent} will read it; {jobs.in_words(job)}")
+        return
     with AgentMemClient() as client, console(stderr=True).status(f"{agent} is reading"):
         usage = client.append(agent, text, session=session, role=role)
     if as_json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query
+from starlette.responses import JSONResponse
 
 from agentmem.api.bodies import AppendBody, CreateBody, ForkBody, PolicyBody
 from agentmem.api.service import Service
@@ -14,6 +15,10 @@ PATTERN: dict[str, Any] = {"pattern": f"^{NAME.pattern}$"}
 """What the schema says of names; `check_name` says it to those who did not read it."""
 
 
+BEGUN: dict[str, Any] = {
+    "description": "the job that reads it in the background",
+    "content": {"application/json": {"schema": {"type": "object"}}},
+}
 TURN = r"^(last|[0-9]{1,9})$"
 
 
@@ -106,9 +111,9 @@ def agents_router(service: Service) -> APIRouter:
         session = None if body.session is None else check_name(body.session, "session")
         return dict(runtime.fork(agent, check_name(body.agent), session, body.at, namespace))
 
-    @router.post("/{agent}/append")
-    def append_to_agent(agent: Agent, namespace: Namespace, body: AppendBody) -> dict[str, Any]:
-        """Add to an agent's session without a reply. Returns the usage object."""
+    @router.post("/{agent}/append", response_model=dict[str, Any], responses={202: BEGUN})
+    def append_to_agent(agent: Agent, namespace: Namespace, body: AppendBody) -> Any:
+        """Add to an agent's session without a reply. Returns the usage object, or with `background` at once the job."""
         request = ChatRequest(
             agent=agent,
             session=body.session,
@@ -116,6 +121,8 @@ def agents_router(service: Service) -> APIRouter:
             messages=body.normalised(service.documents(namespace)),
             history="server",
         )
+        if body.background:
+            return JSONResponse(dict(runtime.jobs.add(request)), 202)
         return runtime.append(request)
 
     @router.get("/{agent}/explain")

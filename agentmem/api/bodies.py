@@ -110,12 +110,13 @@ class RepairBody(Body):
 
 
 class AppendBody(Body):
-    """`POST /v1/agents/{agent}/append`: messages, or one text with its role."""
+    """`POST /v1/agents/{agent}/append`: messages, or one text with its role; in the `background` while nobody else is there."""
 
     messages: list[Message] | None = Field(default=None, min_length=1)
     text: Text | None = None
     role: Literal["user", "system"] = "user"
     session: str = "default"
+    background: StrictBool = False
 
     @model_validator(mode="after")
     def _one_of(self) -> AppendBody:

@@ -75,6 +75,7 @@ class Service:
             **flat("store", self.runtime.budgets()),
             **flat("scheduler", health["scheduler"]),
             **flat("memory", health["memory"]),
+            **flat("jobs", self.runtime.jobs.counts()),
             "turns_active": health["active"],
             "turns_waiting": health["waiting"],
             "uptime_seconds": time.time() - self.started,

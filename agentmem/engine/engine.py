@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from agentmem.blockpool.pool import Pool
 from agentmem.blockpool.store import Store
+from agentmem.engine.background import Background, others
 from agentmem.engine.carry import Carry
 from agentmem.engine.checkpoints import Checkpoints
 from agentmem.engine.composing import Composing
@@ -61,6 +62,7 @@ class Engine:
         self.scheduler, self.pace, self.lobby, self.composing = scheduler, scheduler.pace, lobby, composing
         self.episodes, self.folds = episodes, episodes.folds
         self.followers = Followers(pool.geometry.page_tokens)
+        self.background = Background(planner, episodes.folds)
         self.returns = Returns(self, planner, memory)
         self.passes = Passes(runner, scheduler.pace, self._fail, self.retry_or_fail)
         self.path = path
@@ -83,7 +85,8 @@ class Engine:
     def submit(self, sequence: Sequence) -> None:
         """Queue a request; raises Overloaded when the queue is full, or too slow. Any thread."""
         self._open()
-        self.lobby.check(self._inbox.qsize(), len(self.active))
+        if not sequence.background:
+            self.lobby.check(self._inbox.qsize(), others(list(self.active)))
         self._inbox.put(lambda: self.lobby.add(sequence))
         self.wake()
 
@@ -170,8 +173,11 @@ class Engine:
             if self._closing or not sequence.only_read():
                 self._finish(sequence, "cancelled")
         self._admit()
+        for sequence in self.background.leaving(self.active, self.waiting):
+            self._finish(sequence, "cancelled")
         self.returns.begin_stream()
-        ready = [s for s in self.followers.ready(self.active) if s.course is None or self._put(s)]
+        may = self.followers.ready(self.background.running(self.active))
+        ready = [s for s in may if s.course is None or self._put(s)]
         for sequence in ready:
             self.planner.announce(sequence)
         step = self.scheduler.plan([s for s in self.active if s.phase in ("decode", "closing")], ready)
@@ -200,7 +206,7 @@ class Engine:
             self._report(sequence, 0, False)
         self.lobby.waiting = [s for s in self.waiting if s.phase != "done"]
         misfits = 0
-        ordered = self.lobby.ordered()
+        ordered = self.lobby.ordered(self.background.waiting(self.active, self.waiting))
         for sequence in ordered:
             if self.active and sum(s.width for s in [*self.active, sequence]) > self.max_batch:
                 break
@@ -345,7 +351,8 @@ class Engine:
         head = last if last is not root else None
         turn = self.planner.record(sequence, fed)
         sequence.phase = "done"
-        self.pace.turn_ended(1e3 * (time.perf_counter() - sequence.planned))
+        if not sequence.background:
+            self.pace.turn_ended(1e3 * (time.perf_counter() - sequence.planned))
         sequence.session.busy = False
         if sequence in self.active:
             self.active.remove(sequence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from agentmem.engine.background import others
 from agentmem.engine.memory import Memory
 from agentmem.engine.pace import Pace
 from agentmem.engine.scheduler import Scheduler
@@ -34,7 +35,7 @@ class Lobby:
 
         Clients are told to come back when a place is free, as fast as turns ended so far.
         """
-        waiting = len(self.waiting) + arriving
+        waiting = others(list(self.waiting)) + arriving
         beside = active if waiting and active else self._max_batch
         step = self.pace.wait_ms(1, beside)
         if waiting >= self._queue_limit:
@@ -57,10 +58,11 @@ class Lobby:
         sequence.guess = max(1, letters // LETTERS)
         self.waiting.append(sequence)
 
-    def ordered(self) -> list[Sequence]:
-        """Who may be admitted now, the first first: of each session the request that came first, if none of it runs."""
+    def ordered(self, candidates: list[Sequence]) -> list[Sequence]:
+        """Who of those that wait may be admitted now, the first first: of each session the request that came first, if none of
+        it runs."""
         first: dict[Hashable, Sequence] = {}
-        for sequence in self.waiting:
+        for sequence in candidates:
             first.setdefault((*sequence.agent_key, sequence.request.session), sequence)
         return self._scheduler.waiting([s for s in first.values() if not self._busy(s)])
 

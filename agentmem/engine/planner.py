@@ -33,8 +33,10 @@ class Planner:
     def __init__(
         self, memory: Memory, pool: Pool, tokenizer: ChatTokenizer, admission: Admission, episodes: Episodes, *,
         max_context: int, max_reply: int, model: str = "", plain: bool = True, checkpoints: Checkpoints | None = None,
+        part: int = 2048,
     ) -> None:  # fmt: skip
-        """`plain`: all layers are plain attention; only then can the past be shortened, or state be moved."""
+        """`plain`: all layers are plain attention; only then can the past be shortened, or state be moved. `part`: tokens after
+        which what is read for a job is committed."""
         self._model, self._plain, self._checkpoints = model, plain, checkpoints
         self._episodes = episodes
         self._memory = memory
@@ -43,6 +45,7 @@ class Planner:
         self._admission = admission
         self._max_context = max_context
         self._max_reply = max_reply
+        self._part = part
 
     def admit(self, sequence: Sequence, active: list[Sequence]) -> bool:
         """Plan `sequence` when its slots and its memory fit beside those of `active`. Precondition: its session is not busy.
@@ -56,7 +59,8 @@ class Planner:
         if sequence.session is not session:
             sequence.agent, sequence.session = agent, session
             self._render(sequence)
-        past = None if isinstance(self._policy(agent), Full) else self._past(sequence)
+        whole = isinstance(self._policy(agent), Full) and not sequence.background
+        past = None if whole else self._past(sequence)
         if past is not None and not (past.ready and self._has_room(sequence, past)):
             return False
         need = sequence.worst_slots(self._pool.geometry)
@@ -74,8 +78,7 @@ class Planner:
 
     def _has_room(self, sequence: Sequence, past: Past) -> bool:
         """Whether a prompt that is read in stretches may go on: what is not on disk yet cannot leave RAM."""
-        assert sequence.agent is not None
-        end = stretch(self._policy(sequence.agent), past.match.tokens, len(sequence.ids))
+        end = self._end(sequence, past.match.tokens)
         return end == len(sequence.ids) or not self._memory.unwritten
 
     def _past(self, sequence: Sequence) -> Past:
@@ -193,11 +196,16 @@ class Planner:
 
     def stretch(self, sequence: Sequence) -> Sequence | None:
         """The beginning of an admitted prompt that is too long to be read before the past is cut down; None for most."""
-        assert sequence.agent is not None
-        end = stretch(self._policy(sequence.agent), sequence.reused, len(sequence.ids))
+        end = self._end(sequence, sequence.reused)
         if end >= len(sequence.ids) or sequence.reuse == "off":
             return None
         return sequence.stretch(self._cut_short(sequence, end), end)
+
+    def _end(self, sequence: Sequence, known: int) -> int:
+        """Tokens of a prompt up to which it is read at once, `known` of them remembered. For a job that is a checkpoint, too."""
+        assert sequence.agent is not None
+        end = stretch(self._policy(sequence.agent), known, len(sequence.ids))
+        return min(end, (known // self._part + 1) * self._part) if sequence.background else end
 
     def need(self, sequence: Sequence) -> int:
         """Slots that a request can take at most; of one that is not rendered yet, with a letter a token."""
@@ -263,10 +271,12 @@ class Planner:
         assert session is not None
         assert sequence.agent is not None
         assert alignment is not None
-        messages = sequence.messages
+        messages, cut = sequence.messages, fed < len(sequence.ids)
+        if sequence.background and cut:  # it gave way: its figures are of what it read
+            sequence.ids, sequence.before, sequence.part = sequence.ids[:fed], None, True
         before = len(session.conversation.ids)
         spans = sequence.spans(self._tokenizer.special)
-        if fed < len(sequence.ids):
+        if cut:
             alignment, spans, messages = self._cut_short(sequence, fed), [], session.conversation.messages
         elif sequence.generate:
             assert sequence.reply is not None
@@ -359,6 +369,7 @@ class Planner:
             **({"composition": list(sequence.notes)} if sequence.notes else {}),
             **({"memory": list(sequence.past.notes)} if sequence.past.notes else {}),
             **({"part": True} if sequence.part else {}),
+            **({"job": sequence.request.job} if sequence.background else {}),
             "prompt_tokens": len(sequence.ids),
             "completion_tokens": usage["completion_tokens"],
             **{

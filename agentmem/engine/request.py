@@ -63,7 +63,8 @@ class ChatRequest:
     say. If this request makes the agent, it is recorded as a fork of the first of `parents` that there is. `n` replies are made
     to one prompt; the session keeps the first. `top_logprobs`: how many of the likeliest tokens to report beside each token of
     a reply, 0 for the token alone, None for nothing. `reuse`: see `Reuse`; None for what the agent has. `planner` is how it is
-    composed, if it is; None for the agent's. For `keep_s` seconds the agent's state stays as if it were pinned.
+    composed, if it is; None for the agent's. For `keep_s` seconds the agent's state stays as if it were pinned. What is
+    read for a `job` is read in parts, while nobody else is there.
     """
 
     agent: str
@@ -86,6 +87,7 @@ class ChatRequest:
     top_logprobs: int | None = None
     reuse: Reuse | None = None
     planner: Planner | None = None
+    job: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.agent)

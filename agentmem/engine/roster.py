@@ -12,6 +12,7 @@ from agentmem.engine.budget import Budget
 from agentmem.engine.census import Census
 from agentmem.engine.engine import Engine
 from agentmem.engine.explained import explained
+from agentmem.engine.jobs import Jobs
 from agentmem.engine.journal import Done
 from agentmem.engine.memory import Agent, Memory
 from agentmem.engine.request import AgentInfo
@@ -31,6 +32,7 @@ class Roster:
     _pool: Pool
     _census: Census
     _budget: Budget
+    jobs: Jobs
 
     def agents(self, namespace: str = "default") -> list[AgentInfo]:
         """All agents of a namespace, by name."""
@@ -78,8 +80,9 @@ class Roster:
     def forget(self, name: str, namespace: str = "default", session: str | None = None) -> dict[str, Any]:
         """Delete an agent, or one of its sessions: token log, index rows, and the bytes that only it uses. Irreversible.
 
-        Raises NotFound. What composed reuse has learned of an agent goes with the agent only.
+        Raises NotFound. What composed reuse has learned of an agent goes with the agent only. Its jobs end.
         """
+        self.jobs.forget(namespace, name, session)
         done: Future[dict[str, Any]] = Future()
 
         def forget() -> None:

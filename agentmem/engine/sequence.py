@@ -116,6 +116,11 @@ class Sequence:
         return self.request.namespace, self.request.agent
 
     @property
+    def background(self) -> bool:
+        """Whether nobody waits for it."""
+        return self.request.job is not None
+
+    @property
     def arrived(self) -> float:
         return self.submitted
 
@@ -149,9 +154,9 @@ class Sequence:
         """Nobody waits for the reply any more: whether the rest of the prompt is still read, and no more than that.
 
         Who left while it was read mostly comes back, and then it is there. Not so for what is composed, and counts for nothing
-        else, or read in stretches.
+        else, read in stretches, or for a job.
         """
-        if self.phase != "prefill" or self.course is not None or self.part:
+        if self.phase != "prefill" or self.course is not None or self.part or self.background:
             return False
         self.generate = False
         return not self.prompt_done

@@ -18,6 +18,7 @@ from agentmem.api.conversations import conversations_router
 from agentmem.api.daemon import daemon_router
 from agentmem.api.embeddings import embeddings_router
 from agentmem.api.errors import ErrorBody, install_handlers
+from agentmem.api.jobs import jobs_router
 from agentmem.api.metrics import Metrics
 from agentmem.api.responses import responses_router
 from agentmem.api.service import Service
@@ -31,7 +32,7 @@ OPEN = "/health"
 """The route that answers without a token, though less."""
 ROUTERS = (
     chat_router, text_router, responses_router, conversations_router, anthropic_router, embeddings_router,
-    transfer_router, agents_router, upkeep_router, compose_router, daemon_router,
+    transfer_router, agents_router, jobs_router, upkeep_router, compose_router, daemon_router,
 )  # fmt: skip
 FAILURES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "the request is refused"},

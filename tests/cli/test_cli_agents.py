@@ -105,6 +105,31 @@ def test_append_reads_a_file_without_a_reply(tmp_path: Path) -> None:
     assert "tokens read" in spoken.stdout
 
 
+def test_a_file_is_read_in_the_background() -> None:
+    job = parse(invoke("append", "later", "-", "--background", "--json", stdin="The gate is green. " * 40))[
+        "job"
+    ]
+    spoken = invoke("append", "later", "-", "--background", stdin="And the door is blue.")
+    assert spoken.exit_code == Exit.OK, spoken.stderr
+    assert "later will read it; job-" in spoken.stdout
+    listed = invoke("jobs")
+    assert listed.stdout.splitlines()[0].split() == [
+        "JOB",
+        "AGENT",
+        "SESSION",
+        "STATE",
+        "READ",
+        "OF",
+        "SINCE",
+        "ERROR",
+    ]
+    assert job["id"] in listed.stdout
+    ended = parse(invoke("jobs", "--cancel", job["id"], "--json"))["jobs"]
+    assert [one["state"] in ("done", "cancelled") for one in ended] == [True]
+    assert invoke("jobs", "--cancel", job["id"]).stdout.startswith(f"{job['id']}: ")
+    assert invoke("jobs", "--cancel", "job-nobody").exit_code == Exit.NOT_FOUND
+
+
 def test_evict_and_warm_move_an_agent_without_loss() -> None:
     invoke("run", "mover", "Remember the number seven.", *GREEDY)
     before = parse(invoke("show", "mover", "--json"))["agent"]

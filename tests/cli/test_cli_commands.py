@@ -65,6 +65,7 @@ NEED_A_DAEMON = [
     ("run", "planner", "hello"),
     ("chat", "planner"),
     ("append", "planner", "-"),
+    ("jobs",),
     ("warm", "planner"),
     ("evict", "planner"),
     ("fork", "planner", "coder"),
