@@ -16,6 +16,8 @@ from agentmem.quant.format import LayerShape
 
 AT_ONCE = 128
 """Rows that are unpacked together on a CPU."""
+IN_CACHE = 1 << 21
+"""Bytes of rows that are gone over while they are in a core's cache."""
 STEP = 0.9957
 """Of 2 bits, in standard deviations of a group: so four even levels lose least of a normal distribution, 12 % of its squares."""
 
@@ -116,7 +118,12 @@ class Samples:
 
     def rows(self) -> mx.array:
         """Unpacked: float32 [m, width]."""
-        return mx.array(self._on_host().unpacked(0, len(self))) if backend() == "cpu" else self._on_device()
+        if backend() != "cpu":
+            return self._on_device()
+        out = mx.zeros((len(self), self.states[0].width))
+        mx.eval(out)
+        self._on_host().unpack(0, np.asarray(out))  # a view: a copy would take as long again
+        return out
 
     def weighed(self, weights: mx.array) -> mx.array:
         """float32 [n, m] -> [n, width]. On a CPU some rows after others: what is unpacked stays in the processor's cache, and the
@@ -164,26 +171,37 @@ class _Host:
     biases: np.ndarray
 
     def unpacked(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop`, float32. MLX unpacks on a CPU one element after the other, in several times the time."""
-        codes = self.codes[start:stop].view(np.uint8)
-        scales = self.scales[start:stop].astype(np.float32)
-        n, width = len(codes), codes.shape[1] * 8 // self.bits
-        elements = (
-            codes.astype(np.float32)
-            if self.bits == 8
-            else np.take(_of_byte(self.bits), codes).view(np.float32)
-        )
-        grouped = elements.reshape(n, scales.shape[1], width // scales.shape[1])
+        """Rows `start` to `stop`, float32."""
+        rows = np.empty((stop - start, self.codes.shape[1] * 32 // self.bits), np.float32)
+        self.unpack(start, rows)
+        return rows
+
+    def unpack(self, start: int, rows: np.ndarray) -> None:
+        """Fill rows float32 [n, width] with those from `start` on. MLX unpacks on a CPU one element after the other, in several
+        times the time."""
+        few = max(1, IN_CACHE // (4 * rows.shape[1]))  # each is gone over several times
+        for at in range(0, len(rows), few):
+            self._unpack(start + at, rows[at : at + few])
+
+    def _unpack(self, start: int, rows: np.ndarray) -> None:
+        stop = start + len(rows)
+        codes, scales = self.codes[start:stop].view(np.uint8), self.scales[start:stop].astype(np.float32)
+        grouped = rows.reshape(*scales.shape, -1)
+        if self.bits == 8:
+            np.copyto(rows, codes)
+        else:
+            meant = _of_byte(self.bits)
+            np.take(meant, codes, out=rows.view(meant.dtype), mode="clip")
         grouped *= scales[:, :, None]
         if self.bits != 2:
             grouped += self.biases[start:stop].astype(np.float32)[:, :, None]
-        rows, at = grouped.reshape(n, width), 0
-        for spreads, count in zip(self.biases, self.counts, strict=True) if self.bits == 2 else ():
+            return
+        at = 0
+        for spreads, count in zip(self.biases, self.counts, strict=True):
             first, last = max(at, start) - start, min(at + count, stop) - start
             if first < last:
                 rows[first:last] *= _spread(spreads)
             at += count
-        return rows
 
 
 @cache
