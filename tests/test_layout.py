@@ -47,7 +47,7 @@ ALLOWED = {
         "agentmem.compose", "agentmem.episode", "agentmem.runtime",
     },
     "agentmem.adapters": CLIENT_SIDE,
-    "agentmem.cli": {*CLIENT_SIDE, "agentmem.adapters"},
+    "agentmem.cli": {*CLIENT_SIDE, "agentmem.adapters", "agentmem.compose.reuse"},
     "agentmem.runtime": {
         "agentmem", "agentmem.quant", "agentmem.blockpool", "agentmem.model", "agentmem.engine",
         "agentmem.compose", "agentmem.episode", "agentmem.errors", "agentmem.settings",

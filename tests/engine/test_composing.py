@@ -325,4 +325,4 @@ def test_a_request_may_say_how_it_is_composed(pair: tuple[Runtime, Dictated]) ->
     Running(runtime, composed("b", planner="lego")).end()
     assert runtime._call(lambda: composer.asked) == ["kvcomm+tail", "lego"]
     with pytest.raises(BadRequest, match="planner is one of"):
-        composed("c", planner="paper")
+        composed("c", planner="dense")
