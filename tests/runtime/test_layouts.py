@@ -16,6 +16,7 @@ from agentmem.runtime import Runtime
 from agentmem.settings import Settings
 from tests.engine.layouts import CARRIED, KINDS, LAYOUTS
 from tests.runtime.agents import LONG, Running, ask, cached, extents, memory, quarantined, turn
+from tests.runtime.test_jobs import finished, log, reached, request, transcript
 
 MODELS: dict[str, LoadedModel] = {}
 
@@ -243,4 +244,33 @@ def test_an_agent_that_moves_says_the_same(tmp_path: Path, kind: str) -> None:
         report = runtime.transfer.admit(file, trust=False)
     assert report["kept"] == ("state" if kind.startswith("latent") else "tokens")
     assert turn(runtime, "a", "go on").text == want
+    runtime.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_leaves_what_an_append_leaves(tmp_path: Path, kind: str) -> None:
+    """A transcript that is read in the background, in parts, with a restart between them.
+
+    Checkpoints before the ends of parts cut passes where one append has no cut, so a window's predictions are not the same bits.
+    """
+
+    def jobbed(name: str) -> Runtime:
+        runtime = opened(tmp_path / name, kind)
+        runtime._engine.planner._part = 128
+        return runtime
+
+    said = transcript(3, messages=12)
+    plain = opened(tmp_path / "plain", kind)
+    plain.append(request("ada", said))
+    want, wanted = log(plain, "ada"), turn(plain, "ada", "and now?", max_tokens=12).text
+    plain.close()
+    runtime = jobbed("home")
+    job = runtime.jobs.add(request("ada", said))
+    reached(runtime, job, 128)
+    runtime.close()
+    runtime = jobbed("home")
+    assert finished(runtime, job)["state"] == "done"
+    assert log(runtime, "ada") == want
+    assert turn(runtime, "ada", "and now?", max_tokens=12).text == wanted
     runtime.close()
