@@ -246,9 +246,11 @@ class Runtime(Roster):
         self.upkeep = Upkeep(self._store, self._memory, self._engine, settings.scrub_mb_s)
         self.embedding = Embedding(self._call, encoders)
         self.composed = Compositions(self._call, self._engine.composing, model.tokenizer)
-        self.transfer = Transfer(self._call, self._when_idle, self._memory, recall, model, self._fingerprint)
         self.jobs = Jobs(
             self._call, self._engine, self._memory, Drawer(settings.paths.jobs, self._store.files)
+        )
+        self.transfer = Transfer(
+            self._call, self._when_idle, self._memory, recall, model, self._fingerprint, self.jobs.check_free
         )
 
     def _composing(self, model: LoadedModel, runner: Runner, plain: bool) -> Composing:
@@ -310,7 +312,7 @@ class Runtime(Roster):
 
         Raises at once Overloaded when the queue is full, and ConversationBusy while a job reads into the session.
         """
-        self.jobs.check_free(request)
+        self.jobs.check_free(request.namespace, request.agent, request.session)
         sequence = Sequence(request, Ticket(), sink, generate=request.generate)
         self._engine.submit(sequence)
         return sequence.ticket
@@ -325,7 +327,7 @@ class Runtime(Roster):
             elif isinstance(event, Failed):
                 outcome.set_exception(event.error)
 
-        self.jobs.check_free(request)
+        self.jobs.check_free(request.namespace, request.agent, request.session)
         request.history = "server"
         self._engine.submit(Sequence(request, Ticket(), sink, generate=False))
         return outcome.result()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
@@ -63,8 +64,10 @@ class Arrival:
         tokenizer: ChatTokenizer,
         fetch: Fetch,
         identity: Identity,
+        check_free: Callable[[str, str], None],
     ) -> None:
         self._call, self._when_idle, self._memory, self._fetch = call, when_idle, memory, fetch
+        self._check_free = check_free
         self._pool, self._store = memory.pool, memory.store
         self._tokenizer, self._identity = tokenizer, identity
 
@@ -75,7 +78,7 @@ class Arrival:
 
         Returns the name and what was kept ("state": continues as it was; "tokens": its state is computed again at its next turn;
         "messages": only the texts, because tokenizer or chat template differ) and how many pages and bytes that took.
-        Raises BadArchive, AlreadyExists, StoreError.
+        Raises BadArchive, AlreadyExists, StoreError, and ConversationBusy while the agent reads a transcript in the background.
         """
         try:
             parcel = self._open(file, namespace, name, trust)
@@ -84,6 +87,7 @@ class Arrival:
                 f"this file cannot be imported: {error}", param="file", code=f"archive_{error.flaw}"
             ) from None
         key = (parcel.namespace, parcel.name)
+        self._check_free(*key)
         self._reserve(key, force)
         try:
             return self._settle(parcel)

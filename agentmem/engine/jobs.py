@@ -96,16 +96,16 @@ class Jobs:
             for job in mine:
                 self._drop(job)
 
-    def check_free(self, request: ChatRequest) -> None:
-        """Raises ConversationBusy for a turn of a session that a transcript is being read into, or will be."""
-        asked = (request.namespace, request.agent, request.session)
+    def check_free(self, namespace: str, agent: str, session: str | None = None) -> None:
+        """Raises ConversationBusy where a transcript is being read into the session, or any one of the agent's, or will be."""
         # Without the lock, which is held while files are written: this runs where sockets wait, too.
         for job in list(self._jobs.values()):
-            if not job.ended and (job.namespace, job.agent, job.session) == asked:
+            mine = (job.namespace, job.agent) == (namespace, agent) and session in (None, job.session)
+            if mine and not job.ended:
                 raise ConversationBusy(
                     f"{job.id} reads a transcript into session {job.session!r} of agent {job.agent!r}; wait until it is "
-                    "done, cancel it, or use another session",
-                    param="session",
+                    f"done, cancel it, or use another {'agent' if session is None else 'session'}",
+                    param="agent" if session is None else "session",
                 )
 
     def counts(self) -> dict[str, int]:

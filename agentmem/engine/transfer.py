@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import IO, Any
 
 from agentmem.engine.arrival import Arrival
@@ -24,12 +25,13 @@ class Transfer:
         recall: Recall,
         model: LoadedModel,
         fingerprint: str,
+        check_free: Callable[[str, str], None],
     ) -> None:
         fetch = Fetch(call, memory, recall)
         identity = Identity(fingerprint, text_identity(model.identity), model.name)
         self._folder = memory.store.folder
         self._departure = Departure(call, when_idle, memory, fetch, identity)
-        self._arrival = Arrival(call, when_idle, memory, model.tokenizer, fetch, identity)
+        self._arrival = Arrival(call, when_idle, memory, model.tokenizer, fetch, identity, check_free)
 
     def scratch(self) -> IO[bytes]:
         """A nameless file in the home, for an upload. Raises OSError."""

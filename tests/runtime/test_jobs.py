@@ -148,11 +148,13 @@ def test_turns_of_the_session_are_refused_until_the_job_is_cancelled(tmp_path: P
     runtime = opened(tmp_path)
     try:
         turn(runtime, "ada", "hello")
+        archive = runtime.transfer.export("ada")
         job = runtime.jobs.add(request("ada", transcript(4, 40)))
         read = reached(runtime, job, 2 * PART)["tokens_read"]
         for attempt in (
             lambda: turn(runtime, "ada", "so?"),
             lambda: runtime.append(request("ada", transcript(5, 1))),
+            lambda: runtime.transfer.admit(archive, force=True),
         ):
             with pytest.raises(ConversationBusy, match=job["id"]):
                 attempt()
