@@ -101,14 +101,19 @@ def test_kills_in_the_middle_of_turns_on_every_kind_of_layer(tmp_path: Path, kin
     calm = Daemon(tmp_path / "calm", model)
     want = [calm.say("ada", text) for text in texts]
     assert calm.stop() == 0
-    home, got = tmp_path / "home", []
+    home, got, bob = tmp_path / "home", [], Known()
     for text in texts:
         daemon = Daemon(home, model)
-        beside = threading.Thread(target=speak, args=(daemon, "bob", Known(), random.Random(rng.random())))
-        beside.start()
-        got.append(daemon.say("ada", text))
+        got.append(daemon.say("ada", text))  # alone: beside a reply, the time decides where a prompt is cut
+        other = threading.Thread(target=speak, args=(daemon, "bob", bob, random.Random(rng.random())))
+        other.start()
+        time.sleep(rng.uniform(0.05, 0.5))
         daemon.kill()
-        beside.join(timeout=60)
+        other.join(timeout=60)
+        assert not other.is_alive()
+        daemon = Daemon(home, model)
+        check(daemon, "bob", bob)
+        assert daemon.stop() == 0
     assert [reply for reply, _ in got] == [reply for reply, _ in want]
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for _, usage in got]
     assert cached == [usage["prompt_tokens_details"]["cached_tokens"] for _, usage in want]
